@@ -1,0 +1,139 @@
+"""What all benchmarks share: timing in turns, the peak memory of a process of its own, and results in dated files.
+
+Times are wall-clock seconds of one thread. The variants take turns in a shuffled order, so that a noisy machine
+disturbs all alike; a ratio is taken within each round, and its median over the rounds is what is reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+MIB = 2**20
+
+
+def take_turns(
+    steps: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int,
+    warm_up: int = 1,
+    synchronise: Callable[[], object] = bool,
+) -> dict[str, list[float]]:
+    """Seconds of every step in each of ``repeats`` rounds, after ``warm_up`` rounds that are not counted."""
+    order, names = random.Random(0), list(steps)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for repeat in range(warm_up + repeats):
+        for name in order.sample(names, len(names)):
+            gc.collect()  # or the cycles of one variant are collected on another's time
+            synchronise()
+            start = time.perf_counter()
+            steps[name]()
+            synchronise()
+            if repeat >= warm_up:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def quartiles(times: list[float], reference: list[float]) -> list[float]:
+    """The lower quartile, the median and the upper quartile of the ratios of two variants, round by round."""
+    ratios = [a / b for a, b in zip(times, reference, strict=True)]
+    return statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+
+
+def ratio(times: list[float], reference: list[float]) -> float:
+    return quartiles(times, reference)[1]
+
+
+def peak_over_resident(run: Callable[[], object]) -> int:
+    """Bytes by which the resident memory of this process rises at most while ``run`` runs; Linux only.
+
+    VmHWM, and not ``ru_maxrss``, which a process takes over from the one that started it.
+    """
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # sets the mark back to what is resident now
+    before = _status("VmRSS")
+    kept = run()
+    peak = _status("VmHWM") - before
+    del kept
+    return peak
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (value,) = (line.split()[1] for line in lines if line.startswith(f"{field}:"))
+    return 1024 * int(value)
+
+
+def in_child(module: str, *arguments: str) -> Any:
+    """What ``python -m module *arguments`` prints as JSON in its last line, in a process with memory of its own."""
+    # Without a fixed threshold glibc keeps what was freed, and a peak depends on what ran before it.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def machine() -> dict[str, Any]:
+    """The hardware and the versions that a result depends on."""
+    facts = {
+        "processor": _processor(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+    if torch.cuda.is_available():
+        facts["accelerator"] = torch.cuda.get_device_name()
+    return facts
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
+    return names[0].split(":")[1].strip() if names else platform.processor() or platform.machine()
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """A parser with the one option of every benchmark: where its result goes."""
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the dated result files")
+    return parser
+
+
+def write(name: str, result: Mapping[str, Any], folder: Path) -> Path:
+    """Writes ``<name>-<date>.json`` with the facts of the machine."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}-{date.today().isoformat()}.json"
+    path.write_text(json.dumps({"machine": machine(), **result}, indent=1) + "\n")
+    print(f"written to {path}")
+    return path
+
+
+def newest(name: str, folder: Path = RESULTS) -> Any:
+    """The newest result of a benchmark; None where there is none."""
+    paths = folder.glob(f"{name}-[0-9]*-*-*.json")
+    path = max(paths, default=None)
+    return None if path is None else json.loads(path.read_text())
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,103 @@
+"""The models that are trained in the benchmarks, and the components of their losses.
+
+``many``, ``few`` and ``adapters`` stand for what decides the cost of handling gradients: many tensors of middling size,
+few huge ones, and many tiny ones beside a frozen model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+class Transformer(nn.Module):
+    """Many tensors of middling size: 8 layers, 6.6 M parameters in 99 tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(512, 256)
+        layer = nn.TransformerEncoderLayer(256, 8, 1024, dropout=0.0, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, 8, enable_nested_tensor=False)
+        self.head = nn.Linear(256, 512)
+
+    def forward(self, batch: int) -> Tensor:
+        return self.head(self.layers(self.embedding(torch.arange(64 * batch).remainder(512).view(batch, 64))))
+
+
+class MLP(nn.Module):
+    """Few huge tensors: 3 layers; 12.6 M parameters in 6 tensors at the usual width."""
+
+    def __init__(self, width: int = 2048) -> None:
+        super().__init__()
+        self.width = width
+        self.layers = nn.Sequential(*(m for _ in range(3) for m in (nn.Linear(width, width), nn.Tanh())))
+
+    def forward(self, batch: int) -> Tensor:
+        return self.layers(torch.linspace(-1, 1, self.width * batch).view(batch, self.width))
+
+
+class Adapted(nn.Linear):
+    """A frozen layer with a trainable one of low rank beside it."""
+
+    def __init__(self, width: int, rank: int = 8) -> None:
+        super().__init__(width, width)
+        self.requires_grad_(False)
+        self.down = nn.Parameter(torch.randn(rank, width) / width**0.5)
+        self.up = nn.Parameter(torch.randn(width, rank) / 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x @ self.down.T @ self.up.T
+
+
+class Adapters(nn.Module):
+    """Many tiny tensors: 400 of LoRA's size, 0.8 M parameters, on a frozen residual network of 200 layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Adapted(256) for _ in range(200))
+
+    def forward(self, batch: int) -> Tensor:
+        x = torch.linspace(-1, 1, 256 * batch).view(batch, 256)
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x)) / 10
+        return x
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model and the size of its batch."""
+
+    model: nn.Module
+    batch: int
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    @property
+    def gradient_bytes(self) -> int:
+        """The size of one gradient set."""
+        return sum(p.nbytes for p in self.parameters)
+
+    def losses(self, k: int) -> list[Tensor]:
+        """``k`` components of one graph: each asks something else of another part of the output."""
+        return [(part - i).square().mean() for i, part in enumerate(self.model(self.batch).chunk(k, dim=-1))]
+
+    def disjoint(self, k: int) -> list[Callable[[], Tensor]]:
+        """``k`` components of graphs that have only the parameters in common."""
+        return [lambda i=i: (self.model(self.batch) - i).square().mean() for i in range(k)]
+
+
+MAKE: dict[str, Callable[[], Workload]] = {
+    "transformer": lambda: Workload(Transformer(), 16),
+    "mlp": lambda: Workload(MLP(), 512),
+    "adapters": lambda: Workload(Adapters(), 256),
+}
+
+
+def make(name: str) -> Workload:
+    torch.manual_seed(0)
+    return MAKE[name]()
