@@ -1,14 +1,24 @@
 """Decomposed on-policy distillation of vision-language models: losses, gate, views, rollouts. Needs only torch."""
 
 from steer_optim.vlm.analysis import angles_by_decile
-from steer_optim.vlm.gate import adaptive_strength, visual_tokens
-from steer_optim.vlm.losses import TokenLosses, token_losses, visual_dependency
+from steer_optim.vlm.gate import adaptive_strength, visual_dependency, visual_tokens
+from steer_optim.vlm.heads import Head, HiddenStates
+from steer_optim.vlm.losses import TokenLosses, token_losses
 from steer_optim.vlm.method import DecomposedDistillation
 from steer_optim.vlm.rollout import Rollout, rollout
-from steer_optim.vlm.views import append_response, check_responses, left_padded, response_logits, text_only
+from steer_optim.vlm.views import (
+    append_response,
+    check_responses,
+    left_padded,
+    response_logits,
+    response_states,
+    text_only,
+)
 
 __all__ = [
     "DecomposedDistillation",
+    "Head",
+    "HiddenStates",
     "Rollout",
     "TokenLosses",
     "adaptive_strength",
@@ -17,6 +27,7 @@ __all__ = [
     "check_responses",
     "left_padded",
     "response_logits",
+    "response_states",
     "rollout",
     "text_only",
     "token_losses",

@@ -17,6 +17,52 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from steer_optim.vlm.chunked import ChunkedLosses
+from steer_optim.vlm.heads import HiddenStates
+from steer_optim.vlm.losses import kl, log_probs, select_rows
+
+
+def visual_dependency(
+    teacher_BTV: Tensor | HiddenStates,
+    teacher_text_BTV: Tensor | HiddenStates,
+    mask_BT: Tensor,
+    *,
+    temperature: float = 1.0,
+) -> Tensor:
+    """The visual dependency score of each token, ``VDS = KL(q || q_tx)`` (Eq. 12).
+
+    It needs the teacher only, so that a training loop can score all micro-batches of an optimizer step, gate over
+    all of them, and then compute the losses of one after another. It reads the teacher's whole vocabulary.
+
+    Args:
+        teacher_BTV: ``(B, T, V)``, floating, the teacher's logits with the image, or its hidden states.
+        teacher_text_BTV: ``(B, T, V)``, likewise without the image.
+        mask_BT: ``(B, T)``, bool, True at response tokens.
+        temperature: all logits are divided by it.
+
+    Returns:
+        ``vds_BT``, float32 or float64, without gradient; 0 where the mask is False.
+
+    Raises:
+        TypeError: the mask is not bool, or logits are not floating.
+        ValueError: shapes or devices do not fit each other; logits that the mask keeps are not finite;
+            ``temperature`` is not positive.
+
+    Example:
+        >>> import torch
+        >>> teacher_BTV, mask_BT = torch.randn(2, 3, 7), torch.tensor([[True, True, False], [True, False, False]])
+        >>> vds_BT = visual_dependency(teacher_BTV, torch.zeros(2, 3, 7), mask_BT)
+        >>> (vds_BT > 0).equal(mask_BT)
+        True
+    """
+    rows = select_rows(mask_BT, teacher=teacher_BTV.detach(), teacher_text=teacher_text_BTV.detach())
+    logits = {name: row for name, row in rows.items() if isinstance(row, Tensor)}
+    if len(logits) == len(rows):
+        vds_N = kl(*log_probs(temperature, **logits))
+    else:
+        vds_N = ChunkedLosses(rows, temperature=temperature).vds_N
+    return vds_N.new_zeros(mask_BT.shape).masked_scatter(mask_BT, vds_N)
+
 
 def visual_tokens(
     vds_BT: Tensor, mask_BT: Tensor, *, quantile: float = 0.7, group: dist.ProcessGroup | None = None

@@ -13,10 +13,14 @@ Grounding*, arXiv 2606.00564.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from steer_optim.vlm.heads import HiddenStates
 
 
 @dataclass(frozen=True)
@@ -128,38 +132,61 @@ def token_losses(
     )
 
 
-def visual_dependency(
-    teacher_BTV: Tensor, teacher_text_BTV: Tensor, mask_BT: Tensor, *, temperature: float = 1.0
-) -> Tensor:
-    """The visual dependency score of each token, ``VDS = KL(q || q_tx)`` (Eq. 12).
-
-    It needs the teacher only, so that a training loop can score all micro-batches of an optimizer step, gate over
-    all of them, and then compute the losses of one after another. It reads the teacher's whole vocabulary.
+class EagerLosses:
+    """The losses of rows of logits, summed with weights; the twin of :class:`~steer_optim.vlm.chunked.ChunkedLosses`.
 
     Args:
-        teacher_BTV: ``(B, T, V)``, floating, the teacher's logits with the image.
-        teacher_text_BTV: ``(B, T, V)``, its logits without the image.
-        mask_BT: ``(B, T)``, bool, True at response tokens.
-        temperature: all logits are divided by it.
-
-    Returns:
-        ``vds_BT``, float32 or float64, without gradient; 0 where the mask is False.
-
-    Raises:
-        TypeError: the mask is not bool, or logits are not floating.
-        ValueError: shapes or devices do not fit each other; logits that the mask keeps are not finite;
-            ``temperature`` is not positive.
+        views: ``student`` and ``teacher``, ``(N, V)``, and for everything but ``std`` ``student_text`` and
+            ``teacher_text``, by name.
+        temperature: as of :func:`token_losses`, like the two that follow.
+        detach_prior: whether ``p_tx`` is a constant in ``q*``.
+        floor: on the teacher's probabilities before its visual gain is taken.
 
     Example:
         >>> import torch
-        >>> teacher_BTV, mask_BT = torch.randn(2, 3, 7), torch.tensor([[True, True, False], [True, False, False]])
-        >>> vds_BT = visual_dependency(teacher_BTV, torch.zeros(2, 3, 7), mask_BT)
-        >>> (vds_BT > 0).equal(mask_BT)
-        True
+        >>> losses = EagerLosses({"student": torch.zeros(2, 3), "teacher": torch.ones(2, 3)})
+        >>> losses.weighted({"std": torch.ones(2)})
+        {'std': tensor(0.)}
     """
-    rows = select_rows(mask_BT, teacher=teacher_BTV.detach(), teacher_text=teacher_text_BTV.detach())
-    vds_N = kl(*log_probs(temperature, **rows))
-    return vds_N.new_zeros(mask_BT.shape).masked_scatter(mask_BT, vds_N)
+
+    def __init__(
+        self,
+        views: Mapping[str, Tensor],
+        *,
+        temperature: float = 1.0,
+        detach_prior: bool = True,
+        floor: float | None = None,
+    ) -> None:
+        student, teacher = views["student"], views["teacher"].detach()
+        self._losses: dict[str, Tensor]
+        if "student_text" not in views:
+            self._losses = {"std": kl(*log_probs(temperature, student=student, teacher=teacher))}
+            return
+        losses = token_losses(
+            student,
+            views["student_text"],
+            teacher,
+            views["teacher_text"],
+            temperature=temperature,
+            detach_prior=detach_prior,
+            floor=floor,
+        )
+        self._losses = {name: getattr(losses, name) for name in ("std", "vis", "lang", "vp", "vds")}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Float32 or float64."""
+        return self._losses["std"].dtype
+
+    @property
+    def vds_N(self) -> Tensor:
+        """The visual dependency score of each row."""
+        return self._losses["vds"]
+
+    def weighted(self, weights: Mapping[str, Tensor], *, where: Tensor | None = None) -> dict[str, Tensor]:
+        """The sums over rows of ``weight * loss``, by the name of the loss; over the rows of a bool mask if given."""
+        kept = weights if where is None else {name: where * weight for name, weight in weights.items()}
+        return {name: (weight * self._losses[name]).sum() for name, weight in kept.items()}
 
 
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -173,16 +200,40 @@ def log_probs(temperature: float, **logits: Tensor) -> list[Tensor]:
     The logits are named for the errors; ``name`` and ``name_text`` are the two views of one model.
     """
     check_temperature(temperature)
-    first_name, first = next(iter(logits.items()))
-    heads: dict[str, tuple[str, Tensor]] = {}
-    for name, x in logits.items():
-        if not x.is_floating_point():
+    check_views(**logits)
+    vocabulary = min(x.shape[-1] for x in logits.values())
+    cut = {name: x[..., :vocabulary] for name, x in logits.items()}
+    # A non-finite entry gives NaN losses without a word about where it came from. One verdict on all inputs, because
+    # every read from the device stalls it.
+    finite = torch.stack([x.isfinite().all() for x in cut.values()]).tolist()
+    refuse_non_finite([name for name, ok in zip(cut, finite, strict=True) if not ok])
+    return [
+        torch.log_softmax(x.to(torch.promote_types(x.dtype, torch.float32)) / temperature, dim=-1) for x in cut.values()
+    ]
+
+
+def check_views(**views: Tensor | HiddenStates) -> None:
+    """Raises TypeError or ValueError where the views are not floating logits or hidden states of the same rows.
+
+    ``name`` and ``name_text`` are the two views of one model.
+    """
+    first_name, first = next(iter(views.items()))
+    models: dict[str, tuple[str, Tensor | HiddenStates]] = {}
+    for name, x in views.items():
+        if isinstance(x, Tensor) and not x.is_floating_point():
             raise TypeError(f"{name} must be floating logits; got {x.dtype}")
         if x.device != first.device:
             raise ValueError(
                 f"all logits must be on one device; {first_name} is on {first.device} and {name} on {x.device}"
             )
-        twin_name, twin = heads.setdefault(name.removesuffix("_text"), (name, x))
+        twin_name, twin = models.setdefault(name.removesuffix("_text"), (name, x))
+        if isinstance(x, HiddenStates) != isinstance(twin, HiddenStates) or (
+            isinstance(x, HiddenStates) and isinstance(twin, HiddenStates) and not x.head.same(twin.head)
+        ):
+            raise ValueError(
+                f"{twin_name} and {name} are two views of one model and must both be logits, or both hidden states "
+                "under one head (of the same tensors)"
+            )
         if x.shape != twin.shape:
             raise ValueError(
                 f"{twin_name} and {name} are rows of one head and must have one shape; got {tuple(twin.shape)} and "
@@ -193,31 +244,29 @@ def log_probs(temperature: float, **logits: Tensor) -> list[Tensor]:
                 f"all logits must have the same rows, and may differ in their last dimension only; {first_name} is "
                 f"{tuple(first.shape)} and {name} {tuple(x.shape)}: score the same response tokens in every view"
             )
-    vocabulary = min(x.shape[-1] for x in logits.values())
-    cut = {name: x[..., :vocabulary] for name, x in logits.items()}
-    # A non-finite entry gives NaN losses without a word about where it came from. One verdict on all inputs, because
-    # every read from the device stalls it.
-    finite = torch.stack([x.isfinite().all() for x in cut.values()]).tolist()
-    if not all(finite):
-        names = ", ".join(name for name, ok in zip(cut, finite, strict=True) if not ok)
+
+
+def refuse_non_finite(names: Sequence[str]) -> None:
+    """Raises ValueError that these views hold logits that are not finite; nothing where there are none."""
+    if names:
         raise ValueError(
-            f"logits must be finite in every response row; found NaN or infinity in {names}. If entries of the "
-            "vocabulary are masked with -inf, pass the logits from before that mask"
+            f"logits must be finite in every response row; found NaN or infinity in {', '.join(names)}. If entries of "
+            "the vocabulary are masked with -inf, pass the logits from before that mask"
         )
-    return [
-        torch.log_softmax(x.to(torch.promote_types(x.dtype, torch.float32)) / temperature, dim=-1) for x in cut.values()
-    ]
 
 
-def select_rows(mask_BT: Tensor, **logits_BTV: Tensor) -> dict[str, Tensor]:
-    """The rows of each ``(B, T, V)`` tensor where the mask is True, ``(N, V)``, by the same names.
+_View = TypeVar("_View", Tensor, HiddenStates, Tensor | HiddenStates)
+
+
+def select_rows(mask_BT: Tensor, **logits_BTV: _View) -> dict[str, _View]:
+    """The rows of each ``(B, T, V)`` view where the mask is True, ``(N, V)``, by the same names.
 
     Rows are dropped before anything is computed from them: a NaN in a row of weight zero would survive the weight.
     """
     if mask_BT.dtype != torch.bool:
         raise TypeError(f"mask_BT must be bool, True at response tokens; got {mask_BT.dtype}: pass mask.bool()")
     for name, x in logits_BTV.items():
-        if mask_BT.ndim != 2 or x.ndim != 3 or x.shape[:2] != mask_BT.shape:
+        if mask_BT.ndim != 2 or len(x.shape) != 3 or x.shape[:2] != mask_BT.shape:
             raise ValueError(
                 f"mask_BT must be (B, T) and {name} (B, T, V) with the same B and T; got {tuple(mask_BT.shape)} and "
                 f"{tuple(x.shape)}"

@@ -11,17 +11,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import KW_ONLY, dataclass
-from typing import Literal, get_args
+from typing import Literal, TypedDict, get_args
 
 import torch
 from torch import Tensor
 
 from steer_optim.rules import VGS, Rule, Steer, Sum
+from steer_optim.vlm.chunked import ChunkedLosses
 from steer_optim.vlm.gate import adaptive_strength, check_quantile, visual_tokens
-from steer_optim.vlm.losses import check_floor, check_temperature, kl, log_probs, select_rows, token_losses
+from steer_optim.vlm.heads import HiddenStates
+from steer_optim.vlm.losses import EagerLosses, check_floor, check_temperature, select_rows
 
 Decomposition = Literal["vgs", "standard", "exact", "language"]
 Reduction = Literal["token", "sequence"]
+
+
+class _Options(TypedDict):
+    temperature: float
+    detach_prior: bool
+    floor: float | None
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,8 @@ class DecomposedDistillation:
             responses (``sequence``, the paper). A response without any token does not count as one.
         detach_prior: whether ``p_tx`` is a constant in ``q*``; see :func:`~steer_optim.vlm.losses.token_losses`.
         floor: on the teacher's probabilities before its visual gain is taken; None for the paper's equation.
+        chunk_size: of hidden states, how many rows meet a head at once; by default 128 on a CPU, 1024 elsewhere.
+        compile: whether ``torch.compile`` fuses what happens to the logits of a chunk; of hidden states only.
 
     Raises:
         ValueError: a hyperparameter is out of range, or ``adaptive`` with a decomposition that has no ``vis``.
@@ -91,6 +101,8 @@ class DecomposedDistillation:
     reduction: Reduction = "token"
     detach_prior: bool = True
     floor: float | None = None
+    chunk_size: int | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in (("decomposition", get_args(Decomposition)), ("reduction", get_args(Reduction))):
@@ -110,10 +122,10 @@ class DecomposedDistillation:
 
     def __call__(
         self,
-        student_BTV: Tensor,
-        student_text_BTV: Tensor | None,
-        teacher_BTV: Tensor,
-        teacher_text_BTV: Tensor | None,
+        student_BTV: Tensor | HiddenStates,
+        student_text_BTV: Tensor | HiddenStates | None,
+        teacher_BTV: Tensor | HiddenStates,
+        teacher_text_BTV: Tensor | HiddenStates | None,
         mask_BT: Tensor,
         *,
         count: float | Tensor | None = None,
@@ -127,7 +139,9 @@ class DecomposedDistillation:
         rows waits for the device.
 
         Args:
-            student_BTV: ``(B, T, V)``, floating, the student's logits that predict the response, with the image.
+            student_BTV: ``(B, T, V)``, floating, the student's logits that predict the response, with the image; or
+                the hidden states that they would be computed from, for all four: then no ``(B, T, V)`` tensor is held
+                (:mod:`steer_optim.vlm.chunked`). The teacher's two may be logits beside the student's states.
             student_text_BTV: ``(B, T, V)``, those without the image. The decomposition ``standard`` does not
                 read the text-only views; they may be None there.
             teacher_BTV: ``(B, T, V')``, floating, the teacher's logits with the image.
@@ -168,12 +182,9 @@ class DecomposedDistillation:
         if gate_N is not None and gate_N.dtype != torch.bool:
             raise TypeError(f"gate_BT must be bool; got {gate_N.dtype}: select tokens with visual_tokens")
 
-        components = self._token_components(rows, gate_N, strength_N)
-        if self.reduction == "sequence":
-            length_N = mask_BT.sum(dim=-1, keepdim=True).expand_as(mask_BT)[mask_BT]
-            components = {name: loss_N / length_N for name, loss_N in components.items()}
+        components = self._components(self._losses(rows), mask_BT, gate_N, strength_N)
         denominator = self._denominator(mask_BT, count)
-        return {name: loss_N.sum() / denominator for name, loss_N in components.items()}
+        return {name: total / denominator for name, total in components.items()}
 
     def count(self, mask_BT: Tensor) -> Tensor:
         """What the losses of ``mask_BT`` are averaged over: its tokens, or its responses that have a token.
@@ -204,30 +215,40 @@ class DecomposedDistillation:
             return Steer(toward="vis", gain=self.gamma, project="never")
         return VGS(self.gamma, toward="vis" if self.decomposition == "vgs" else "lang")
 
-    def _token_components(
-        self, rows: dict[str, Tensor], gate_N: Tensor | None, strength_N: Tensor | None
+    def _losses(self, rows: dict[str, Tensor | HiddenStates]) -> EagerLosses | ChunkedLosses:
+        logits = {name: row for name, row in rows.items() if isinstance(row, Tensor)}
+        options = _Options(temperature=self.temperature, detach_prior=self.detach_prior, floor=self.floor)
+        if len(logits) == len(rows):
+            return EagerLosses(logits, **options)
+        return ChunkedLosses(rows, **options, chunk_size=self.chunk_size, compile=self.compile)
+
+    def _components(
+        self, losses: EagerLosses | ChunkedLosses, mask_BT: Tensor, gate_N: Tensor | None, strength_N: Tensor | None
     ) -> dict[str, Tensor]:
-        if self.decomposition == "standard":
-            student, teacher = rows["student"], rows["teacher"].detach()
-            return {"std": kl(*log_probs(self.temperature, student=student, teacher=teacher))}
-
-        losses = token_losses(**rows, temperature=self.temperature, detach_prior=self.detach_prior, floor=self.floor)
-        std, vis, vds = losses.std, losses.vis, losses.vds
-        every = torch.ones_like(vds, dtype=torch.bool)
+        """The components as sums over tokens, which the count turns into means."""
+        every = mask_BT[mask_BT]
+        weight_N = torch.ones_like(every, dtype=losses.dtype)
+        if self.reduction == "sequence":
+            weight_N = weight_N / mask_BT.sum(dim=-1, keepdim=True).expand_as(mask_BT)[mask_BT]
+        steered_N = weight_N
         if self.adaptive:
-            strength = adaptive_strength(vds, every) if strength_N is None else strength_N.to(vis.dtype)
-            vis = strength * vis
-        if self.decomposition == "exact":
-            return {"lang": std - vis, "vis": vis}
+            strength = adaptive_strength(losses.vds_N, every) if strength_N is None else strength_N
+            steered_N = weight_N * strength.to(weight_N.dtype)
 
+        if self.decomposition == "standard":
+            return losses.weighted({"std": weight_N})
+        if self.decomposition == "exact":
+            total = losses.weighted({"std": weight_N, "vis": steered_N})
+            return {"lang": total["std"] - total["vis"], "vis": total["vis"]}
         if self.decomposition == "vgs":
-            components, preserving, preserved = {"std": std, "vis": vis}, "lp", losses.lang
+            components, preserving, preserved = {"std": weight_N, "vis": steered_N}, "lp", "lang"
         else:
-            components, preserving, preserved = {"std": std, "lang": losses.lang}, "vp", losses.vp
+            components, preserving, preserved = {"std": weight_N, "lang": weight_N}, "vp", "vp"
+        total = losses.weighted(components)
         if self.lam > 0:
-            gate = visual_tokens(vds, every, quantile=self.quantile) if gate_N is None else gate_N
-            components[preserving] = self.lam * (gate * preserved)
-        return components
+            gate = visual_tokens(losses.vds_N, every, quantile=self.quantile) if gate_N is None else gate_N
+            total[preserving] = losses.weighted({preserved: self.lam * weight_N}, where=gate)[preserved]
+        return total
 
     def _denominator(self, mask_BT: Tensor, count: float | Tensor | None) -> float:
         here = float(self.count(mask_BT))

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steer_optim.vlm.heads import HiddenStates, states_before_head
+
 _PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 _BEFORE = ("vision_start_token_id", "boi_token_id", "boi_token_index")
 _AFTER = ("vision_end_token_id", "eoi_token_id", "eoi_token_index")
@@ -227,16 +229,44 @@ def response_logits(model: nn.Module, batch: Mapping[str, Tensor], num_tokens: i
         >>> logits_BTV.argmax(dim=-1)  # an echo predicts the token that it has just read
         tensor([[6, 3]])
     """
-    length = batch["input_ids"].shape[1]
-    if not 0 <= num_tokens < length:
-        raise ValueError(f"a response of {num_tokens} tokens needs a prompt before it; the batch has {length} columns")
-    parameters = inspect.signature(model.forward).parameters
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    # The row before the first response token predicts it, and the last row predicts nothing that is known.
-    keep = {"logits_to_keep": num_tokens + 1} if takes_any or "logits_to_keep" in parameters else {}
-    with overridden(model, "rope_deltas", None):
-        logits: Tensor = model(**batch, use_cache=False, **keep).logits
+    logits: Tensor = _forward(model, batch, num_tokens).logits
     return logits[:, -(num_tokens + 1) : -1]
+
+
+def response_states(model: nn.Module, batch: Mapping[str, Tensor], num_tokens: int) -> HiddenStates:
+    """The twin of :func:`response_logits` that stops before the head: what the head would take, and the head.
+
+    The pass is the model's own, whose head is handed no rows, so that no logits are computed or held. In the first
+    pass of a model it is handed one row, and what the model makes of it is compared with what :class:`Head` does.
+
+    Args:
+        model: a transformers model, or a wrapper that passes keywords on, with a head that :meth:`Head.of` reads.
+        batch: what ``append_response`` gave.
+        num_tokens: ``T``, the number of columns of the response.
+
+    Returns:
+        Hidden states ``(B, T, d)`` in the model's dtype with their head, in the place of ``(B, T, V)`` logits.
+
+    Raises:
+        TypeError, ValueError: as :meth:`Head.of`; the batch has no prompt before ``num_tokens`` tokens.
+        RuntimeError: the model does something to its logits that ``Head`` does not, or does not call its head once.
+
+    Example:
+        >>> import torch
+        >>> from types import SimpleNamespace
+        >>> class Bigram(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.embedding, self.head = torch.nn.Embedding(10, 4), torch.nn.Linear(4, 10)
+        ...     def get_output_embeddings(self):
+        ...         return self.head
+        ...     def forward(self, input_ids, use_cache):
+        ...         return SimpleNamespace(logits=self.head(self.embedding(input_ids)))
+        >>> states = response_states(Bigram(), {"input_ids": torch.tensor([[5, 6, 3, 4]])}, 2)
+        >>> states.hidden_BTd.shape, states.shape
+        (torch.Size([1, 2, 4]), torch.Size([1, 2, 10]))
+    """
+    return states_before_head(model, lambda: _forward(model, batch, num_tokens).logits)[:, -(num_tokens + 1) : -1]
 
 
 @contextmanager
@@ -252,6 +282,19 @@ def overridden(model: nn.Module, name: str, value: Any) -> Iterator[None]:
     finally:
         for module, old in zip(owners, before, strict=True):
             setattr(module, name, old)
+
+
+def _forward(model: nn.Module, batch: Mapping[str, Tensor], num_tokens: int) -> Any:
+    """What the model returns; only the rows that predict the response, and one more, meet its head if it can."""
+    length = batch["input_ids"].shape[1]
+    if not 0 <= num_tokens < length:
+        raise ValueError(f"a response of {num_tokens} tokens needs a prompt before it; the batch has {length} columns")
+    parameters = inspect.signature(model.forward).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    # The row before the first response token predicts it, and the last row predicts nothing that is known.
+    keep = {"logits_to_keep": num_tokens + 1} if takes_any or "logits_to_keep" in parameters else {}
+    with overridden(model, "rope_deltas", None):
+        return model(**batch, use_cache=False, **keep)
 
 
 def _named(config: Any, *names: str) -> set[int]:

@@ -1,0 +1,166 @@
+"""Rows of logits computed a chunk at a time, and the way back from their gradients to hidden states and head.
+
+The logits of a head are a sum of products ``x w^T``, one of the hidden states with the weight and, with an adapter, one
+of its inner states with its second factor; a chunk of rows is a chunk of every ``x``. Gradients are taken while the
+chunk is at hand, so that the logits can be forgotten, and are handed on in the backward pass.
+
+Dimensions: ``N`` rows, ``C`` rows of a chunk, ``V`` vocabulary entries, ``k`` the inner size of a product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from steer_optim.vlm.heads import HiddenStates
+
+
+class Rows:
+    """The logits of ``N`` rows divided by a temperature, and the gradients that reach what they are made of.
+
+    Args:
+        view: hidden states ``(N, d)``, or logits ``(N, V)``, which receive no gradient.
+        temperature: all logits are divided by it.
+        dtype: of the logits, float32 or float64.
+        upcast: tensors that this and other rows have cast to ``dtype``, by id; a head is cast once.
+
+    Attributes:
+        inputs: what gradients can reach.
+        cap: the soft-cap of the logits after the division by the temperature, or None.
+    """
+
+    def __init__(
+        self,
+        view: Tensor | HiddenStates,
+        *,
+        temperature: float = 1.0,
+        dtype: torch.dtype = torch.float32,
+        upcast: MutableMapping[int, Tensor] | None = None,
+    ) -> None:
+        self.shape = view.shape
+        self.cap: float | None = None
+        self.inputs: list[Tensor] = []
+        self._factor, self._dtype, self._upcast = 1 / temperature, dtype, {} if upcast is None else upcast
+        self._products: list[tuple[Tensor, Tensor]] = []
+        self._logits_NV: Tensor | None = None
+        self._bias_V: Tensor | None = None
+        if isinstance(view, Tensor):
+            self._logits_NV = view
+            return
+        head, x_Nd = view.head, view.hidden_BTd
+        self._bias_V = head.bias_V
+        self._products.append((x_Nd, head.weight_Vd))
+        if head.lora_B_Vr is not None:
+            with torch.autocast(x_Nd.device.type, enabled=False):
+                self._products.append((head.adapt(x_Nd.to(dtype)), head.lora_B_Vr))
+        self.inputs = [x for product in self._products for x in product]
+        self.inputs += [] if head.bias_V is None else [head.bias_V]
+        self._factor *= head.scale
+        self.cap = None if head.softcap is None else head.softcap / temperature
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def logits(self, part: slice, out_CV: Tensor) -> None:
+        """Writes the logits of some rows over the first of ``out_CV``. Takes no gradient."""
+        out_CV = out_CV[: part.stop - part.start]
+        if self._logits_NV is not None:
+            torch.mul(self._logits_NV[part], self._factor, out=out_CV)
+            return
+        for i, (x_Nk, w_Vk) in enumerate(self._products):
+            x_Ck, w_Vk = self._operands(x_Nk[part], w_Vk)
+            _add_product(out_CV, x_Ck, w_Vk.T, keep=i > 0)
+        if self._bias_V is not None:
+            out_CV += self._bias_V
+        if self._factor != 1:
+            out_CV *= self._factor
+        if self.cap is not None:
+            out_CV.div_(self.cap).tanh_().mul_(self.cap)
+
+    def pull(self, part: slice, gradient_CV: Tensor, into: Gradients) -> None:
+        """Adds what a gradient at the logits of some rows, taken before any soft-cap, comes to at the inputs."""
+        for x_Nk, w_Vk in self._products:
+            x_Ck, w_Vk_ = self._operands(x_Nk[part], w_Vk, gradient=True)
+            gradient = gradient_CV.to(x_Ck.dtype)
+            if (total := into.of(x_Nk)) is not None:
+                _add_product(total[part], gradient, w_Vk_, scale=self._factor)
+            if (total := into.of(w_Vk)) is not None:
+                _add_product(total, gradient.T, x_Ck, scale=self._factor)
+        if self._bias_V is not None and (total := into.of(self._bias_V)) is not None:
+            total.add_(gradient_CV.sum(0), alpha=self._factor)
+
+    def _operands(self, x: Tensor, w: Tensor, *, gradient: bool = False) -> tuple[Tensor, Tensor]:
+        """Both factors in one dtype, from which a product comes out in the dtype of the logits.
+
+        A CPU multiplies half precision into half precision only, so that both are upcast there. So are the factors
+        of a gradient in float16, in which a token's share of it would underflow.
+        """
+        keep = (torch.bfloat16,) if gradient else (torch.bfloat16, torch.float16)
+        if x.is_cuda and x.dtype == w.dtype and x.dtype in keep and hasattr(torch.ops.aten.mm, "dtype"):
+            return x, w
+        if w.dtype != self._dtype:
+            w = self._upcast.setdefault(id(w), w.to(self._dtype)) if id(w) not in self._upcast else self._upcast[id(w)]
+        return x.to(self._dtype), w
+
+
+class Gradients:
+    """The gradients of one scalar with respect to its inputs, added up before the backward pass that asks for them.
+
+    Args:
+        inputs: what the scalar depends on; tensors that need no gradient are passed over, and none needs one in
+            ``torch.no_grad``.
+        dtype: to add up in, float32 or float64. In half precision the sum over chunks would stop growing, and small
+            gradients would underflow before a gradient scaler's factor comes in.
+    """
+
+    def __init__(self, inputs: Iterable[Tensor], dtype: torch.dtype) -> None:
+        needed = (x for x in inputs if x.requires_grad and torch.is_grad_enabled())
+        self._inputs = list({id(x): x for x in needed}.values())
+        self._totals = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in self._inputs]
+        self._by_id = {id(x): total for x, total in zip(self._inputs, self._totals, strict=True)}
+
+    def __bool__(self) -> bool:
+        return bool(self._inputs)
+
+    def of(self, x: Tensor) -> Tensor | None:
+        """Where the gradient of ``x`` is added up; None where it needs none."""
+        return self._by_id.get(id(x))
+
+    def attach(self, value: Tensor) -> Tensor:
+        """The scalar ``value`` with these gradients."""
+        if not self._inputs:
+            return value
+        attached: Tensor = _Attach.apply(value, self._totals, *self._inputs)  # type: ignore[no-untyped-call]
+        return attached
+
+
+class _Attach(torch.autograd.Function):
+    """A scalar whose gradients are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = [x.dtype for x in inputs]
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[2:]
+        scaled = zip(ctx.saved_tensors, ctx.dtypes, needed, strict=True)
+        # Multiplied before the cast, so that a gradient scaler's factor lifts what half precision cannot hold.
+        return None, None, *((incoming * x).to(dtype) if need else None for x, dtype, need in scaled)
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor, *, keep: bool = True, scale: float = 1.0) -> None:
+    """``out = scale * a b``, added to what ``out`` was if ``keep``, in the dtype of ``out`` though factors are half."""
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, beta=1 if keep else 0, alpha=scale, out=out)
+    elif keep:
+        out.add_(torch.mm(a, b, out_dtype=out.dtype), alpha=scale)
+    else:
+        out.copy_(torch.mm(a, b, out_dtype=out.dtype)).mul_(scale)
