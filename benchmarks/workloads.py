@@ -92,7 +92,7 @@ class Workload:
 
 
 MAKE: dict[str, Callable[[], Workload]] = {
-    "transformer": lambda: Workload(Transformer(), 16),
+    "transformer": lambda: Workload(Transformer(), 8),
     "mlp": lambda: Workload(MLP(), 512),
     "adapters": lambda: Workload(Adapters(), 256),
 }
