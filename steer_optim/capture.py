@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -116,22 +116,12 @@ def capture(
         RuntimeError: a compiled graph does not allow a second backward pass, or a parameter has a
             post-accumulate-grad hook.
     """
-    _check_parameters(parameters)
+    check_parameters(parameters)
     values: dict[str, Tensor] = {}
     for name, loss, keep in evaluate(losses, retain_graph=retain_graph):
         own = sets.setdefault(name, {})
-        # Memory of its own: autograd may make a view of it some parameter's gradient.
-        gradient = None if scale is None else torch.empty_like(loss).copy_(scale)
-        if isolate:
-            taken = take(loss, parameters, gradient, retain_graph=keep)
-            # Not in place: these may be views of each other, or expanded.
-            own.update({p: own[p] + g if p in own else g for p, g in taken.items()})
-        else:
-            with _set_aside(parameters), _explained():
-                for p in parameters:
-                    p.grad = own.get(p)
-                loss.backward(gradient, retain_graph=keep)
-                own.update(_materialised({p: p.grad for p in parameters if p.grad is not None}))
+        gradient = None if scale is None else root_gradient(loss, scale)
+        backpropagate([loss], [gradient], parameters, own, retain_graph=keep, isolate=isolate)
         if not own and not isolate:
             raise refuse_unreached(name)
         values[name] = loss.detach()
@@ -139,11 +129,48 @@ def capture(
     return values
 
 
-def take(loss: Tensor, parameters: Sequence[Tensor], gradient: Tensor | None, *, retain_graph: bool) -> Gradients:
-    """The gradients of one loss, of which none is accumulated."""
+def backpropagate(
+    losses: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    parameters: Sequence[Tensor],
+    own: Gradients,
+    *,
+    retain_graph: bool,
+    isolate: bool,
+) -> None:
+    """One backward pass from ``losses``, each with the gradient that comes in at it, added to the gradient set ``own``.
+
+    See :func:`capture` for ``isolate``.
+    """
+    if isolate:
+        taken = take(losses, parameters, gradients, retain_graph=retain_graph)
+        # Not in place: these may be views of each other, or expanded.
+        own.update({p: own[p] + g if p in own else g for p, g in taken.items()})
+        return
+    with _set_aside(parameters), _explained():
+        for p in parameters:
+            p.grad = own.get(p)
+        torch.autograd.backward(losses, gradients, retain_graph=retain_graph)
+        own.update(_materialised({p: p.grad for p in parameters if p.grad is not None}))
+
+
+def root_gradient(loss: Tensor, scale: Tensor) -> Tensor:
+    """What comes in at ``loss`` that is multiplied by ``scale``, on its device and in its dtype and shape."""
+    # Memory of its own: autograd may make a view of it some parameter's gradient.
+    return torch.empty_like(loss).copy_(scale)
+
+
+def take(
+    losses: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor | None] | None = None,
+    *,
+    retain_graph: bool,
+) -> Gradients:
+    """The gradients of the sum of some losses, of which none is accumulated."""
     with _explained():
-        taken = torch.autograd.grad(loss, parameters, gradient, retain_graph=retain_graph, allow_unused=True)
-    if any(g is None for g in taken) and _is_checkpointed(loss):
+        taken = torch.autograd.grad(losses, parameters, gradients, retain_graph=retain_graph, allow_unused=True)
+    if any(g is None for g in taken) and any(_is_checkpointed(loss) for loss in losses):
         # autograd went around it without a word where nothing before it has parameters.
         raise RuntimeError(_REENTRANT)
     return {p: g for p, g in zip(parameters, taken, strict=True) if g is not None}
@@ -203,34 +230,6 @@ def write(update: Gradients) -> None:
     add_into(existing, update)
     for p, gradient in existing.items():
         p.grad = gradient
-
-
-def join(losses: Sequence[Tensor], backward: Callable[..., object]) -> Tensor:
-    """The sum of some losses, whose backward pass is ``backward(scale=..., retain_graph=...)`` instead."""
-    apply: Callable[..., Tensor] = _Join.apply
-    return apply(torch.zeros((), requires_grad=torch.is_grad_enabled()), losses, backward)
-
-
-class _Join(torch.autograd.Function):
-    """Cuts the sum off from the graphs of the losses, which are walked one by one instead."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, losses: Sequence[Tensor], backward: Callable[..., object]) -> Tensor:
-        """The sum; ``anchor`` only makes it require grad."""
-        ctx.steer = backward
-        # Saved for its lifetime alone: autograd frees it with the graph, and then refuses a second backward pass.
-        ctx.save_for_backward(anchor)
-        total = losses[0].detach().reshape(()).clone()
-        for loss in losses[1:]:
-            total += loss.detach().reshape(()).to(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[None, None, None]:
-        """Steers; the anchor gets nothing."""
-        _ = ctx.saved_tensors
-        ctx.steer(scale=scale, retain_graph=torch._C._autograd._get_current_graph_task_keep_graph())
-        return None, None, None
 
 
 @contextmanager
@@ -295,7 +294,8 @@ def is_dtensor(tensor: Tensor) -> bool:
     return type(tensor).__name__ == "DTensor"
 
 
-def _check_parameters(parameters: Sequence[Tensor]) -> None:
+def check_parameters(parameters: Sequence[Tensor]) -> None:
+    """Refuses parameters whose gradients cannot be taken one component at a time."""
     for i, p in enumerate(parameters):
         if p.layout not in (torch.strided, torch.sparse_coo):
             raise TypeError(

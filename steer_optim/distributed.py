@@ -128,9 +128,10 @@ class Replicas:
         highest, minus_lowest = extremes.tolist()
         if highest != -minus_lowest:
             raise ValueError(
-                "the replicas differ in their components, in the order of these, or in the number of parameters; this "
-                f"one has {', '.join(map(repr, names))} and {len(members)} parameters. Pass the same on all: where a "
-                "replica has no data for a component, a zero that depends on its parameters, such as 0 * output.sum()"
+                "the replicas differ in their components, in the order of these, in the number of parameters or in "
+                f"refresh_every; this one has {', '.join(map(repr, names))} and {len(members)} parameters. Pass the "
+                "same on all: where a replica has no data for a component, a zero that depends on its parameters, "
+                "such as 0 * output.sum()"
             )
 
     def _reached_anywhere(

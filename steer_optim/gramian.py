@@ -23,6 +23,9 @@ _CHUNK_CPU, _CHUNK_ACCELERATOR = 2**16, 2**24
 _SMALL = 2**12
 
 
+Row = list[Tensor | None]  # one parameter's gradient in each of the k sets
+
+
 @dataclass(frozen=True)
 class Geometry:
     """How the component gradients of one step lie to each other, and the weights that a rule gave them.
@@ -32,11 +35,14 @@ class Geometry:
 
     Attributes:
         names: the ``k`` components.
-        G: Gramian ``(k, k)`` or ``(S, k, k)``, float64: the inner products of the gradients.
+        G: Gramian ``(k, k)`` or ``(S, k, k)``, float64: the inner products of the gradients. NaN where one was not
+            taken, as with a preservation component of ``VGS`` in one process; what depends on it is NaN, too.
         weights: ``(k,)`` or ``(S, k)``, float64; the update is ``sum_i weights[i] * g_i``.
         losses: ``(k,)``, float64, the values of the components, summed over micro-batches; None where
             they are not known.
         scopes: the names of the ``S`` scopes; empty for the whole model.
+        age: how many steps ago ``G`` was taken. More than 0 where ``refresh_every`` let a step use the weights of an
+            earlier one: ``G`` and ``weights`` are then those of that step, and ``losses`` are this step's.
 
     Example:
         >>> import torch
@@ -54,6 +60,7 @@ class Geometry:
     weights: Tensor
     losses: Tensor | None = None
     scopes: tuple[str, ...] = ()
+    age: int = 0
 
     @property
     def norms(self) -> Tensor:
@@ -130,18 +137,37 @@ def gramian(sets: Sequence[Gradients], parameters: Sequence[Tensor]) -> Tensor:
     Raises:
         TypeError: a gradient has a layout other than strided or sparse COO.
     """
-    k, device = len(sets), parameters[0].device
-    partial: dict[tuple[int, int], list[Tensor]] = {(i, j): [] for i in range(k) for j in range(i, k)}
+    products = Products(len(sets))
     for row in _pieces([s.get(p) for s in sets] for p in parameters):
+        products.add(row)
+    return products.total(parameters[0].device)
+
+
+class Products:
+    """Inner products of ``k`` gradient sets, added up piece by piece."""
+
+    def __init__(self, k: int) -> None:
+        self._partial: dict[tuple[int, int], list[Tensor]] = {(i, j): [] for i in range(k) for j in range(i, k)}
+
+    def add_gradients(self, row: Row) -> None:
+        """One parameter's gradient in each of the sets."""
+        for piece in _pieces([row]):
+            self.add(piece)
+
+    def add(self, row: Row) -> None:
+        """A row of :func:`_pieces`."""
         dot = _sparse_dot if _has_sparse(row) else torch.dot
-        for (i, j), products in partial.items():
+        for (i, j), products in self._partial.items():
             a, b = row[i], row[j]
             if a is not None and b is not None:
                 products.append(dot(a, b))
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    zero = torch.zeros((), dtype=dtype, device=device)
-    G = {pair: _total(products, zero) for pair, products in partial.items()}
-    return torch.stack([G[min(i, j), max(i, j)] for i in range(k) for j in range(k)]).view(k, k)
+
+    def total(self, device: torch.device) -> Tensor:
+        """``(k, k)``, float64 (float32 where the device has none)."""
+        zero = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+        G = {pair: _total(products, zero) for pair, products in self._partial.items()}
+        k = 1 + max(i for i, _ in G)
+        return torch.stack([G[min(i, j), max(i, j)] for i in range(k) for j in range(k)]).view(k, k)
 
 
 def measure(losses: Losses, parameters: Iterable[Tensor], *, retain_graph: bool = True) -> Geometry:
@@ -187,7 +213,7 @@ def measure(losses: Losses, parameters: Iterable[Tensor], *, retain_graph: bool 
     sets: list[Gradients] = []
     values: list[Tensor] = []
     for name, loss, keep in evaluate(losses, retain_graph=retain_graph):
-        sets.append(take(loss, trainable, None, retain_graph=keep))
+        sets.append(take([loss], trainable, retain_graph=keep))
         if not sets[-1]:
             raise refuse_unreached(name)
         values.append(loss.detach())
@@ -199,9 +225,6 @@ def measure(losses: Losses, parameters: Iterable[Tensor], *, retain_graph: bool 
 def stack_losses(values: Iterable[Tensor], like: Tensor) -> Tensor:
     """``(k,)``: the values of the components, side by side, on the device and in the dtype of ``like``."""
     return torch.stack([value.reshape(()).to(like) for value in values])
-
-
-Row = list[Tensor | None]  # one parameter's gradient in each of the k sets
 
 
 def _pieces(rows: Iterable[Row]) -> Iterator[Row]:

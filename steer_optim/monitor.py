@@ -14,7 +14,9 @@ keeps the same numbers over training, under the same names. For components ``lan
 ``steer/update_norm_ratio`` the same, divided by the norm of the plain sum
 =========================== ==========================================================================
 
-Norms, cosines and angles are those of the whole gradients under every scope, so that runs compare.
+Norms, cosines and angles are those of the whole gradients under every scope, so that runs compare. What a step did not
+measure is left out: inner products that it did not take, and everything but losses and weights where these are of an
+earlier step (``geometry.age``).
 """
 
 from __future__ import annotations
@@ -55,7 +57,9 @@ def scalars(geometry: Geometry) -> dict[str, float]:
         (2.0, -0.5, 1.0)
     """
     keys, row = _row(geometry)
-    return dict(zip(keys, row.tolist(), strict=True))
+    numbers = dict(zip(keys, row.tolist(), strict=True))
+    always = ("steer/loss/", "steer/norm/", "steer/weight/")  # NaN there is news
+    return {key: value for key, value in numbers.items() if key.startswith(always) or not math.isnan(value)}
 
 
 class Monitor:
@@ -149,14 +153,17 @@ def _row(geometry: Geometry) -> tuple[Keys, Tensor]:
     scopes = geometry.G.reshape(-1, k, k)
     # The scopes divide the parameters among them: inner products of whole gradients are sums over scopes.
     whole = Geometry(names, scopes.sum(0), geometry.weights.reshape(-1, k).mean(0))
-    conflicts = (scopes < 0).to(scopes.dtype).mean(0)
+    conflicts = torch.where(scopes.isnan(), torch.nan, (scopes < 0).to(scopes.dtype)).mean(0)
     update_norm = geometry.update_norm.square().sum().sqrt()
     cosines, angles = whole.cosines, whole.angles
 
     numbers: dict[str, Tensor] = {}
-    for kind, values in (("loss", geometry.losses), ("norm", whole.norms), ("weight", whole.weights)):
+    norms = whole.norms if geometry.age == 0 else None
+    for kind, values in (("loss", geometry.losses), ("norm", norms), ("weight", whole.weights)):
         if values is not None:
             numbers |= {f"steer/{kind}/{name}": value for name, value in zip(names, values.unbind(), strict=True)}
+    if geometry.age > 0:
+        return tuple(numbers), torch.stack(list(numbers.values()))
     for kind, matrix in (("cos", cosines), ("angle", angles), ("conflict", conflicts)):
         for i, j in combinations(sorted(range(k), key=names.__getitem__), 2):
             numbers[f"steer/{kind}/{names[i]}~{names[j]}"] = matrix[i, j]

@@ -2,12 +2,11 @@
 
     losses -> capture -> gramian -> rule -> combine -> .grad -> inner.step()
 
-Each arrow is a call in `_backward` below; each step lives in a module of its own.
+This is its public face: `steering.py` has the flow up to ``.grad``, `facade.py` what makes it a twin of the inner one.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any, Literal, overload
 
@@ -15,17 +14,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from steer_optim import distributed, processes
-from steer_optim.capture import Gradients, Losses, capture, check_losses, combine, join, refuse_pending, write
-from steer_optim.facade import OptimizerFacade
-from steer_optim.gramian import Geometry, gramian, stack_losses
-from steer_optim.rules.base import Rule, State, carry_over
-
-Scope = Literal["model", "group", "tensor"]
-_KEY = "steer_optim"  # where the rule's state travels: in the first param group of the state dict
+from steer_optim import processes
+from steer_optim.capture import Losses, check_losses, refuse_pending
+from steer_optim.gramian import Geometry
+from steer_optim.joined import join
+from steer_optim.rules.base import Rule
+from steer_optim.steering import Scope, Steering
 
 
-class SteeredOptimizer(OptimizerFacade):
+class SteeredOptimizer(Steering):
     """Wraps a torch optimizer and steers its update by a rule over the gradients of named loss components.
 
     Call :meth:`backward_components` instead of ``loss.backward()``, or ``backward()`` on what :meth:`join` returns. The
@@ -40,16 +37,21 @@ class SteeredOptimizer(OptimizerFacade):
             replicas of one model, and the gradients of its components (not their losses) are averaged before the
             Gramian is taken; a process group, if only its processes are (it cannot be pickled or deep-copied); False
             if each trains by itself. Sharded parameters (FSDP2, tensor parallel) say so themselves.
+        refresh_every: take the Gramian in every so many steps only. In between the last weights are used, for which
+            one backward pass of the weighted sum is enough; ``geometry.age`` says how old they are. For
+            ``scope="model"``. May be changed at any time.
 
     Attributes:
         inner: the wrapped optimizer.
         rule: the rule.
         scope: the scope.
+        refresh_every: as above.
         geometry: the :class:`Geometry` of the last steered backward pass; None before the first.
 
     Raises:
         TypeError: ``optimizer`` or ``rule`` is not one, or ``optimizer`` is steered already.
-        ValueError: there is no such scope.
+        ValueError: there is no such scope; or ``refresh_every`` is not a positive integer, or more than 1 with a scope
+            other than the whole model, since one backward pass has one weight for each component.
 
     Example:
         >>> import torch
@@ -73,6 +75,7 @@ class SteeredOptimizer(OptimizerFacade):
         *,
         scope: Scope = "model",
         data_parallel: processes.DataParallel = None,
+        refresh_every: int = 1,
     ) -> None:
         processes.refuse_deepspeed(optimizer)
         if not isinstance(optimizer, Optimizer):
@@ -83,15 +86,14 @@ class SteeredOptimizer(OptimizerFacade):
             raise TypeError(f"rule must be a Rule; got {rule!r}. Wrap a function of the Gramian in Weighting(...)")
         if scope not in ("model", "group", "tensor"):
             raise ValueError(f"scope must be 'model', 'group' or 'tensor'; got {scope!r}")
-        super().__init__(optimizer)
-        self.rule = rule
-        self.scope = scope
-        self.data_parallel = data_parallel
-        self.geometry: Geometry | None = None
-        self._names: tuple[str, ...] = ()
-        self._rule_state: State = {}
-        self._pending: dict[str, Gradients] = {}
-        self._pending_losses: dict[str, Tensor] = {}
+        if not isinstance(refresh_every, int) or refresh_every < 1:
+            raise ValueError(f"refresh_every is a number of steps, an int of at least 1; got {refresh_every!r}")
+        if refresh_every > 1 and scope != "model":
+            raise ValueError(
+                f"refresh_every={refresh_every} needs scope='model': the steps in between are one backward pass, which "
+                f"has one weight for each component; got scope={scope!r}"
+            )
+        super().__init__(optimizer, rule, scope, data_parallel, refresh_every)
 
     @overload
     def backward_components(
@@ -194,84 +196,6 @@ class SteeredOptimizer(OptimizerFacade):
 
         return join(list(values.values()), backward)
 
-    def _backward(
-        self, losses: Losses, *, scale: Tensor | None, accumulate: bool, retain_graph: bool
-    ) -> Geometry | None:
-        check_losses(losses)
-        self._check_names(losses)
-        groups = self._scopes()
-        parameters = [p for _, group in groups for p in group if p.requires_grad]
-        if not parameters:
-            raise ValueError("the optimizer has no parameter that requires grad")
-        replicas = processes.replica_group(self.data_parallel, parameters)
-        isolate = replicas is not None
-        try:
-            values = capture(losses, parameters, self._pending, scale=scale, retain_graph=retain_graph, isolate=isolate)
-            for name, value in values.items():
-                before = self._pending_losses.get(name)
-                self._pending_losses[name] = value if before is None else before + value
-            if accumulate:
-                return None
-            sets = [self._pending[name] for name in self._names]
-            view = distributed.share(self._names, sets, [group for _, group in groups], replicas)
-            G = view.total([gramian(view.sets, part.parameters) for part in view.parts])
-            memory = carry_over(self._rule_state, self.rule.init(G, self._names))
-            weights, state = self.rule(G, self._names, memory)
-            update: Gradients = {}
-            for part in view.parts:
-                update |= combine(view.sets, part.parameters, weights[part.scope])
-            write(view.gather(update))
-            self._rule_state = state
-            losses_k = stack_losses((self._pending_losses[name] for name in self._names), weights)
-            if self.scope == "model":
-                self.geometry = Geometry(self._names, G[0], weights[0], losses_k)
-            else:
-                self.geometry = Geometry(self._names, G, weights, losses_k, tuple(name for name, _ in groups))
-        except BaseException:
-            self._drop_pending()
-            raise
-        self._drop_pending()
-        return self.geometry
-
-    def _check_names(self, losses: Losses) -> None:
-        """Remembers the order of the components, and refuses a set of names that does not fit."""
-        self._check_identity()
-        names = tuple(losses)
-        if set(names) == set(self._names):
-            return
-        if self._pending:
-            raise ValueError(
-                f"components {sorted(self._pending)} are pending and this call has {sorted(names)}: pass the same "
-                "components in every micro-batch, or call zero_grad() to drop what is pending"
-            )
-        self.rule.check(names)
-        if self._rule_state:
-            raise ValueError(
-                f"{type(self.rule).__name__} remembers components {sorted(self._names)} and this call has "
-                f"{sorted(names)}: pass the same components in every step"
-            )
-        self._names = names
-
-    def _scopes(self) -> list[tuple[str, list[Tensor]]]:
-        """The parameters of each scope, read anew: groups may have been added since.
-
-        Frozen ones are among them, so that a scope keeps its row in the rule's state when it thaws.
-        """
-        groups = [(i, group) for i, group in enumerate(self.param_groups) if group["params"]]
-        if self.scope == "model":
-            return [("model", [p for _, group in groups for p in group["params"]])]
-        if self.scope == "group":
-            return [(f"group {i}", group["params"]) for i, group in groups]
-        return [
-            (group["param_names"][j] if "param_names" in group else f"group {i} tensor {j}", [p])
-            for i, group in groups
-            for j, p in enumerate(group["params"])
-        ]
-
-    def _drop_pending(self) -> None:
-        self._pending.clear()  # in place: Lightning calls zero_grad on an object that only refers to these
-        self._pending_losses.clear()
-
     @overload
     def step(self, closure: None = None) -> None: ...
 
@@ -293,8 +217,8 @@ class SteeredOptimizer(OptimizerFacade):
 
         def evaluate() -> Any:
             loss = closure() if closure else None
-            if self._pending:
-                raise refuse_pending(self._pending)
+            if self._pending_losses:
+                raise refuse_pending(self._pending_losses)
             return loss
 
         return super().step(evaluate if closure else evaluate())
@@ -305,41 +229,6 @@ class SteeredOptimizer(OptimizerFacade):
         """Clears ``.grad`` as the inner optimizer does, and drops what is pending."""
         self._drop_pending()
         super().zero_grad(set_to_none)
-
-    def _export_state(self) -> dict[str, Any]:
-        """The inner state dict with the rule's memory in its first group, as one JSON string.
-
-        ``torch.distributed.checkpoint`` drops unknown keys at the top level and keeps those of a group, but loads no
-        leaf that a fresh optimizer does not have: so the memory is a single leaf, which is always there.
-        """
-        state_dict = super()._export_state()
-        first, *others = state_dict["param_groups"]
-        state = {key: [str(value.dtype), value.tolist()] for key, value in self._rule_state.items()}
-        memory = json.dumps({"rule": self._rule_key(), "names": self._names, "state": state})
-        return {**state_dict, "param_groups": [{**first, _KEY: memory}, *others]}
-
-    def _import_state(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `_export_state` gave, or a plain inner state dict: the rule then starts afresh."""
-        first, *others = state_dict["param_groups"]
-        memory = json.loads(first.get(_KEY, '{"names": [], "state": {}}'))
-        if memory["state"] and memory["rule"] != self._rule_key():
-            raise ValueError(
-                f"the checkpoint holds the memory of {memory['rule']} and this optimizer steers with "
-                f"{self._rule_key()}: use the same rule and scope, or delete "
-                f"state_dict['param_groups'][0][{_KEY!r}] to start this one afresh"
-            )
-        first = {key: value for key, value in first.items() if key != _KEY}
-        super()._import_state({**state_dict, "param_groups": [first, *others]})
-        self._names = tuple(memory["names"])
-        self._rule_state = {
-            key: torch.tensor(value, dtype=getattr(torch, dtype.removeprefix("torch.")))
-            for key, (dtype, value) in memory["state"].items()
-        }
-        self._drop_pending()
-
-    def _rule_key(self) -> str:
-        """Whose memory it is: another rule, or the same one over other scopes, cannot read it."""
-        return f"{type(self.rule).__name__}, scope={self.scope!r}"
 
     def __repr__(self) -> str:
         return f"SteeredOptimizer({self.rule!r}, scope={self.scope!r}, inner={self.inner!r})"

@@ -6,6 +6,7 @@ import pytest
 import torch
 from properties import RULES, names_for
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from steer_optim import SteeredOptimizer, reference
 from steer_optim.rules import Rule
@@ -69,3 +70,24 @@ def assert_close(found: Tensor, expected: Tensor, tolerance: float = 1e-13) -> N
     """Equal up to an error relative to the norm; 1e-13 is a few hundred roundings of float64."""
     assert expected.norm() > 0
     assert (found - expected).norm() <= tolerance * expected.norm()
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most memory of the CPU that was in use at a time beyond what was before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    used = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        used += event.nbytes()
+        peak = max(peak, used)
+    return peak
+
+
+class NoHostRead(TorchDispatchMode):
+    """Fails where a number is read from a tensor, which is where an accelerator would be waited for."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        assert not any(read in name for read in ("_local_scalar_dense", "is_nonzero", "equal", "nonzero")), name
+        return function(*args, **(kwargs or {}))

@@ -9,6 +9,7 @@ from properties import RULES
 from steering import (
     EACH_RULE,
     STEER,
+    NoHostRead,
     assert_close,
     assert_steered,
     clear,
@@ -16,10 +17,10 @@ from steering import (
     expected_update,
     flat_grad,
     network,
+    peak_bytes,
     steered,
 )
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from steer_optim import SteeredOptimizer, Sum, measure
@@ -267,18 +268,6 @@ def test_tensor_hooks_see_each_component_on_its_way():
 # Budgets
 
 
-def peak_bytes(work: Callable[[], object]) -> int:
-    """The most memory of the CPU that was in use at a time beyond what was before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        work()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    used = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        used += event.nbytes()
-        peak = max(peak, used)
-    return peak
-
-
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("scope", ["model", "tensor"])
 def test_steering_k_components_holds_k_gradient_sets_and_no_more(count, scope):
@@ -291,15 +280,6 @@ def test_steering_k_components_holds_k_gradient_sets_and_no_more(count, scope):
     assert plain >= one_set
     extra = peak_bytes(lambda: optimizer.backward_components(losses)) - plain
     assert extra <= 1.05 * (count - 1) * one_set
-
-
-class NoHostRead(TorchDispatchMode):
-    """Fails where a number is read from a tensor, which is where an accelerator would be waited for."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = str(function)
-        assert not any(read in name for read in ("_local_scalar_dense", "is_nonzero", "equal", "nonzero")), name
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("name", sorted(set(RULES) - {"Weighting"}))  # a user's function is given its matrix on the CPU

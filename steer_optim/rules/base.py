@@ -40,10 +40,10 @@ def carry_over(state: State, fresh: State) -> State:
 class Rule(abc.ABC):
     """A map from the Gramian of the components to their weights.
 
-    A concrete rule overrides :meth:`update`; :meth:`init` where it has state; and :meth:`check`
-    where it needs certain components. The optimizer calls the rule itself (``rule(G, names, state)``), which
-    adds the one behaviour that all rules share: a Gramian that is not finite gives the plain sum and leaves the
-    state as it was, so that a gradient scaler sees the overflow and skips the step.
+    A concrete rule overrides :meth:`update`; :meth:`init` where it has state; :meth:`check` where it needs certain
+    components; and :meth:`ratios` where those of its weights are fixed. The optimizer calls the rule itself
+    (``rule(G, names, state)``), which adds the one behaviour that all rules share: a Gramian that is not finite gives
+    the plain sum and leaves the state as it was, so that a gradient scaler sees the overflow and skips the step.
 
     Shapes: ``S`` scopes (1 for the whole model), ``k`` components. ``G`` is ``(S, k, k)``, float64,
     symmetric and positive semidefinite up to rounding; weights are ``(S, k)`` of the same dtype and device.
@@ -55,6 +55,15 @@ class Rule(abc.ABC):
     def init(self, G: Tensor, names: Sequence[str]) -> State:
         """The state before the first update, on the device of ``G``; empty for a rule without memory."""
         return {}
+
+    def ratios(self, names: Sequence[str]) -> Mapping[str, float] | None:
+        """The weights of the components up to a common factor, where they do not depend on ``G``; None where they do.
+
+        A rule that knows them is steered in one process without a second set of gradients. The first two components
+        are those whose Gramian decides the factor: :meth:`update` is then called with these two alone. The first one's
+        ratio is 1, and none is 0.
+        """
+        return None
 
     @abc.abstractmethod
     def update(self, G: Tensor, names: Sequence[str], state: State) -> tuple[Tensor, State]:

@@ -1,0 +1,37 @@
+"""One scalar that stands for all components: its backward pass steers, in loops that call ``loss.backward()``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def join(losses: Sequence[Tensor], backward: Callable[..., object]) -> Tensor:
+    """The sum of some losses, whose backward pass is ``backward(scale=..., retain_graph=...)`` instead."""
+    apply: Callable[..., Tensor] = _Join.apply
+    return apply(torch.zeros((), requires_grad=torch.is_grad_enabled()), losses, backward)
+
+
+class _Join(torch.autograd.Function):
+    """Cuts the sum off from the graphs of the losses, which are walked one by one instead."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, losses: Sequence[Tensor], backward: Callable[..., object]) -> Tensor:
+        """The sum; ``anchor`` only makes it require grad."""
+        ctx.steer = backward
+        # Saved for its lifetime alone: autograd frees it with the graph, and then refuses a second backward pass.
+        ctx.save_for_backward(anchor)
+        total = losses[0].detach().reshape(()).clone()
+        for loss in losses[1:]:
+            total += loss.detach().reshape(()).to(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[None, None, None]:
+        """Steers; the anchor gets nothing."""
+        _ = ctx.saved_tensors
+        ctx.steer(scale=scale, retain_graph=torch._C._autograd._get_current_graph_task_keep_graph())
+        return None, None, None

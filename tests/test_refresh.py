@@ -1,0 +1,262 @@
+"""``refresh_every``: the weights of an earlier step, one backward pass, and a geometry that says so."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from properties import RULES
+from steering import (
+    EACH_RULE,
+    STEER,
+    NoHostRead,
+    assert_close,
+    clear,
+    conflicting,
+    flat,
+    flat_grad,
+    network,
+    peak_bytes,
+    steered,
+)
+from torch import Tensor, nn
+from toys import assert_equal, components, make_model, steer_step, train, weights
+
+from steer_optim import GradVac, PCGrad, Steer, SteeredOptimizer, Sum
+from steer_optim.monitor import Monitor, scalars
+
+WAYS = ["tensors", "callables", "mixed", "join"]
+
+
+def backward(optimizer: SteeredOptimizer, losses: Callable[[], dict[str, Tensor]], way: str, **options) -> None:
+    if way == "join":
+        (2.0 * optimizer.join(losses(), **options)).backward()
+    elif way == "tensors":
+        optimizer.backward_components(losses(), **options)
+    else:
+        late = {name: lambda name=name: losses()[name] for name in losses()}
+        if way == "mixed":
+            late |= {name: loss for name, loss in losses().items() if name != "vis"}
+        optimizer.backward_components(late, **options)
+
+
+@EACH_RULE
+@pytest.mark.parametrize("way", WAYS)
+def test_steps_in_between_use_the_last_weights(rule, way):
+    model = network()
+    optimizer = steered(model.parameters(), rule, refresh_every=3)
+    ages = []
+    for step in range(7):
+        batch = torch.randn(8, 4).double()
+        losses = lambda batch=batch: conflicting(model(batch), rule)  # noqa: E731
+        exact = step % 3 == 0
+        clear(model.parameters())
+        backward(optimizer, losses, way)
+        geometry = optimizer.geometry
+        ages.append(geometry.age)
+        if exact:
+            last = geometry
+        values = losses()
+        assert_close(geometry.losses, torch.stack([*values.values()]).detach())
+        assert_equal([geometry.G, geometry.weights], [last.G, last.weights])
+        rows = [torch.autograd.grad(loss, [*model.parameters()], retain_graph=True) for loss in values.values()]
+        J = torch.stack([flat(row, [*model.parameters()]) for row in rows])
+        expected = (2.0 if way == "join" else 1.0) * (last.weights @ J)
+        assert_close(flat_grad(model.parameters()), expected)
+        optimizer.step()
+    assert ages == [0, 1, 2, 0, 1, 2, 0]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("exact", [True, False])
+def test_accumulation(way, exact):
+    """Micro-batches are all of the kind of the first, and count as one step."""
+    model, batch = network(), torch.randn(8, 4).double()
+    optimizer = steered(model.parameters(), STEER, refresh_every=2)
+    if not exact:
+        optimizer.backward_components(conflicting(model(torch.randn(8, 4).double())))
+    clear(model.parameters())
+    for i, rows in enumerate(batch.split(2)):
+        losses = lambda rows=rows: {n: loss / 4 for n, loss in conflicting(model(rows)).items()}  # noqa: E731
+        backward(optimizer, losses, way, accumulate=i < 3)
+        if i < 3:
+            assert all(p.grad is None for p in model.parameters())
+            with pytest.raises(RuntimeError, match="accumulated and never steered"):
+                optimizer.step()
+    assert optimizer.geometry.age == (0 if exact else 1)
+    found, factor = flat_grad(model.parameters()), 2.0 if way == "join" else 1.0
+    values = conflicting(model(batch))
+    rows = [torch.autograd.grad(loss, [*model.parameters()], retain_graph=True) for loss in values.values()]
+    J = torch.stack([flat(row, [*model.parameters()]) for row in rows])
+    assert_close(found, factor * (optimizer.geometry.weights @ J))
+    assert_close(optimizer.geometry.losses, torch.stack([*values.values()]).detach())
+
+
+def test_what_was_accumulated_is_dropped_by_zero_grad():
+    model, batch = network(), torch.randn(8, 4).double()
+    optimizer = steered(model.parameters(), refresh_every=5)
+    for _ in range(2):
+        optimizer.backward_components(conflicting(model(batch)))
+    once = flat_grad(model.parameters())
+    optimizer.backward_components(conflicting(model(batch)), accumulate=True)
+    optimizer.zero_grad()
+    for _ in range(2):
+        optimizer.backward_components(conflicting(model(batch)))
+    assert_close(flat_grad(model.parameters()), once)
+
+
+def test_an_existing_gradient_is_added_to_and_an_unused_parameter_has_none():
+    x, unused = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = steered([x, unused], Sum(), refresh_every=2)
+    for _ in range(2):
+        optimizer.backward_components({"a": x.sum(), "b": x[0]})
+    assert optimizer.geometry.age == 1
+    assert x.grad.tolist() == [4, 2]
+    assert unused.grad is None
+
+
+def test_components_that_changed_are_measured():
+    x = nn.Parameter(torch.ones(2))
+    optimizer = steered([x], Sum(), refresh_every=10)
+    steps = ("ab", "ab", "ba", "abc", "abc", "ab")
+    ages = [optimizer.backward_components({name: x.sum() for name in names}).age for names in steps]
+    assert ages == [0, 1, 2, 0, 1, 0]
+
+
+def test_how_often_may_be_changed_on_the_way():
+    x = nn.Parameter(torch.ones(2))
+    optimizer = steered([x], Sum(), refresh_every=10)
+    ages = []
+    for every in (10, 10, 10, 1, 1, 3, 3, 3, 3):
+        optimizer.refresh_every = every
+        ages.append(optimizer.backward_components({"a": x.sum()}).age)
+    assert ages == [0, 1, 2, 0, 0, 1, 2, 0, 1]
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_the_step_after_an_overflow_is_exact(value):
+    """The weights of an overflow are those of the plain sum, which nobody asked for."""
+    x = nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = steered([x], Steer("vis", gain=1.0), refresh_every=10)
+    first = optimizer.backward_components({"std": value * x.sum(), "vis": x[0]})
+    assert first.weights.tolist() == [1, 1]
+    second = optimizer.backward_components({"std": x.sum(), "vis": x[0]})
+    assert second.age == 0
+    assert second.weights.tolist() != [1, 1]
+    assert optimizer.backward_components({"std": x.sum(), "vis": x[0]}).age == 1
+    # An overflow of a later step is in .grad for a scaler to see, and the weights are as good as before.
+    x.grad = None
+    assert optimizer.backward_components({"std": value * x.sum(), "vis": x[0]}).age == 2
+    assert not x.grad.isfinite().all()
+    assert optimizer.backward_components({"std": x.sum(), "vis": x[0]}).age == 3
+
+
+def test_a_component_that_reaches_nothing_is_noticed_when_all_do():
+    x, other = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = steered([x], Sum(), refresh_every=3)
+    optimizer.backward_components({"a": x.sum(), "b": x.sum()})
+    x.grad = None
+    with pytest.raises(ValueError, match=r"'a \+ b' is detached"):
+        optimizer.backward_components({"a": other.sum(), "b": other.sum()})
+    assert x.grad is None
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.0, "10", None])
+def test_a_bad_number_of_steps_is_refused(value):
+    with pytest.raises(ValueError, match=r"an int of at least 1; got"):
+        steered(network().parameters(), refresh_every=value)
+
+
+@pytest.mark.parametrize("scope", ["group", "tensor"])
+def test_scopes_are_refused(scope):
+    with pytest.raises(ValueError, match=f"refresh_every=2 needs scope='model'.*got scope='{scope}'"):
+        steered(network().parameters(), scope=scope, refresh_every=2)
+    steered(network().parameters(), scope=scope, refresh_every=1)
+
+
+# What is remembered
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("rule", [Steer("b"), GradVac(beta=0.5), PCGrad()], ids=["Steer", "GradVac", "PCGrad"])
+def test_a_resumed_run_is_the_uninterrupted_one(rule, stop):
+    def make() -> tuple[nn.Module, SteeredOptimizer]:
+        model = make_model()
+        return model, SteeredOptimizer(torch.optim.AdamW(model.parameters(), lr=0.05), rule, refresh_every=3)
+
+    model, optimizer = make()
+    expected = train(steer_step, optimizer, model, range(8))
+    first, optimizer = make()
+    train(steer_step, optimizer, first, range(stop))
+    model, resumed = make()
+    model.load_state_dict(first.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert_equal(train(steer_step, resumed, model, range(stop, 8)), expected)
+
+
+def test_the_weights_of_another_rule_are_not_used_again():
+    model = make_model()
+    first = SteeredOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), Sum(), refresh_every=3)
+    first.backward_components(components(model, 0))
+    other = SteeredOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), Steer("a"), refresh_every=3)
+    other.load_state_dict(first.state_dict())
+    assert other.backward_components(components(model, 1)).age == 0
+
+
+def test_loading_forgets_the_weights_of_before():
+    model = make_model()
+    optimizer = SteeredOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), Sum(), refresh_every=3)
+    fresh = optimizer.state_dict()
+    optimizer.backward_components(components(model, 0))
+    optimizer.load_state_dict(fresh)
+    assert optimizer.backward_components(components(model, 1)).age == 0
+
+
+# A gradient scaler, the monitor, the budgets
+
+
+def test_scaling_by_a_power_of_two_changes_no_bit():
+    results = []
+    for enabled in (False, True):
+        model = make_model()
+        optimizer = SteeredOptimizer(torch.optim.AdamW(model.parameters(), lr=0.05), Steer("a"), refresh_every=3)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=enabled)
+        for step in range(5):
+            optimizer.zero_grad()
+            scaler.scale(optimizer.join(components(model, step))).backward()
+            scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+        results.append(weights(model))
+    assert_equal(results[1], results[0])
+
+
+def test_a_record_has_norms_and_angles_of_exact_steps_only():
+    model, monitor = make_model(), Monitor()
+    optimizer = SteeredOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), Steer("a"), refresh_every=2)
+    for step in range(4):
+        monitor.record(optimizer.backward_components(components(model, step)))
+    history = monitor.history()
+    for key in ("steer/norm/a", "steer/angle/a~b", "steer/conflict/a~b", "steer/update_norm"):
+        assert history[key].isnan().tolist() == [False, True, False, True]
+    for key in ("steer/loss/a", "steer/weight/a"):
+        assert history[key].isfinite().all()
+    assert set(scalars(optimizer.geometry)) == {f"steer/{kind}/{name}" for kind in ("loss", "weight") for name in "abc"}
+
+
+@pytest.mark.parametrize("way", ["tensors", "join"])
+def test_a_step_in_between_has_the_memory_of_a_plain_one_and_reads_nothing(way):
+    model, batch = nn.Sequential(*(nn.Linear(256, 256) for _ in range(8))), torch.randn(2, 256)
+    optimizer = steered(model.parameters(), RULES["PCGrad"], refresh_every=4)
+    for _ in range(2):
+        optimizer.backward_components(conflicting(model(batch)))
+    clear(model.parameters())
+    plain = peak_bytes(lambda: sum(conflicting(model(batch)).values()).backward())
+    clear(model.parameters())
+    with NoHostRead():
+        backward(optimizer, lambda: conflicting(model(batch)), way)
+    assert optimizer.geometry.age == 2
+    clear(model.parameters())
+    extra = peak_bytes(lambda: backward(optimizer, lambda: conflicting(model(batch)), way)) - plain
+    assert optimizer.geometry.age == 3
+    assert extra <= 2**14  # the weights, and what a join keeps
