@@ -151,8 +151,13 @@ class Products:
 
     def add_gradients(self, row: Row) -> None:
         """One parameter's gradient in each of the sets."""
-        for piece in _pieces([row]):
-            self.add(piece)
+        # A short cut for small tensors, where the calls cost more than the arithmetic.
+        if all(g is None or (g.numel() < _SMALL and g.layout is torch.strided and not g.is_complex()) for g in row):
+            dtype = next(torch.promote_types(g.dtype, torch.float32) for g in row if g is not None)
+            self.add([None if g is None else g.reshape(-1).to(dtype) for g in row])
+        else:
+            for piece in _pieces([row]):
+                self.add(piece)
 
     def add(self, row: Row) -> None:
         """A row of :func:`_pieces`."""

@@ -7,7 +7,6 @@ their common factor comes last: hooks see every gradient beside what has been ac
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -123,11 +122,11 @@ def capture_ratios(
         root = loss.new_full(loss.shape, ratios[name] if exact else 1.0)
         if scale is not None:
             root *= scale.to(root)
-        with this.watching(parameters):
+        with this.watching():
             backpropagate([loss], [root], parameters, total, retain_graph=keep, isolate=False)
         values[name] = loss.detach()
         del loss  # and its graph, before the next one is built
-        if not this.times:
+        if not this.reached:
             raise refuse_unreached(name)
         if this.in_pieces and name == first:
             rest = {other: losses[other] for other in ratios if other != first}
@@ -151,32 +150,38 @@ class _Pass:
     """
 
     def __init__(self, scopes: Sequence[Sequence[Tensor]], ratio: float, *, columns: int) -> None:
-        self.times: Counter[Tensor] = Counter()
         self.products = [Products(columns) for _ in scopes]
-        self._scope = {p: i for i, scope in enumerate(scopes) for p in scope}
         self._ratio, self._columns = ratio, columns
+        self._parameters = [(p, own) for scope, own in zip(scopes, self.products, strict=True) for p in scope]
+        self._times = [0] * len(self._parameters)
 
-    def see(self, p: Tensor, gradient: Tensor) -> Tensor:
-        self.times[p] += 1
+    def see(self, i: int, gradient: Tensor) -> Tensor:
+        self._times[i] += 1
         if self._ratio != 1:
             gradient = gradient * self._ratio
         if self._columns:
-            self.products[self._scope[p]].add_gradients([p.grad, gradient][-self._columns :])
+            p, products = self._parameters[i]
+            products.add_gradients([p.grad, gradient] if self._columns == 2 else [gradient])
         return gradient
 
     def add_unreached(self, total: Gradients) -> None:
         """The inner products of what was accumulated where this component reaches nothing."""
-        for p, gradient in total.items():
-            if p not in self.times:
-                self.products[self._scope[p]].add_gradients([gradient, None])
+        for (p, products), times in zip(self._parameters, self._times, strict=True):
+            if p in total and not times:
+                products.add_gradients([total[p], None])
+
+    @property
+    def reached(self) -> bool:
+        return any(self._times)
 
     @property
     def in_pieces(self) -> bool:
-        return any(times > 1 for times in self.times.values())
+        return max(self._times) > 1
 
     @contextmanager
-    def watching(self, parameters: Sequence[Tensor]) -> Iterator[None]:
-        handles = [p.register_hook(partial(self.see, p)) for p in parameters]
+    def watching(self) -> Iterator[None]:
+        members = enumerate(self._parameters)
+        handles = [p.register_hook(partial(self.see, i)) for i, (p, _) in members if p.requires_grad]
         try:
             yield
         finally:
