@@ -30,8 +30,8 @@ VOCABULARIES, TOKENS, HEADS, WAYS = (
     ("trained", "frozen"),
     ("eager", "chunked"),
 )
-# The eager form holds some fifteen (N, V) tensors in float32.
-EAGER_BYTES_PER_ENTRY, EAGER_LIMIT = 15 * 4, 10 * 2**30
+# The eager form holds some 25 (N, V) tensors in float32.
+EAGER_BYTES_PER_ENTRY = 25 * 4
 
 
 def make_pass(N: int, V: int, head: str, way: str) -> Callable[[], object]:
@@ -74,24 +74,23 @@ def measure_here(N: int, V: int, head: str, way: str) -> dict[str, float]:
     return {"peak": common.peak_over_resident(timed), "seconds": seconds[0]}
 
 
-def measure(N: int, V: int, head: str, *, repeats: int) -> dict[str, Any]:
-    """Medians of both ways, and how far the peaks of the repeats are apart."""
-    ways = [way for way in WAYS if way != "eager" or N * V * EAGER_BYTES_PER_ENTRY < EAGER_LIMIT]
-    found: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+def measure(N: int, V: int, head: str, *, repeats: int, eager_gib: float) -> dict[str, Any]:
+    """The peak of either way, and the median of its times."""
+    ways = [way for way in WAYS if way != "eager" or eager_gib * 2**30 > N * V * EAGER_BYTES_PER_ENTRY]
+
+    def child(way: str, **options: bool) -> Any:
+        return common.in_child("benchmarks.losses_cost", "--one", str(N), str(V), head, way, **options)
+
+    peaks = {way: child(way, exact_peak=True)["peak"] for way in ways}
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(repeats):
         for way in ways:
-            found[way].append(common.in_child("benchmarks.losses_cost", "--one", str(N), str(V), head, way))
+            seconds[way].append(child(way)["seconds"])
     row: dict[str, Any] = {"tokens": N, "vocabulary": V, "head": head}
-    for way, runs in found.items():
-        peaks = [run["peak"] for run in runs]
-        row[way] = {
-            "peak": statistics.median(peaks),
-            "spread of peaks": max(peaks) - min(peaks),
-            "seconds": statistics.median(run["seconds"] for run in runs),
-        }
-    if "eager" in found:
-        row["peak ratio"] = row["chunked"]["peak"] / row["eager"]["peak"]
-        row["time ratio"] = common.ratio(*([run["seconds"] for run in found[way]] for way in ("chunked", "eager")))
+    row |= {way: {"peak": peaks[way], "seconds": statistics.median(seconds[way])} for way in ways}
+    if "eager" in ways:
+        row["peak ratio"] = peaks["chunked"] / peaks["eager"]
+        row["time ratio"] = common.ratio(seconds["chunked"], seconds["eager"])
     return row
 
 
@@ -121,6 +120,7 @@ def main() -> None:
     parser.add_argument("--vocabularies", nargs="+", type=int, default=list(VOCABULARIES))
     parser.add_argument("--heads", nargs="+", default=list(HEADS), choices=HEADS)
     parser.add_argument("--repeats", type=int, default=2, help="processes per size and way")
+    parser.add_argument("--eager-gib", type=float, default=10, help="memory up to which the eager form is run")
     parser.add_argument("--one", nargs=4, metavar=("N", "V", "HEAD", "WAY"), help="measure in this process")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -132,7 +132,7 @@ def main() -> None:
     for V in options.vocabularies:
         for N in options.tokens:
             for head in options.heads:
-                rows.append(measure(N, V, head, repeats=options.repeats))
+                rows.append(measure(N, V, head, repeats=options.repeats, eager_gib=options.eager_gib))
                 print(rows[-1], flush=True)
     result = {"width": WIDTH, "repeats": options.repeats, "rows": rows}
     common.write("losses_cost", result, options.results)

@@ -1,196 +1,121 @@
-"""What exact steering costs: step time against a plain step, the bare backward passes, and TorchJD.
+"""What steering costs: step time against a plain step, the bare backward passes, TorchJD and Pytorch-PCGrad.
 
-    make bench                                    # all of it, a few minutes
-    make bench ARGS="--repeats 5 --models mlp"    # some of it
+    python -m benchmarks.steering_cost                             # all of it
+    python -m benchmarks.steering_cost --models mlp --repeats 5    # some of it
 
-Times are medians over repeats in which the variants take turns, so that a noisy machine disturbs all alike; quote
-the ratios. The result is a JSON file with the hardware and the versions in benchmarks/results/.
+A step is the forward pass, the gradients and AdamW. Components of one graph share a forward pass; those of disjoint
+graphs have one each. A step with ``refresh_every=N`` is exact once and stale ``N - 1`` times: the two are measured, and
+weighed.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import statistics
-import time
-from collections.abc import Callable
-from datetime import date
-from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from steer_optim import PCGrad, Steer, SteeredOptimizer
+from benchmarks import common, variants, workloads
+from benchmarks.variants import AUTOGRAM, BARE, FLATTENED, OWN_PCGRAD, PLAIN, STALE, STEER, TORCHJD
 
-RESULTS = Path(__file__).parent / "results"
-Step = Callable[[], None]
-
-
-class Transformer(nn.Module):
-    """Many tensors of middling size: 8 layers, 6.4 M parameters in 100 tensors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(512, 256)
-        layer = nn.TransformerEncoderLayer(256, 8, 1024, dropout=0.0, batch_first=True)
-        self.layers = nn.TransformerEncoder(layer, 8, enable_nested_tensor=False)
-        self.head = nn.Linear(256, 512)
-
-    def forward(self, batch: int) -> Tensor:
-        return self.head(self.layers(self.embedding(torch.arange(64 * batch).remainder(512).view(batch, 64))))
+REFRESH = (10, 50)
+DISJOINT = (PLAIN, STEER, *TORCHJD, FLATTENED)
+README = (PLAIN, BARE, STEER, OWN_PCGRAD, *(f"{STEER}, refresh_every={n}" for n in REFRESH), *TORCHJD, FLATTENED)
 
 
-class MLP(nn.Module):
-    """Few huge tensors: 3 layers, 12.6 M parameters in 6 tensors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(*(m for _ in range(3) for m in (nn.Linear(2048, 2048), nn.Tanh())))
-
-    def forward(self, batch: int) -> Tensor:
-        return self.layers(torch.linspace(-1, 1, 2048 * batch).view(batch, 2048))
-
-
-MODELS = {"transformer": (Transformer, 16), "mlp": (MLP, 512)}
-
-
-def variants(model_name: str, k: int) -> dict[str, Step]:
-    """The training steps to compare: one model, one optimizer each, the same k losses of one graph."""
-    torch.manual_seed(0)
-    make, batch = MODELS[model_name]
-    model = make()
-    parameters = list(model.parameters())
-
-    def losses() -> list[Tensor]:
-        chunks = model(batch).chunk(k, dim=-1)
-        return [(chunk - i).square().mean() for i, chunk in enumerate(chunks)]
-
-    inner = torch.optim.AdamW(parameters, lr=1e-6)
-
-    def plain() -> None:
-        inner.zero_grad()
-        sum(losses()).backward()
-        inner.step()
-
-    def bare() -> None:
-        inner.zero_grad()
-        components = losses()
-        for i, loss in enumerate(components):
-            loss.backward(retain_graph=i < k - 1)
-        inner.step()
-
-    def steered(rule) -> Step:
-        optimizer = SteeredOptimizer(torch.optim.AdamW(parameters, lr=1e-6), rule)
-
-        def step() -> None:
-            optimizer.zero_grad()
-            optimizer.backward_components({f"loss{i}": loss for i, loss in enumerate(losses())})
-            optimizer.step()
-
-        return step
-
-    steps = {
-        "plain step": plain,
-        f"{k} backward passes": bare,
-        "steer_optim Steer": steered(Steer(toward="loss0")),
-        "steer_optim PCGrad": steered(PCGrad()),
-    }
-    try:
-        from torchjd import aggregation, autojac
-    except ImportError:
-        return steps
-
-    def torchjd(*, sequential: bool = False, optimised: bool = False) -> Step:
-        aggregator = aggregation.PCGrad()
-
-        def step() -> None:
-            inner.zero_grad()
-            autojac.backward(losses(), parallel_chunk_size=1 if sequential else None)
-            autojac.jac_to_grad(parameters, aggregator, optimize_gramian_computation=optimised)
-            inner.step()
-
-        return step
-
-    steps["TorchJD PCGrad"] = torchjd()
-    steps["TorchJD PCGrad, sequential"] = torchjd(sequential=True)
-    steps["TorchJD PCGrad, sequential, Gramian optimised"] = torchjd(sequential=True, optimised=True)
-    return steps
+def measure(model: str, k: int, *, disjoint: bool = False, repeats: int) -> list[dict[str, Any]]:
+    """A row per variant."""
+    names = DISJOINT if disjoint else variants.EVERY
+    made = variants.make(workloads.make(model), k, names, disjoint=disjoint)
+    times = common.take_turns({name: variant.step for name, variant in made.items()}, repeats=repeats)
+    for n in REFRESH if STALE in times else ():
+        pairs = zip(times[STEER], times[STALE], strict=True)
+        times[f"{STEER}, refresh_every={n}"] = [(exact + (n - 1) * stale) / n for exact, stale in pairs]
+    times.pop(STALE, None)
+    return [
+        {
+            "model": model,
+            "graphs": "disjoint" if disjoint else "one",
+            "components": k,
+            "variant": name,
+            "seconds": statistics.median(seconds),
+            "ratio to plain": common.ratio(seconds, times[PLAIN]),
+            "quartiles to plain": common.quartiles(seconds, times[PLAIN])[::2],
+            **(_to_bare(seconds, times[BARE]) if BARE in times else {}),
+        }
+        for name, seconds in times.items()
+    ]
 
 
-def step_times(model_name: str, k: int, repeats: int) -> dict[str, float]:
-    """Median seconds of each variant's step, the variants taking turns."""
-    steps = variants(model_name, k)
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for repeat in range(repeats + 1):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if repeat:  # the first round warms up
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+def _to_bare(seconds: list[float], bare: list[float]) -> dict[str, Any]:
+    low, median, high = common.quartiles(seconds, bare)
+    return {"ratio to bare backward passes": median, "quartiles to bare": [low, high]}
+
+
+def settings(result: dict[str, Any], graphs: str) -> list[tuple[str, int]]:
+    """The models and numbers of components that were measured on such graphs."""
+    rows = (row for row in result["rows"] if row.get("graphs", "one") == graphs)
+    return list(dict.fromkeys((row["model"], row["components"]) for row in rows))
+
+
+def value(result: dict[str, Any], model: str, k: int, variant: str, key: str, graphs: str = "one") -> float | None:
+    """One number of a result; None where it was not measured."""
+    wanted = (model, k, variant, graphs)
+    for row in result["rows"]:
+        # The first results named the variant "2 backward passes".
+        name = row["variant"].replace(f"{k} backward", "k backward")
+        if (row["model"], row["components"], name, row.get("graphs", "one")) == wanted:
+            return row.get(key)
+    return None
+
+
+def table(
+    result: dict[str, Any], names: tuple[str, ...], columns: list[tuple[str, int]], *, key: str, **at: str
+) -> str:
+    """A Markdown table of one ratio, of the variants that were measured anywhere."""
+    rows = []
+    for name in names:
+        values = [value(result, model, k, name, key, **at) for model, k in columns]
+        if any(x is not None for x in values):
+            rows.append([name, *("–" if x is None else f"{x:.2f}" for x in values)])
+    reference = {"ratio to plain": "plain step", "ratio to bare backward passes": "its k backward passes"}[key]
+    return common.table([f"step time ÷ {reference}", *(f"{model}, k = {k}" for model, k in columns)], rows)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table that the README quotes."""
+    columns = [(model, k) for model, k in settings(result, "one") if k < 4]
+    return table(result, README, columns, key="ratio to plain")
+
+
+def best_torchjd(result: dict[str, Any], model: str, k: int, *, graphs: str = "one") -> float:
+    """The step time over that of a plain step of whichever route of TorchJD is the fastest here."""
+    found = [value(result, model, k, name, "ratio to plain", graphs) for name in (*TORCHJD, AUTOGRAM)]
+    return min(x for x in found if x is not None)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--components", nargs="+", type=int, default=[2, 3], metavar="K")
-    parser.add_argument("--repeats", type=int, default=15)
+    parser = common.parser(__doc__)
+    parser.add_argument("--models", nargs="+", default=list(workloads.MAKE), choices=list(workloads.MAKE))
+    parser.add_argument("--components", nargs="+", type=int, default=[2, 3, 5], metavar="K")
+    parser.add_argument("--repeats", type=int, default=11)
     options = parser.parse_args()
     torch.set_num_threads(1)
 
     rows = []
-    for model_name in options.models:
-        for k in options.components:
-            seconds = step_times(model_name, k, options.repeats)
-            for variant, value in seconds.items():
-                row = {
-                    "model": model_name,
-                    "components": k,
-                    "variant": variant,
-                    "seconds": value,
-                    "ratio to plain": value / seconds["plain step"],
-                    "ratio to bare backward passes": value / seconds[f"{k} backward passes"],
-                }
+    for model in options.models:
+        for k, disjoint in [*((k, False) for k in options.components), (2, True)]:
+            for row in measure(model, k, disjoint=disjoint, repeats=options.repeats):
                 rows.append(row)
                 print(
-                    f"{model_name:12} k={k}  {variant:46} {value * 1e3:8.1f} ms"
-                    f"  {row['ratio to plain']:5.2f} x plain  {row['ratio to bare backward passes']:5.2f} x bare",
+                    f"{model:12} {row['graphs']:8} k={k}  {row['variant']:46} {row['seconds'] * 1e3:8.1f} ms"
+                    f"  {row['ratio to plain']:5.2f} x plain"
+                    f"  {row.get('ratio to bare backward passes', float('nan')):5.2f} x bare",
                     flush=True,
                 )
-    machine = {"processor": processor(), "python": platform.python_version(), "torch": torch.__version__, "threads": 1}
-    result = {"machine": machine, "repeats": options.repeats, "rows": rows}
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"steering_cost-{date.today().isoformat()}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"\n{markdown(result)}\nwritten to {path}")
-
-
-def processor() -> str:
-    """The name of the processor, where the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
-    return names[0].split(":")[1].strip() if names else platform.processor() or platform.machine()
-
-
-def markdown(result: dict) -> str:
-    """The table that the README quotes: each variant's step time over that of a plain step."""
-    variants = list(dict.fromkeys(row["variant"].replace(f"{row['components']} ", "k ") for row in result["rows"]))
-    settings = list(dict.fromkeys((row["model"], row["components"]) for row in result["rows"]))
-    lines = [
-        "| step time ÷ plain step | " + " | ".join(f"{model}, k = {k}" for model, k in settings) + " |",
-        "| --- |" + " --- |" * len(settings),
-    ]
-    for variant in variants:
-        cells = [
-            f"{row['ratio to plain']:.2f}"
-            for setting in settings
-            for row in result["rows"]
-            if (row["model"], row["components"]) == setting
-            and row["variant"].replace(f"{row['components']} ", "k ") == variant
-        ]
-        lines.append(f"| {variant} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    result = {"repeats": options.repeats, "rows": rows}
+    common.write("steering_cost", result, options.results)
+    print(markdown(result))
 
 
 if __name__ == "__main__":
