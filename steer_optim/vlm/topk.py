@@ -13,6 +13,10 @@ the server gives its own top ``k``       :func:`intersect` keeps the ids that ar
 Then :func:`with_tail` completes what the server sent and :func:`collapse` brings the student to the same ids. Where
 the server gives hidden states, :class:`~steer_optim.vlm.heads.HiddenStates` is exact and to be preferred.
 
+``std``, ``lang`` and the visual dependency are never above those of the full vocabulary. ``vis`` and ``vp`` have no
+such bound, for the target ``q*`` of the bins is not the collapsed ``q*``. How far all are off is measured by
+``benchmarks/topk_bias.py``.
+
 Ids are ``-1`` where a slot holds none: a token with fewer than ``k`` of them, and all slots of a token that is no
 response token, which is then not computed.
 
@@ -128,7 +132,7 @@ def intersect(
         )
     sorted_ids, order = text_ids_BTk.sort(dim=-1)
     place = torch.searchsorted(sorted_ids, ids_BTk.contiguous()).clamp(max=sorted_ids.shape[-1] - 1)
-    common = (sorted_ids.gather(-1, place) == ids_BTk) & (ids_BTk >= 0)
+    common = sorted_ids.gather(-1, place) == ids_BTk
     text_log_probs = text_log_probs_BTk.gather(-1, order.gather(-1, place))
     return ids_BTk.masked_fill(~common, -1), log_probs_BTk, text_log_probs.masked_fill(~common, ABSENT)
 

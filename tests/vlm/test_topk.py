@@ -150,6 +150,17 @@ def test_a_tiny_tail_of_the_student_has_its_gradient():
     assert_close(student.grad[0], torch.stack([-much, much, little, -little]), rtol=1e-5, atol=0.0)
 
 
+def test_a_tail_of_masked_entries_is_empty():
+    student = torch.tensor([[0.5, -0.5, -math.inf, -math.inf]], requires_grad=True)
+    bins = collapse(student, torch.tensor([[0, 1]]))
+    (bins * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+    held = student.detach()[:, :2].requires_grad_()
+    expected = held.log_softmax(-1)
+    (expected * torch.tensor([1.0, 2.0])).sum().backward()
+    assert_close(bins[:, :2], expected, rtol=1e-6, atol=0.0)
+    assert_close(student.grad, torch.cat([held.grad, torch.zeros(1, 2)], -1), rtol=1e-6, atol=1e-7)
+
+
 def test_the_target_puts_no_mass_on_empty_slots():
     generator = torch.Generator().manual_seed(0)
     logits = 30 * torch.randn(4, 50, 6, generator=generator)
@@ -243,8 +254,9 @@ def test_the_method_takes_collapsed_distributions(decomposition):
     assert not few[2].requires_grad
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("place", [0, 3])
+@pytest.mark.parametrize(
+    ("value", "place"), [(math.nan, 0), (math.nan, 3), (math.inf, 0), (math.inf, 3), (-math.inf, 0)]
+)
 def test_logits_that_are_not_finite_are_refused_by_the_losses(value, place):
     student, ids = torch.zeros(1, 5), torch.tensor([[0, 1]])
     student[0, place] = value
