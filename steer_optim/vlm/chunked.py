@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steer_optim.vlm.heads import HiddenStates
+from steer_optim.vlm.heads import Head, HiddenStates
 from steer_optim.vlm.losses import check_floor, check_temperature, check_views, refuse_non_finite
 from steer_optim.vlm.rows import Gradients, Rows
 
-# How many entries of a chunk are computed with at once: what fits a cache, and what fills an accelerator.
-_BLOCK, _BLOCK_ACCELERATOR = 2**20, 2**25
+# Where intermediates of a block of rows are written; fresh tensors are what a compiler fuses best.
+_Scratch = Sequence[Tensor | None]
+_FRESH: _Scratch = (None,) * 4
 
 # The student's view whose distribution is on the left of the divergence, and the target on its right.
 _DIVERGENCES = {
@@ -75,8 +76,7 @@ class ChunkedLosses:
     ) -> None:
         check_temperature(temperature)
         check_floor(floor)
-        if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1, or None for the default; got {chunk_size}")
+        check_chunk_size(chunk_size)
         self._views = _flat(views)
         self._V = next(iter(self._views.values())).shape[-1]
         self._device = next(iter(self._views.values())).device
@@ -144,13 +144,15 @@ class ChunkedLosses:
             kls = {name: torch.zeros(N, dtype=dtype, device=self._device) for name in (*weights, "vds")}
             C = self._chunk_size if self._compile else min(self._chunk_size, N)
             # Zeros: where chunks are padded, what no row has written is computed with as well.
-            space = [torch.zeros(C, self._V, dtype=dtype, device=self._device) for _ in range(3 if weights else 2)]
+            names = [name for name in ("teacher", "teacher_text") if name in rows] + ["student"] * bool(weights)
+            space = {name: torch.zeros(C, self._V, dtype=dtype, device=self._device) for name in names}
             for start in range(0, N, max(C, 1)):
                 part = slice(start, min(start + C, N))
-                C_V = space if self._compile else [x[: part.stop - start] for x in space]
-                self._chunk(part, C_V, rows, weights, gradients, kls)
+                used = C if self._compile else part.stop - start
+                chunk = {name: x[:used] for name, x in space.items()}
+                self._chunk(part, chunk, rows, weights, gradients, kls)
             if not torch.stack([*kls.values()]).isfinite().all():
-                self._refuse(rows, space[0])
+                self._refuse(rows, next(iter(space.values())))
         if score:
             self._vds_N = kls["vds"]
         return {loss: total.attach((weights[loss] * kls[loss]).sum()) for loss, total in gradients.items()}
@@ -158,7 +160,7 @@ class ChunkedLosses:
     def _chunk(
         self,
         part: slice,
-        space: Sequence[Tensor],
+        right: dict[str, Tensor],
         rows: Mapping[str, Rows],
         weights: Mapping[str, Tensor],
         gradients: Mapping[str, Gradients],
@@ -167,7 +169,6 @@ class ChunkedLosses:
         """Writes the divergences of some rows, and adds their gradients; in the space of three ``(C, V)`` tensors."""
         n = part.stop - part.start
         run = _compiled if self._compile else _by_blocks
-        right = dict(zip(("teacher", "teacher_text", "student"), space, strict=False))
         for name in rows.keys() & {"teacher", "teacher_text"}:
             rows[name].logits(part, right[name])
         to_target = any(_DIVERGENCES[loss][1] == "target" for loss in weights)
@@ -203,16 +204,21 @@ class ChunkedLosses:
 
     def _refuse(self, rows: Mapping[str, Rows], space_CV: Tensor) -> None:
         """Names the views whose logits are not finite; the divergences of others may overflow, as in the oracle."""
-        C = len(space_CV)
         culprits = []
-        for name, view in rows.items():
-            for start in range(0, len(view), C):
-                part = slice(start, min(start + C, len(view)))
-                view.logits(part, space_CV)
+        for name in sorted(rows):
+            for start in range(0, len(rows[name]), len(space_CV)):
+                part = slice(start, min(start + len(space_CV), len(rows[name])))
+                rows[name].logits(part, space_CV)
                 if not space_CV[: part.stop - start].isfinite().all():
                     culprits.append(name)
                     break
-        refuse_non_finite([name for name in self._views if name in culprits])
+        refuse_non_finite(culprits)
+
+
+def check_chunk_size(chunk_size: int | None) -> None:
+    """Raises ValueError where ``chunk_size`` is neither None nor at least 1."""
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, or None for the default; got {chunk_size}")
 
 
 def _flat(views: Mapping[str, Tensor | HiddenStates]) -> dict[str, Tensor | HiddenStates]:
@@ -220,20 +226,21 @@ def _flat(views: Mapping[str, Tensor | HiddenStates]) -> dict[str, Tensor | Hidd
     check_views(**views)
     V = min(view.shape[-1] for view in views.values())
     flat: dict[str, Tensor | HiddenStates] = {}
+    heads: dict[str, Head] = {}
     for name, view in views.items():
-        if isinstance(view, Tensor):
-            if name.startswith("student"):
-                raise ValueError(
-                    f"{name} is logits, and the losses need what they were computed from: pass HiddenStates, as "
-                    "response_states gives them, for the student too"
-                )
+        student, model = name.startswith("student"), name.removesuffix("_text")
+        if isinstance(view, HiddenStates):
+            view = view if student else view.detach()
+            # Cut once, so that both views of a model reach one tensor.
+            head = heads.setdefault(model, view.head.cut(V))
+            flat[name] = HiddenStates(view.hidden_BTd.flatten(0, -2), head)
+        elif student:
+            raise ValueError(
+                f"{name} is logits, and the losses need what they were computed from: pass HiddenStates, as "
+                "response_states gives them, for the student too"
+            )
+        else:
             flat[name] = view.detach()[..., :V].flatten(0, -2)
-            continue
-        first = flat.get(name.removesuffix("_text"))
-        # Cut once, so that both views reach one tensor.
-        head = first.head if isinstance(first, HiddenStates) else view.head.cut(V)
-        states = HiddenStates(view.hidden_BTd.flatten(0, -2), head)
-        flat[name] = states if name.startswith("student") else states.detach()
     return flat
 
 
@@ -241,47 +248,70 @@ def _padded(x_n: Tensor, size: int) -> Tensor:
     return x_n if len(x_n) == size else torch.nn.functional.pad(x_n, (0, size - len(x_n)))
 
 
-def _visual_gain(teacher_CV: Tensor, teacher_text_CV: Tensor, *, log_floor: float | None, write: bool) -> Tensor:
+def _visual_gain(
+    teacher_CV: Tensor, teacher_text_CV: Tensor, *, log_floor: float | None, write: bool, scratch: _Scratch = _FRESH
+) -> Tensor:
     """``KL(q || q_tx)``, ``(C,)``; writes the visual gain ``log q - log q_tx`` over the text-only logits."""
-    log_q, log_qtx = torch.log_softmax(teacher_CV, -1), torch.log_softmax(teacher_text_CV, -1)
-    gain = log_q - log_qtx
-    vds_C = (log_q.exp() * gain).sum(-1)
+    log_q = torch.log_softmax(teacher_CV, -1, out=scratch[0])
+    log_qtx = torch.log_softmax(teacher_text_CV, -1, out=scratch[1])
+    gain = torch.sub(log_q, log_qtx, out=scratch[2])
+    vds_C = torch.mul(torch.exp(log_q, out=scratch[3]), gain, out=scratch[3]).sum(-1)
+    if write and log_floor is not None:
+        floored = torch.clamp(log_q, min=log_floor, out=scratch[2])
+        gain = torch.sub(floored, torch.clamp(log_qtx, min=log_floor, out=scratch[3]), out=scratch[2])
     if write:
-        if log_floor is not None:
-            gain = log_q.clamp(min=log_floor) - log_qtx.clamp(min=log_floor)
         teacher_text_CV.copy_(gain)
     return vds_C
 
 
-def _divergences(student_CV: Tensor, *pairs: Tensor, cap: float | None, prior: bool, write: bool) -> Tensor:
+def _divergences(
+    student_CV: Tensor,
+    *pairs: Tensor,
+    cap: float | None,
+    prior: bool,
+    write: bool,
+    scratch: _Scratch = _FRESH,
+) -> Tensor:
     """``KL(p || softmax(target))`` for pairs of target logits and the weights of their rows, ``(losses, C)``.
 
     Writes over each target the weighted gradient with respect to the student's logits, before their soft-cap; and, for
     the last target if ``prior``, over the student's logits that with respect to the prior in the target.
     """
-    log_p = torch.log_softmax(student_CV, -1)
-    p = log_p.exp()
+    log_p = torch.log_softmax(student_CV, -1, out=scratch[0])
+    p = torch.exp(log_p, out=scratch[1])
     kls = []
-    for target_CV, weight_C in zip(pairs[::2], pairs[1::2], strict=True):
-        log_target = torch.log_softmax(target_CV, -1)
-        log_ratio = log_p - log_target
-        kl_C1 = (p * log_ratio).sum(-1, keepdim=True)
+    for i, (target_CV, weight_C) in enumerate(zip(pairs[::2], pairs[1::2], strict=True)):
+        log_target = torch.log_softmax(target_CV, -1, out=scratch[2])
+        log_ratio = torch.sub(log_p, log_target, out=scratch[3])
+        product = torch.mul(p, log_ratio, out=scratch[3])
+        kl_C1 = product.sum(-1, keepdim=True)
         kls.append(kl_C1[:, 0])
-        if write:
-            gradient = p * (log_ratio - kl_C1) * weight_C[:, None]
-            if cap is not None:
-                gradient = gradient * (1 - (student_CV / cap) ** 2)
-            target_CV.copy_(gradient)
-    if prior:
-        student_CV.copy_((log_target.exp() - p) * weight_C[:, None])
+        if not write:
+            continue
+        gradient = torch.addcmul(product, p, kl_C1, value=-1, out=scratch[3])
+        gradient = torch.mul(gradient, weight_C[:, None], out=scratch[3])
+        if cap is not None:
+            slope = 1 - (student_CV / cap) ** 2
+            gradient = torch.mul(gradient, slope, out=scratch[3])
+        target_CV.copy_(gradient)
+        if prior and 2 * i + 2 == len(pairs):
+            pull = torch.sub(torch.exp(log_target, out=scratch[2]), p, out=scratch[2])
+            student_CV.copy_(torch.mul(pull, weight_C[:, None], out=scratch[2]))
     return torch.stack(kls)
 
 
 def _by_blocks(function: Callable[..., Tensor], *rows: Tensor, **options: Any) -> Tensor:
-    """``function`` on a few rows after the other, so that its intermediates stay in the cache, and small."""
+    """``function`` on a few rows after the other, so that what it computes on the way is small and cached."""
     C, V = rows[0].shape
-    size = max(1, (_BLOCK if rows[0].device.type == "cpu" else _BLOCK_ACCELERATOR) // V)
-    return torch.cat([function(*(x[i : i + size] for x in rows), **options) for i in range(0, C, size)], dim=-1)
+    entries = 2**20 if rows[0].device.type == "cpu" else 2**25
+    size = max(1, min(C, entries // V))
+    # One space for all blocks: allocators scatter so many short-lived tensors over far more memory than they take.
+    space = [rows[0].new_empty(size, V) for _ in range(4)]
+    parts = []
+    for start in range(0, C, size):
+        block = [x[start : start + size] for x in rows]
+        parts.append(function(*block, scratch=[x[: len(block[0])] for x in space], **options))
+    return torch.cat(parts, dim=-1)
 
 
 def _compiled(function: Callable[..., Tensor], *rows: Tensor, **options: Any) -> Tensor:

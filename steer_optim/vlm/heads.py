@@ -115,9 +115,8 @@ class Head:
         )
 
     def same(self, other: Head) -> bool:
-        """Whether both are made of the same tensors, by identity, and the same numbers."""
-        pairs = ((getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
-        return all(a is b if isinstance(a, Tensor) else not isinstance(b, Tensor) and a == b for a, b in pairs)
+        """Whether both are made of the same tensors, so that gradients reach the same, and the same numbers."""
+        return all(_same(getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
 
     @classmethod
     def of(cls, model: nn.Module) -> Head:
@@ -274,6 +273,13 @@ def states_before_head(model: nn.Module, forward: Callable[[], Tensor]) -> Hidde
             )
         _TRIED.add(model)
     return HiddenStates(taken[0], head)
+
+
+def _same(a: Any, b: Any) -> bool:
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return type(a) is type(b) and bool(a == b)
+    constant = not (a.requires_grad or b.requires_grad) and a.dtype == b.dtype
+    return a is b or (constant and (a.data_ptr(), a.shape, a.stride()) == (b.data_ptr(), b.shape, b.stride()))
 
 
 def _after(model: nn.Module) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from steer_optim.rules import VGS, Rule, Steer, Sum
-from steer_optim.vlm.chunked import ChunkedLosses
+from steer_optim.vlm.chunked import ChunkedLosses, check_chunk_size
 from steer_optim.vlm.gate import adaptive_strength, check_quantile, visual_tokens
 from steer_optim.vlm.heads import HiddenStates
 from steer_optim.vlm.losses import EagerLosses, check_floor, check_temperature, select_rows
@@ -114,6 +114,7 @@ class DecomposedDistillation:
         check_quantile(self.quantile)
         check_temperature(self.temperature)
         check_floor(self.floor)
+        check_chunk_size(self.chunk_size)
         if self.adaptive and self.decomposition not in ("vgs", "exact"):
             raise ValueError(
                 "adaptive scales the component vis, which the decompositions vgs and exact have; got "

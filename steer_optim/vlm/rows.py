@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from steer_optim.vlm.heads import HiddenStates
 
@@ -148,12 +147,31 @@ class _Attach(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[2:]
-        scaled = zip(ctx.saved_tensors, ctx.dtypes, needed, strict=True)
-        # Multiplied before the cast, so that a gradient scaler's factor lifts what half precision cannot hold.
-        return None, None, *((incoming * x).to(dtype) if need else None for x, dtype, need in scaled)
+        twice = torch.is_grad_enabled()
+        found: list[Tensor | None] = []
+        with torch.no_grad():
+            for x, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[2:], strict=True):
+                # Multiplied before the cast: a gradient scaler's factor lifts what half precision cannot hold.
+                found.append((incoming * x).to(dtype) if needed else None)
+        if twice:
+            found = [None if x is None else _Once.apply(x.requires_grad_()) for x in found]  # type: ignore[no-untyped-call]
+        return None, None, *found
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that cannot be differentiated, and must not pass for a constant when it is."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, incoming: Tensor) -> Tensor:
+        raise RuntimeError(
+            "the losses of hidden states have first derivatives only, computed in their forward pass: to "
+            "differentiate twice, pass logits (HiddenStates.logits()), which are differentiated by autograd"
+        )
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, *, keep: bool = True, scale: float = 1.0) -> None:

@@ -1,0 +1,246 @@
+import dataclasses
+import math
+
+import pytest
+import torch
+from hidden_states import EXACT, MASK, NAMES, assert_same, dense, gradients, random_states
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from steer_optim.vlm import DecomposedDistillation, Head, HiddenStates, adaptive_strength, visual_dependency
+from steer_optim.vlm.chunked import ChunkedLosses
+from steer_optim.vlm.losses import EagerLosses
+
+METHODS = [
+    DecomposedDistillation(lam=0.5, chunk_size=3),
+    DecomposedDistillation(lam=0.0, adaptive=True, chunk_size=2),
+    DecomposedDistillation(lam=0.5, adaptive=True, detach_prior=False, temperature=2.0, chunk_size=4),
+    DecomposedDistillation("standard", temperature=0.5, chunk_size=1),
+    DecomposedDistillation("exact", floor=0.05, chunk_size=100),
+    DecomposedDistillation("exact", adaptive=True, detach_prior=False, chunk_size=4),
+    DecomposedDistillation("language", lam=0.3, quantile=0.5, chunk_size=4),
+    DecomposedDistillation("language", lam=0.3, detach_prior=False, floor=0.1, chunk_size=4),
+]
+METHODS += [dataclasses.replace(method, reduction="sequence") for method in METHODS]
+every_method = pytest.mark.parametrize("method", METHODS, ids=repr)
+
+
+@every_method
+@pytest.mark.parametrize("kind", ["plain", "bias", "softcap", "lora", "everything"])
+def test_every_method_and_head_is_the_eager_one(method, kind):
+    states = random_states(3, 4, 9, kind=kind, padded=2)
+    assert_same(method(*states, MASK), method(*dense(states), MASK), states, **EXACT)
+
+
+@settings(deadline=None)
+@given(
+    method=st.sampled_from(METHODS),
+    mask=st.lists(st.lists(st.booleans(), min_size=3, max_size=3), min_size=1, max_size=5),
+    chunk_size=st.integers(1, 16),
+    V=st.integers(2, 8),
+    padded=st.integers(0, 2),
+    seed=st.integers(0, 10_000),
+)
+def test_any_mask_chunk_and_vocabulary(method, mask, chunk_size, V, padded, seed):
+    mask_BT = torch.tensor(mask)
+    states = random_states(*mask_BT.shape, V, seed=seed, padded=padded)
+    method = dataclasses.replace(method, chunk_size=chunk_size)
+    generator = torch.Generator().manual_seed(seed)
+    gate_BT = torch.rand(mask_BT.shape, generator=generator) < 0.5
+    strength_BT = torch.rand(mask_BT.shape, generator=generator) if method.adaptive else None
+    given_too = {"count": 7.0, "gate_BT": gate_BT, "strength_BT": strength_BT}
+    for options in ({}, given_too):
+        found, meant = method(*states, mask_BT, **options), method(*dense(states), mask_BT, **options)
+        assert_same(found, meant, states, **EXACT)
+
+
+@pytest.mark.parametrize("padded", [-2, 0, 2])
+def test_a_teacher_that_is_logits(padded):
+    states = random_states(3, 4, 9, padded=padded)
+    logits = [x.logits() for x in states[2:]]
+    for method in METHODS:
+        assert_same(method(*states[:2], *logits, MASK), method(*dense(states), MASK), states, **EXACT)
+
+
+def test_every_loss_at_once_and_the_scores():
+    states = [x[MASK] for x in random_states(3, 4, 9)]
+    eager = EagerLosses(dict(zip(NAMES, dense(states), strict=True)))
+    weights = {name: torch.rand(6, dtype=torch.float64) for name in ("vp", "vis", "std", "lang")}
+    where = torch.tensor([True, False, True, True, False, True])
+    views = dict(zip(NAMES, states, strict=True))
+    for options in ({}, {"where": where}):
+        chunked = ChunkedLosses(views, chunk_size=4)
+        assert_same(chunked.weighted(weights, **options), eager.weighted(weights, **options), states, **EXACT)
+        assert_close(chunked.vds_N, eager.vds_N, **EXACT)
+    # Rows of any shape are flattened before they are chunked.
+    blocks = {name: HiddenStates(x.hidden_BTd.reshape(2, 3, 4), x.head) for name, x in views.items()}
+    assert_close(ChunkedLosses(blocks, chunk_size=4).vds_N, eager.vds_N, **EXACT)
+
+
+def test_backward_passes_compose():
+    states = random_states(3, 4, 9, kind="everything")
+    method = DecomposedDistillation(lam=0.5, detach_prior=False, chunk_size=4)
+    found, meant = (method(*x, MASK) for x in (states, dense(states)))
+
+    def weighed(components):
+        return 3 * components["std"] - components["vis"] ** 2 + 0 * components["lp"]
+
+    for _ in range(2):  # the second time over the same graph
+        for x, y in zip(gradients(weighed(found), states), gradients(weighed(meant), states), strict=True):
+            assert_close(x, y, **EXACT)
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients(0 * found["vis"], states))
+
+    seen = []
+    weight, hidden = states[0].head.weight_Vd, states[0].hidden_BTd
+    found["vis"].register_hook(lambda g: seen.append(g) or 2 * g)
+    meant = {name: gradients(loss, states)[2] for name, loss in meant.items()}
+    doubled = torch.autograd.grad(found["vis"], [weight], retain_graph=True)[0]
+    assert_close(doubled, 2 * meant["vis"], **EXACT)
+    hidden.register_hook(lambda g: seen.append(g))
+    (found["std"] + found["vis"]).backward()
+    assert len(seen) == 3
+    assert_close(weight.grad, meant["std"] + 2 * meant["vis"], **EXACT)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        found["vis"].backward()
+
+
+def test_differentiating_twice_is_refused():
+    states = random_states(3, 4, 9)
+    std = DecomposedDistillation("standard")(states[0], None, states[2], None, MASK)["std"]
+    (gradient,) = torch.autograd.grad(std, [states[0].hidden_BTd], create_graph=True)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        gradient.sum().backward()
+
+
+def test_gradients_of_tied_weights_add_up():
+    weight, ids_BT = torch.randn(9, 4, dtype=torch.float64, requires_grad=True), torch.arange(12).reshape(3, 4) % 9
+    teacher = random_states(3, 4, 9)[2].logits()
+    states = HiddenStates(torch.nn.functional.embedding(ids_BT, weight), Head(weight))
+    method = DecomposedDistillation("standard", chunk_size=4)
+    losses = (method(x, None, teacher, None, MASK)["std"] for x in (states, states.logits()))
+    found, meant = (torch.autograd.grad(loss, [weight], retain_graph=True)[0] for loss in losses)
+    assert_close(found, meant, **EXACT)
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that an operation makes, and of matrix products with a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements, self.products = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        before, after = (
+            {x.data_ptr(): x for x in tree_leaves(y) if isinstance(x, torch.Tensor)} for y in (args, result)
+        )
+        self.elements = max([self.elements, *(x.numel() for place, x in after.items() if place not in before)])
+        self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
+        return result
+
+
+def measured(method, states, mask_BT, **options):
+    with Largest() as largest:
+        sum(method(*states, mask_BT, **options).values()).backward()
+    return largest
+
+
+@pytest.mark.parametrize("detach_prior", [True, False])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_no_tensor_grows_with_rows_times_vocabulary(frozen, detach_prior):
+    method = DecomposedDistillation(lam=0.5, adaptive=True, detach_prior=detach_prior, chunk_size=8)
+    V, d = 50, 16
+    for N in (16, 64):
+        states = random_states(N // 8, 8, V, d=d)
+        if frozen:
+            states[0].head.weight_Vd.requires_grad_(False)
+        largest = measured(method, states, torch.ones(N // 8, 8, dtype=torch.bool))
+        # A chunk of logits, the gradient of the head's weight, or all hidden states.
+        assert largest.elements == max(8 * V, 0 if frozen else V * d, N * d)
+        assert (states[0].head.weight_Vd.grad is None) == frozen
+
+
+def test_the_head_meets_gated_rows_only_and_none_without_weight():
+    mask_BT, gate_BT = torch.ones(3, 4, dtype=torch.bool), torch.zeros(3, 4, dtype=torch.bool)
+    method = DecomposedDistillation(lam=0.5, chunk_size=4)
+
+    def products(method, gated):
+        gate_BT.view(-1)[:gated], gate_BT.view(-1)[gated:] = True, False
+        return measured(method, random_states(3, 4, 9), mask_BT, gate_BT=gate_BT).products
+
+    without = products(dataclasses.replace(method, lam=0.0), 12)
+    # Two heads' logits, and a gradient at states and head, for each chunk of four gated rows.
+    assert [products(method, gated) - without for gated in (0, 4, 5, 12)] == [0, 4, 8, 12]
+
+
+def test_nothing_is_precomputed_without_gradients():
+    states, method = random_states(3, 4, 9), DecomposedDistillation(lam=0.5, chunk_size=4)
+    with torch.no_grad(), Largest() as without:
+        components = method(*states, MASK)
+    assert not any(x.requires_grad for x in components.values())
+    assert_close(components, {k: x.detach() for k, x in method(*states, MASK).items()}, rtol=0, atol=0)
+    assert without.products < measured(method, states, MASK).products
+
+
+@every_method
+@pytest.mark.parametrize("B", [0, 2])
+def test_without_a_token_losses_and_gradients_are_zero(method, B):
+    states, mask_BT = random_states(B, 4, 5, kind="everything"), torch.zeros(B, 4, dtype=torch.bool)
+    full = random_states(1, 1, 5, kind="everything")
+    meant = method(*full, torch.ones(1, 1, dtype=torch.bool))
+    for name, loss in method(*states, mask_BT).items():
+        assert loss.item() == 0
+        found = gradients(loss, states)
+        assert [g is None for g in found] == [g is None for g in gradients(meant[name], full)]
+        assert all(not g.any() for g in found if g is not None)
+
+
+@every_method
+def test_rows_that_the_mask_drops_may_hold_anything(method):
+    clean, poisoned = random_states(3, 4, 5), random_states(3, 4, 5)
+    for x, filler in zip(poisoned, (math.nan, math.inf, -math.inf, math.nan), strict=True):
+        x.hidden_BTd.data[~MASK] = filler
+    meant, found = method(*clean, MASK), method(*poisoned, MASK)
+    for name, loss in found.items():
+        assert torch.equal(loss, meant[name])
+        for x, y in zip(gradients(loss, poisoned), gradients(meant[name], clean), strict=True):
+            assert (x is None and y is None) or torch.equal(x, y)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("wrong", [(0,), (1,), (2,), (3,), (0, 3), (1, 2)])
+def test_logits_that_are_not_finite_are_refused_by_name(wrong, value):
+    states = random_states(3, 4, 5)
+    for i in wrong:
+        states[i].hidden_BTd.data[1, 1, 0] = value
+    names = ", ".join(NAMES[i] for i in wrong)
+    with pytest.raises(ValueError, match=rf"found NaN or infinity in {names}\."):
+        DecomposedDistillation("language", lam=0.3, chunk_size=4)(*[states[i] for i in range(4)], MASK)
+
+
+def test_visual_dependency_of_hidden_states():
+    states = random_states(3, 4, 9)[2:]
+    states[0].hidden_BTd[~MASK] = math.nan
+    vds_BT = visual_dependency(*states, MASK, temperature=2.0)
+    clean = [x.nan_to_num() for x in dense(states)]
+    assert_close(vds_BT, visual_dependency(*clean, MASK, temperature=2.0), **EXACT)
+    assert adaptive_strength(vds_BT, MASK).any()
+
+
+def test_views_that_do_not_fit_are_refused_by_name():
+    states, other = random_states(3, 4, 9), random_states(3, 4, 9)
+    method, logits = DecomposedDistillation(), dense(states)
+
+    def refuse(match, *views, mask_BT=MASK):
+        with pytest.raises(ValueError, match=match):
+            method(*views, mask_BT)
+
+    refuse("student is logits.*pass HiddenStates", *logits[:2], *states[2:])
+    refuse("student and student_text are two views of one model", states[0], other[1], *states[2:])
+    refuse("teacher and teacher_text are two views of one model", *states[:3], logits[3])
+    refuse(r"mask_BT must be \(B, T\) and student .* got \(4, 3\) and \(3, 4, 9\)", *states, mask_BT=MASK.T)
+    with pytest.raises(ValueError, match=r"chunk_size must be at least 1.*got 0"):
+        DecomposedDistillation(chunk_size=0)
