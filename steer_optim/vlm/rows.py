@@ -64,6 +64,7 @@ class Rows:
     def __len__(self) -> int:
         return self.shape[0]
 
+    @torch.no_grad()
     def logits(self, part: slice, out_CV: Tensor) -> None:
         """Writes the logits of some rows over the first of ``out_CV``. Takes no gradient."""
         out_CV = out_CV[: part.stop - part.start]
@@ -80,6 +81,7 @@ class Rows:
         if self.cap is not None:
             out_CV.div_(self.cap).tanh_().mul_(self.cap)
 
+    @torch.no_grad()
     def pull(self, part: slice, gradient_CV: Tensor, into: Gradients) -> None:
         """Adds what a gradient at the logits of some rows, taken before any soft-cap, comes to at the inputs."""
         for x_Nk, w_Vk in self._products:

@@ -1,0 +1,243 @@
+import copy
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hidden_states import EXACT
+from tiny_models import _TEXT, BOS, FAMILIES, IMAGE, transformers
+from torch import nn
+from torch.testing import assert_close
+
+from steer_optim.vlm import (
+    DecomposedDistillation,
+    Head,
+    HiddenStates,
+    append_response,
+    response_logits,
+    response_states,
+    text_only,
+)
+from steer_optim.vlm.rows import Rows
+
+MASK = torch.tensor([[True, True, True], [True, False, False]])
+RESPONSE = torch.tensor([[30, 31, 32], [33, 0, 0]])
+# The same products and norms in another order: a few units of 6e-8 in logits of size up to 30.
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def text_model(name, **options):
+    """A tiny language model whose head is followed by something, or preceded by an adapter."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(name, **_TEXT, **options))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def batch_of(*prompts):
+    return append_response({"input_ids": torch.tensor(prompts)}, RESPONSE, MASK)
+
+
+AFTER = {
+    "llama": {},
+    "gemma2": {"final_logit_softcapping": 4.0},
+    "cohere": {"logit_scale": 0.0625},
+    "granite": {"logits_scaling": 8.0},
+    "hyperclovax": {"logits_scaling": 0.125},
+}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", AFTER)
+def test_the_head_of_a_language_model(name, tied):
+    model, batch = text_model(name, **AFTER[name], tie_word_embeddings=tied), batch_of([2, 20, 21], [2, 22, 23])
+    meant = response_logits(model, batch, 3)
+    for _ in range(2):  # the first pass compares a row, later ones compute none
+        states = response_states(model, batch, 3)
+        assert states.shape == meant.shape
+        assert_close(states.logits(), meant, **CLOSE)
+    plain = nn.functional.linear(states.hidden_BTd, states.head.weight_Vd)
+    assert torch.equal(states.logits(), plain) == (name == "llama")
+    out_CV = torch.full((5, 140), float("nan"))
+    Rows(states[MASK], temperature=2.0).logits(slice(1, 4), out_CV)
+    assert_close(out_CV[:3], meant[MASK][1:4] / 2, **CLOSE)
+    assert out_CV[3:].isnan().all()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_vision_language_model_trains_through_its_states_as_through_its_logits(name):
+    family = FAMILIES[name]()
+    student = family.model.double()
+    batch = family.batch([[BOS, 20, IMAGE, 21], [BOS, IMAGE, 22, 23]])
+    batch = {key: x.double() if x.is_floating_point() else x for key, x in batch.items()}
+    prompts = batch, text_only(batch, student.config, drop_ids=family.drop_ids)
+    views = [append_response(prompt, RESPONSE, MASK) for prompt in prompts]
+    teacher = [0.5 * torch.randn(2, 3, 140, dtype=torch.float64) for _ in range(2)]
+    # Large random weights of Gemma make one token certain, whose gradient is a difference of nearly equal numbers.
+    method = DecomposedDistillation(lam=1.0, temperature=8.0, chunk_size=2)
+    found, meant = (
+        method(*(f(student, view, 3) for view in views), *teacher, MASK) for f in (response_states, response_logits)
+    )
+    parameters = [x for x in student.parameters() if x.requires_grad]
+    for key, loss in meant.items():
+        assert_close(found[key], loss, **EXACT)
+        pairs = (torch.autograd.grad(x, parameters, retain_graph=True, allow_unused=True) for x in (found[key], loss))
+        for x, y in zip(*pairs, strict=True):
+            assert (x is None) == (y is None)
+            if y is not None:
+                assert float((x - y).norm()) <= 1e-9 * float(y.norm()) + 1e-15
+
+
+class Counting(nn.Linear):
+    rows = 0
+
+    def forward(self, x):
+        Counting.rows += x.numel() // x.shape[-1]
+        return super().forward(x)
+
+
+class Bigram(nn.Module):
+    """A model without logits_to_keep, and whatever it does to its logits."""
+
+    def __init__(self, after=lambda x: x, head=None):
+        super().__init__()
+        self.embedding, self.head, self.after = nn.Embedding(140, 6), head or Counting(6, 140), after
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, input_ids, attention_mask, use_cache):
+        return SimpleNamespace(logits=self.after(self.head(self.embedding(input_ids))))
+
+
+class Wrapper(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, input_ids, attention_mask, use_cache):
+        return self.module(input_ids, attention_mask, use_cache)
+
+
+def test_the_head_computes_one_row_once_and_the_wrapper_is_passed_through():
+    model, batch = Wrapper(Bigram()), batch_of([2, 20], [2, 21])
+    meant = response_logits(model.module, batch, 3)
+    rows = []
+    for _ in range(3):
+        Counting.rows = 0
+        states = response_states(model, batch, 3)
+        rows.append(Counting.rows)
+        assert_close(states.logits(), meant, **CLOSE)
+    assert rows == [1, 0, 0]
+    assert response_states(model, batch, 0).shape == (2, 0, 140)
+
+
+def test_a_model_that_is_not_what_its_head_says_is_refused():
+    batch = batch_of([2, 20], [2, 21])
+    with pytest.raises(RuntimeError, match=r"something to its logits that Head.of does not know"):
+        response_states(Bigram(after=lambda x: x * 1.1), batch, 3)
+    twice = Bigram()
+    twice.after = lambda logits: twice.head(twice.embedding.weight[:1, None])
+    with pytest.raises(RuntimeError, match=r"once in a forward pass.*it did 2 times"):
+        response_states(twice, batch, 3)
+    with pytest.raises(ValueError, match=r"must be a torch.nn.Linear; got Sequential"):
+        response_states(Bigram(head=nn.Sequential(nn.Linear(6, 140))), batch, 3)
+    with pytest.raises(ValueError, match="Linear names no head: it needs get_output_embeddings"):
+        Head.of(nn.Linear(2, 3))
+    failed = Bigram(after=lambda x: x * 1.1)
+    with pytest.raises(RuntimeError):
+        response_states(failed, batch, 3)
+    assert not failed.head._forward_pre_hooks
+    reference = weakref.ref(failed)
+    del failed
+    assert reference() is None
+
+
+# transformers warns of an attribute that peft reads, and peft of a bias that could not be merged.
+peft_warnings = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing", "ignore:.*lora_bias=True")
+
+
+def peft_model(**options):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(text_model("llama", tie_word_embeddings=False), peft.LoraConfig(r=2, **options))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    return model
+
+
+@peft_warnings
+@pytest.mark.parametrize(
+    "options", [{"target_modules": ["lm_head"]}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}]
+)
+def test_adapters_on_the_head_are_trained(options):
+    model, batch = peft_model(**options), batch_of([2, 20, 21], [2, 22, 23])
+    teacher = torch.randn(2, 3, 140)
+    views = [f(model, batch, 3) for f in (response_states, response_logits)]
+    assert_close(views[0].logits(), views[1], **CLOSE)
+    method = DecomposedDistillation("standard", chunk_size=2)
+    losses = [method(view, None, teacher, None, MASK)["std"] for view in views]
+    parameters = [x for x in model.parameters() if x.requires_grad]
+    for x, y in zip(*(torch.autograd.grad(loss, parameters) for loss in losses), strict=True):
+        assert_close(x, y, **CLOSE)
+        assert y.any()
+    with model.disable_adapter():
+        assert_close(response_states(model, batch, 3).logits(), response_logits(model, batch, 3), **CLOSE)
+    if "modules_to_save" not in options:
+        model.merge_adapter()
+        assert_close(response_states(model, batch, 3).logits(), response_logits(model, batch, 3), **CLOSE)
+
+
+@peft_warnings
+@pytest.mark.parametrize(
+    "options", [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}], ids=lambda options: next(iter(options))
+)
+def test_adapters_that_are_more_than_a_product_are_refused(options):
+    model = peft_model(target_modules=["lm_head"], **options).train()
+    with pytest.raises(ValueError, match=r"must be one plain LoRA.*pass logits instead"):
+        Head.of(model)
+    if "lora_dropout" in options:
+        assert Head.of(model.eval()).lora_B_Vr is not None
+
+
+@peft_warnings
+def test_two_active_adapters_are_refused():
+    model = peft_model(target_modules=["lm_head"])
+    model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match=r"adapters \['default', 'other'\]"):
+        Head.of(model)
+
+
+def test_heads_and_states_that_do_not_fit_are_refused_by_name():
+    weight = torch.randn(7, 4)
+
+    class DTensor(torch.Tensor):
+        pass
+
+    with pytest.raises(TypeError, match=r"the head's weight is a DTensor.*pass logits, from response_logits"):
+        Head(weight.as_subclass(DTensor))
+    for match, options in (
+        (r"bias_V must be \(7,\) .*got \(4,\)", {"bias_V": torch.zeros(4)}),
+        ("two factors of one adapter", {"lora_A_rd": torch.zeros(2, 4)}),
+        (r"lora_B_Vr must be \(7, 2\).*got \(7, 3\)", {"lora_A_rd": torch.zeros(2, 4), "lora_B_Vr": torch.zeros(7, 3)}),
+        ("softcap must be positive", {"softcap": 0.0}),
+    ):
+        with pytest.raises(ValueError, match=match):
+            Head(weight, **options)
+    with pytest.raises(ValueError, match=r"weight_Vd must be \(V, d\) and floating; got \(0,\)"):
+        Head(torch.zeros(0))
+    for wrong in (torch.zeros(2, 5), torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2, 4, device="meta")):
+        with pytest.raises(ValueError, match=r"hidden states must be floating, \(\.\.\., 4\)"):
+            HiddenStates(wrong, Head(weight))
+
+
+def test_heads_are_the_same_where_gradients_reach_the_same():
+    weight = nn.Parameter(torch.randn(7, 4))
+    assert Head(weight).same(Head(weight))
+    assert Head(weight.detach()).same(Head(weight.detach()))
+    assert not Head(weight).same(Head(weight.detach()))
+    assert not Head(weight.view(7, 4)).same(Head(weight))
+    assert not Head(weight).same(Head(weight, softcap=3.0))
+    assert not Head(weight.detach()).same(Head(weight.detach().clone()))
