@@ -17,12 +17,14 @@ Dimensions: B prompts, T response tokens, V vocabulary.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
-from statistics import median
-from typing import Any
+from statistics import fmean
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -38,11 +40,12 @@ from transformers import Qwen3VLForConditionalGeneration
 from steer_optim import Geometry, PCGrad, Steer, SteeredOptimizer, measure
 from steer_optim.monitor import Monitor, scalars
 from steer_optim.rules import Rule
-from steer_optim.vlm import DecomposedDistillation, TokenLosses, token_losses
+from steer_optim.vlm import DecomposedDistillation, HiddenStates, TokenLosses, response_states, token_losses
 from steer_optim.vlm.analysis import angles_by_decile
 from steer_optim.vlm.rollout import Rollout, rollout
 from steer_optim.vlm.views import append_response, response_logits, text_only
 
+View = TypeVar("View", Tensor, HiddenStates)
 COMPONENTS = ("std", "vis", "lang")  # what is measured under every method, whatever it trains on
 
 
@@ -59,6 +62,7 @@ class Settings:
     eye_steps: int = 60
     held_out: int = 1000
     measure_every: int = 10
+    refresh_every: int = 10
     # As in the paper, but for a learning rate that suits models 10,000 times smaller than its own: there it is 1e-6.
     gamma: float = 2.0
     lam: float = 0.01
@@ -94,15 +98,27 @@ def methods(settings: Settings) -> dict[str, tuple[DecomposedDistillation, Rule]
     }
 
 
-def four_logits(
+def read_by(method: DecomposedDistillation) -> dict[str, bool]:
+    """What a method asks of :func:`four_views`: what nothing learns from is not computed, or without a graph."""
+    preserves = method.decomposition == "vgs" and method.lam > 0
+    return {"text": method.decomposition != "standard", "train_text": preserves or method.decomposition == "language"}
+
+
+def four_views(
     student: Qwen3VLForConditionalGeneration,
     teacher: Qwen3VLForConditionalGeneration,
     prompt: dict[str, Tensor],
     sampled: Rollout,
     *,
+    of: Callable[..., View] = response_logits,
     text: bool = True,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    train_text: bool = True,
+) -> tuple[View, View | None, View, View | None]:
     """What student and teacher say to the same responses, with the image and, where ``text`` is asked for, without.
+
+    Args:
+        of: ``response_logits``, or ``response_states`` for the states that the losses compute them from.
+        train_text: whether the student learns without the image too, and not only with it.
 
     Returns:
         ``(B, T, V)`` each: student, student without the image, teacher, teacher without the image.
@@ -110,12 +126,14 @@ def four_logits(
     T = sampled.response_BT.shape[1]
     image = append_response(prompt, sampled.response_BT, sampled.mask_BT)
     bare = append_response(text_only(prompt, student.config), sampled.response_BT, sampled.mask_BT) if text else None
-    student_BTV = response_logits(student, image, T)
-    student_text_BTV = response_logits(student, bare, T) if bare else None
+    student_view, student_text_view = of(student, image, T), None
+    if bare:
+        with torch.set_grad_enabled(train_text):
+            student_text_view = of(student, bare, T)
     with torch.no_grad():
-        teacher_BTV = response_logits(teacher, image, T)
-        teacher_text_BTV = response_logits(teacher, bare, T) if bare else None
-    return student_BTV, student_text_BTV, teacher_BTV, teacher_text_BTV
+        teacher_view = of(teacher, image, T)
+        teacher_text_view = of(teacher, bare, T) if bare else None
+    return student_view, student_text_view, teacher_view, teacher_text_view
 
 
 class Job:
@@ -133,7 +151,7 @@ class Job:
         """Distils the teacher into a copy of the initial student; leaves it as ``phase``."""
         settings, teacher, student = self.settings, self.load("teacher"), self.load("student")
         adamw = torch.optim.AdamW(student.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
-        optimizer = SteeredOptimizer(adamw, rule)
+        optimizer = SteeredOptimizer(adamw, rule, refresh_every=settings.refresh_every)
         steering, components, clock = Monitor(), Monitor(), Clock()
         state = {"student": student, "optimizer": optimizer}
         state |= {"steering": steering, "components": components, "clock": clock}
@@ -148,9 +166,10 @@ class Job:
                 with clock:
                     problems = self.training.draw(settings.batch_size)
                     sampled = rollout(student, problems.prompt, max_new_tokens=ANSWER_LENGTH)
-                    text = method.decomposition != "standard"  # standard distillation never leaves the image out
-                    logits = four_logits(student, teacher, problems.prompt, sampled, text=text)
-                    losses = method(*logits, sampled.mask_BT)
+                    views = four_views(
+                        student, teacher, problems.prompt, sampled, of=response_states, **read_by(method)
+                    )
+                    losses = method(*views, sampled.mask_BT)
                     optimizer.zero_grad()
                     geometry = optimizer.backward_components(losses)
                     torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
@@ -161,9 +180,13 @@ class Job:
                     log.add_scalar(tag, value, step)
                 log.flush()
 
-        record = {"seconds": median(clock.seconds)}
+        record: dict[str, Any] = {"seconds": fmean(clock.seconds)}
         for name, monitor in (("steering", steering), ("components", components)):
-            record[name] = {key: values.tolist() for key, values in monitor.history().items()}
+            # None where a step did not measure something: JSON has no NaN.
+            record[name] = {
+                key: [None if math.isnan(value) else value for value in values.tolist()]
+                for key, values in monitor.history().items()
+            }
         self.finish(phase, student, record)
 
     def supervise(self, phase: str, model: Qwen3VLForConditionalGeneration, *, steps: int, lr: float) -> None:
@@ -205,7 +228,7 @@ class Job:
         """The losses ``(B, T)`` of a batch of fresh rollouts, and their mask."""
         problems = self.training.draw(self.settings.batch_size)
         sampled = rollout(student, problems.prompt, max_new_tokens=ANSWER_LENGTH)
-        return token_losses(*four_logits(student, teacher, problems.prompt, sampled)), sampled.mask_BT
+        return token_losses(*four_views(student, teacher, problems.prompt, sampled)), sampled.mask_BT
 
     def load(self, phase: str) -> Qwen3VLForConditionalGeneration:
         return self.run.load(phase).to(self.settings.device)
@@ -247,6 +270,9 @@ def main() -> int:
     names = list(methods(Settings(seed=0, device="cpu")))
     parser.add_argument("--rule", nargs="+", choices=names, default=["standard", "vgs"], help="methods to run")
     parser.add_argument("--steps", type=positive, help=f"steps of distillation ({Settings.steps})")
+    parser.add_argument(
+        "--refresh-every", type=positive, default=Settings.refresh_every, help="steps to each Gramian (%(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("runs/digits"), help="the directory of the run (%(default)s)")
@@ -257,6 +283,7 @@ def main() -> int:
     settings = Settings(args.seed, args.device)
     if args.quick:
         settings = replace(settings, **QUICK)
+    settings = replace(settings, refresh_every=args.refresh_every)
     if args.steps:
         settings = replace(settings, steps=args.steps)
     try:

@@ -18,8 +18,12 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import digits  # noqa: E402
+import digits_models  # noqa: E402
 import digits_run  # noqa: E402
 import distill_digits  # noqa: E402
+
+from steer_optim.vlm import response_states  # noqa: E402
+from steer_optim.vlm.rollout import Rollout  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +130,22 @@ def test_each_method_has_a_rule_for_its_components(name):
     assert (weights > 0).all()
 
 
+@pytest.mark.parametrize("name", distill_digits.methods(distill_digits.Settings(seed=0, device="cpu")))
+def test_what_a_method_does_not_read_changes_none_of_its_gradients(name, tokenizer, problems):
+    method, _ = distill_digits.methods(distill_digits.Settings(seed=0, device="cpu"))[name]
+    torch.manual_seed(0)
+    teacher, student = (digits_models.make_model(tokenizer, hidden_size=16) for _ in range(2))
+    sampled = Rollout(problems.answer_BT, torch.ones_like(problems.answer_BT, dtype=torch.bool))
+    gradients = []
+    for options in ({"of": response_states, **distill_digits.read_by(method)}, {}):
+        views = distill_digits.four_views(student, teacher, problems.prompt, sampled, **options)
+        student.zero_grad()
+        sum(method(*views, sampled.mask_BT).values()).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in student.parameters()]))
+    # Two orders of float32 sums: over 43 ids here, then over the rows of the batch, about 1e-6 of the norm each.
+    assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[1].norm()
+
+
 # The example, but for a signal to itself in place of one checkpoint: the steps since the last one are lost.
 INTERRUPTED = """
 import os, runpy, sys
@@ -176,6 +196,16 @@ def test_quick_leaves_the_table(out):
     assert rows["vgs"]["eta"] != 1
     lines = (out / "table.md").read_text().splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:6]] == list(rows)
+
+
+@pytest.mark.slow
+def test_quick_records_what_was_measured(out):
+    record = json.loads((out / "student-vgs" / "record.json").read_text(), parse_constant=pytest.fail)  # no NaN
+    settings = json.loads((out / "settings.json").read_text())
+    fresh = [step % settings["refresh_every"] == 0 for step in range(settings["steps"])]
+    assert fresh.count(True) < len(fresh)
+    assert [norm is not None for norm in record["steering"]["steer/norm/vis"]] == fresh
+    assert None not in record["steering"]["steer/weight/vis"]
 
 
 @pytest.mark.slow
