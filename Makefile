@@ -7,6 +7,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Two processes of one thread each use two cores best, and give the same numbers everywhere.
 PYTEST_PROCESSES ?= 2
+BENCHMARKS ?= steering_cost steering_growth steering_memory losses_cost vgs_step rollout_speed topk_bias
 INPUTS := pyproject.toml constraints.txt
 
 .PHONY: demo test check fmt bench parity clean
@@ -26,8 +27,10 @@ fmt: .venv/dev.stamp
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# One of them: make bench BENCHMARKS=steering_cost ARGS="--models mlp". benchmarks.real_size needs a GPU.
 bench: .venv/dev.stamp
-	$(BIN)/python -m benchmarks.steering_cost $(ARGS)
+	for name in $(BENCHMARKS); do OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$name $(ARGS) || exit 1; done
+	$(BIN)/python -m benchmarks.report
 
 parity: .venv/dev.stamp
 	$(BIN)/python -m benchmarks.parity

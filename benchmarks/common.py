@@ -7,6 +7,7 @@ disturbs all alike; a ratio is taken within each round, and its median over the 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import os
@@ -38,6 +39,7 @@ def take_turns(
     """Seconds of every step in each of ``repeats`` rounds, after ``warm_up`` rounds that are not counted."""
     order, names = random.Random(0), list(steps)
     times: dict[str, list[float]] = {name: [] for name in names}
+    gc.freeze()  # what is there already need not be looked through every time
     for repeat in range(warm_up + repeats):
         for name in order.sample(names, len(names)):
             gc.collect()  # or the cycles of one variant are collected on another's time
@@ -47,6 +49,7 @@ def take_turns(
             synchronise()
             if repeat >= warm_up:
                 times[name].append(time.perf_counter() - start)
+    gc.unfreeze()
     return times
 
 
@@ -66,6 +69,7 @@ def peak_over_resident(run: Callable[[], object]) -> int:
     VmHWM, and not ``ru_maxrss``, which a process takes over from the one that started it.
     """
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what glibc holds of freed memory would be resident before, and used again
     Path("/proc/self/clear_refs").write_text("5")  # sets the mark back to what is resident now
     before = _status("VmRSS")
     kept = run()
@@ -131,10 +135,9 @@ def write(name: str, result: Mapping[str, Any], folder: Path) -> Path:
     return path
 
 
-def newest(name: str, folder: Path = RESULTS) -> Any:
-    """The newest result of a benchmark; None where there is none."""
-    paths = folder.glob(f"{name}-[0-9]*-*-*.json")
-    path = max(paths, default=None)
+def newest(name: str) -> Any:
+    """The newest committed result of a benchmark; None where there is none."""
+    path = max(RESULTS.glob(f"{name}-[0-9]*-*-*.json"), default=None)
     return None if path is None else json.loads(path.read_text())
 
 

@@ -1,7 +1,7 @@
 """A step of Visual Gradient Steering at its real size: a Qwen3-VL-2B taught by an 8B, on a GPU, beside a standard step.
 
     python -m benchmarks.real_size           # on a GPU with 80 GB or more; minutes
-    python -m benchmarks.real_size --tiny    # every line of it on a CPU, in seconds
+    python -m benchmarks.real_size --tiny    # the program itself on a CPU, in seconds; writes no result
 
 The models are built from the public configurations of Qwen3-VL-2B-Instruct and 8B-Instruct, with random weights in
 bfloat16: what a step costs depends on shapes and lengths only. A prompt has one image of 1024 visual tokens and 64 of
@@ -318,7 +318,8 @@ def main() -> None:
         "rollout seconds": seconds["rollout"][0],
         "rows": measure(bench, repeats=options.repeats),
     }
-    common.write("real_size", result, options.results)
+    if not options.tiny:
+        common.write("real_size", result, options.results)
     print(markdown(result))
 
 

@@ -43,12 +43,10 @@ def measure(model: str, k: int, *, disjoint: bool, repeats: int) -> list[dict[st
     for name in DISJOINT if disjoint else ONE:
         if name == VGS_STEP and k != 2:
             continue
-        graphs = "disjoint" if disjoint else "one"
-        found = [
-            common.in_child("benchmarks.steering_memory", "--one", model, str(k), name, graphs) for _ in range(repeats)
-        ]
+        arguments = ("--one", model, str(k), name, "disjoint" if disjoint else "one")
+        found = [common.in_child("benchmarks.steering_memory", *arguments, exact_peak=True) for _ in range(repeats)]
         peaks = sorted(f["peak"] for f in found)
-        rows.append({"model": model, "graphs": graphs, "components": k, "variant": name})
+        rows.append({"model": model, "graphs": arguments[-1], "components": k, "variant": name})
         rows[-1] |= {**found[0], "peak": peaks[len(peaks) // 2], "spread": peaks[-1] - peaks[0]}
     reference = {row["variant"]: row["peak"] for row in rows}
     for row in rows:

@@ -1,0 +1,213 @@
+"""The benchmarks run, what they compare computes the same update, and the page says what the results say."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import (
+    budgets,
+    common,
+    peers,
+    report,
+    steering_cost,
+    steering_growth,
+    steering_memory,
+    variants,
+    workloads,
+)
+from benchmarks.workloads import Adapted, Workload
+from steer_optim import PCGrad, SteeredOptimizer
+
+
+class Small(torch.nn.Module):
+    """A model whose components conflict."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), Adapted(5, rank=2))
+
+    def forward(self, batch):
+        x = torch.linspace(-1, 1, 6 * batch, dtype=self.layers[0].weight.dtype)
+        return self.layers(x.view(batch, 6))
+
+
+@pytest.fixture
+def workload():
+    return Workload(Small().double(), 7)
+
+
+def update(workload, backward, components):
+    for p in workload.parameters:
+        p.grad = None
+    backward(components)
+    return torch.cat([p.grad.flatten() for p in workload.parameters])
+
+
+def test_peers_project_as_pcgrad_does(workload):
+    optimizer = SteeredOptimizer(torch.optim.SGD(workload.parameters, lr=0.1), PCGrad())
+
+    def conflicting():
+        first, second = workload.losses(2)
+        return [first, second - 20 * first]
+
+    def ours(losses):
+        optimizer.backward_components({str(i): loss for i, loss in enumerate(losses)})
+
+    expected = update(workload, ours, conflicting())
+    plain = update(workload, lambda losses: sum(losses).backward(), conflicting())
+    assert (expected - plain).norm() > 0.1 * plain.norm()  # something was projected
+    found = {
+        "autojac": lambda: peers.torchjd_autojac(workload.parameters),
+        "sequential": lambda: peers.torchjd_autojac(workload.parameters, sequential=True),
+        "optimised": lambda: peers.torchjd_autojac(workload.parameters, sequential=True, optimised=True),
+        "flattened": lambda: peers.flattened_pcgrad(workload.parameters, reduction="sum"),
+        "autogram": lambda: peers.torchjd_autogram(workload.model),
+    }
+    for name, make in found.items():
+        # Sums in another order, of float64 numbers of the order of one.
+        torch.testing.assert_close(update(workload, make(), conflicting()), expected, rtol=1e-10, atol=1e-12, msg=name)
+
+
+def test_the_mean_is_taken_where_all_losses_reach_and_the_sum_elsewhere():
+    a, b = (torch.nn.Parameter(torch.ones(1)) for _ in range(2))
+    peers.flattened_pcgrad([a, b])([(2 * a + b).sum(), (4 * a).sum()])
+    assert (a.grad.item(), b.grad.item()) == (3.0, 1.0)
+
+
+@pytest.mark.parametrize("disjoint", [False, True])
+def test_every_variant_makes_a_step(disjoint):
+    workload = Workload(Small(), 7)
+    names = steering_cost.DISJOINT if disjoint else variants.EVERY
+    made = variants.make(workload, 2, names, disjoint=disjoint)
+    assert list(made) == list(names)
+    for name, variant in made.items():
+        before = [p.clone() for group in variant.optimizer.param_groups for p in group["params"]]
+        variant.step()
+        after = [p for group in variant.optimizer.param_groups for p in group["params"]]
+        assert not all(map(torch.equal, before, after)), name
+    if not disjoint:
+        assert made[variants.STALE].optimizer.geometry.age > 0
+        assert made[variants.STEER].optimizer.geometry.age == 0
+
+
+def test_the_variants_of_vgs_exist_for_two_components_only(workload):
+    assert list(variants.make(workload, 3, [variants.VGS_STEP, variants.PLAIN])) == [variants.PLAIN]
+
+
+def test_variants_take_turns():
+    calls = []
+    steps = {name: lambda name=name: calls.append(name) for name in "ab"}
+    times = common.take_turns(steps, repeats=3)
+    assert {name: len(seconds) for name, seconds in times.items()} == {"a": 3, "b": 3}
+    assert all(sorted(calls[i : i + 2]) == ["a", "b"] for i in range(0, 8, 2))
+    assert calls != ["a", "b"] * 4
+
+
+def test_ratios_are_taken_within_a_round():
+    assert common.quartiles([2.0, 20.0, 6.0], [1.0, 10.0, 2.0]) == [2.0, 2.0, 2.5]
+    assert common.ratio([3.0], [2.0]) == 1.5
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_the_peak_is_what_was_held_at_once_and_is_over():
+    size = 64 * common.MIB
+
+    def run():
+        for _ in range(3):
+            torch.ones(size // 4)
+
+    # The kernel counts in batches of pages; code that is run for the first time becomes resident too.
+    assert size - common.MIB < common.peak_over_resident(run) < size + 16 * common.MIB
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_memory_is_measured_in_a_process_of_its_own():
+    arguments = ("--one", "mlp", "2", variants.PLAIN, "one")
+    found = common.in_child("benchmarks.steering_memory", *arguments, exact_peak=True)
+    assert found["set"] == 3 * (2048 * 2048 + 2048) * 4
+    assert found["set"] <= found["peak"] < 2 * found["set"]
+    with pytest.raises(RuntimeError, match="No module named"):
+        common.in_child("benchmarks.missing")
+
+
+@pytest.fixture(scope="module")
+def small_results(tmp_path_factory):
+    """Results of the real programs, tiny."""
+    folder = tmp_path_factory.mktemp("results")
+    peaks = {variants.PLAIN: 100, variants.BARE: 150, variants.STEER: 204, variants.VGS_STEP: 160}
+
+    def peak(_, *arguments, exact_peak):
+        return {"peak": peaks.get(arguments[3], 300), "set": 100, "largest tensor": 10}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(workloads.MAKE, "mlp", lambda: Workload(workloads.MLP(8), 4))
+        patch.setitem(steering_growth.SWEEPS, "rows", ((2, 4), lambda rows: (Workload(workloads.MLP(8), rows), 2)))
+        patch.setattr(common, "in_child", peak)
+        both = (False, True)
+        cost = [row for disjoint in both for row in steering_cost.measure("mlp", 2, disjoint=disjoint, repeats=2)]
+        memory = [row for disjoint in both for row in steering_memory.measure("mlp", 2, disjoint=disjoint, repeats=1)]
+        growth = [steering_growth.measure("rows", x, repeats=2) for x in (2, 4)]
+    for name, rows in {"steering_cost": cost, "steering_memory": memory, "steering_growth": growth}.items():
+        common.write(name, {"rows": rows}, folder)
+    return folder
+
+
+@pytest.fixture
+def results(small_results, monkeypatch):
+    """Those results in place of the committed ones."""
+    monkeypatch.setattr(common, "RESULTS", small_results)
+    return small_results
+
+
+def test_results_become_tables_and_budgets(results):
+    page = "<!-- generated: steering_cost one -->\nold\n<!-- end -->\nprose\n<!-- generated: budgets -->\n<!-- end -->"
+    filled = report.fill(page)
+    assert "old" not in filled
+    assert "\nprose\n" in filled
+    assert report.fill(filled) == filled
+    for name in (variants.STEER, variants.FLATTENED, variants.AUTOGRAM, f"{variants.STEER}, refresh_every=50"):
+        assert re.search(rf"\| {name} \| \d+\.\d\d \|", filled), name
+    rows = {budget: (measured, met) for budget, measured, _, met in budgets.every_budget()}
+    assert rows["memory of exact steering: (k − 1) sets of gradients + 5 %"] == ("mlp (k = 2) +1.04", True)
+    assert rows["memory of VGS over its bare backward passes: the largest single tensor"] == ("mlp +1.00 of it", True)
+    assert rows["their peak memory below a plain step's"] == ("mlp 2.04 ×", False)
+    assert rows["no host syncs of a step on a GPU"] == (budgets.NOT_MEASURED, None)
+    assert steering_growth.markdown(common.newest("steering_growth")).count("\n") == 3
+
+
+def test_the_figures_can_be_drawn(results):
+    for name in ("steering_cost", "steering_growth"):
+        assert report.FIGURES[name](common.newest(name)).axes
+
+
+def test_the_tables_of_the_page_are_those_of_the_newest_results():
+    page = report.PAGE.read_text(encoding="utf-8")
+    assert report.fill(page) == page
+    for image in re.findall(r"\]\((images/[^)]+)\)", page):
+        assert (report.PAGE.parent / image).exists(), image
+
+
+def test_refreshing_is_weighed_over_its_steps(results):
+    rows = {row["variant"]: row for row in json.loads(next(results.glob("steering_cost-*")).read_text())["rows"]}
+    assert variants.STALE not in rows
+    ten, fifty = (rows[f"{variants.STEER}, refresh_every={n}"]["seconds"] for n in (10, 50))
+    assert min(ten, fifty) > 0
+
+
+def test_the_losses_are_measured_in_both_ways():
+    losses_cost = pytest.importorskip("benchmarks.losses_cost")
+    for way in losses_cost.WAYS:
+        found = losses_cost.measure_here(4, 50, "trained", way)
+        assert found["seconds"] > 0
+
+
+def test_a_step_at_its_real_size_runs_tiny(monkeypatch, capsys):
+    real_size = pytest.importorskip("benchmarks.real_size")
+    monkeypatch.setattr("sys.argv", ["real_size", "--tiny", "--prompts", "2", "--repeats", "1"])
+    real_size.main()
+    printed = capsys.readouterr().out
+    assert "÷ standard, without rollout" in printed
+    assert "written" not in printed
