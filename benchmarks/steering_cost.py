@@ -98,7 +98,7 @@ def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--models", nargs="+", default=list(workloads.MAKE), choices=list(workloads.MAKE))
     parser.add_argument("--components", nargs="+", type=int, default=[2, 3, 5], metavar="K")
-    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
 

@@ -78,7 +78,7 @@ def _cell(row: dict[str, Any], *, disjoint: bool) -> str:
 def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--models", nargs="+", default=["transformer", "mlp"], choices=list(workloads.MAKE))
-    parser.add_argument("--repeats", type=int, default=3, help="processes per variant")
+    parser.add_argument("--repeats", type=int, default=2, help="processes per variant")
     parser.add_argument("--one", nargs=4, metavar=("MODEL", "K", "VARIANT", "GRAPHS"), help="measure in this process")
     options = parser.parse_args()
     torch.set_num_threads(1)
