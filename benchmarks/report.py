@@ -125,7 +125,7 @@ def draw_growth(result: dict[str, Any]) -> Figure:
         ax.plot(xs, medians, "s--", color=COLOURS[0])
         ax.fill_between(xs, low, high, color=COLOURS[0], alpha=0.2, linewidth=0)
         ax.axhline(1, color="grey", linewidth=0.8)
-        ax.set(xscale="log", xlabel=label, ylabel="Steer ÷ its 2 backward passes", ylim=(0.9, None))
+        ax.set(xscale="log", xlabel=label, ylabel="Steer ÷ its 2 backward passes")
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
     return figure
