@@ -1,0 +1,140 @@
+"""The figures of the report: means over seeds, with bands of 95 % where there is more than one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.evidence.intervals import Interval, interval
+from benchmarks.evidence.methods import parse
+from benchmarks.evidence.results import Setting, score
+from steer_optim.plots import COLOURS
+
+STYLES = ("-", "--", ":")
+PAIRS = ("lang, vis", "std, vis", "std, lang")
+
+
+def learning(setting: Setting) -> Figure:
+    """Accuracy, perception and the text-only cross-entropy at the checkpoints."""
+    columns = {"answer": "right answers, %", "perception": "all operands seen, %", "text_loss": "text-only loss, nats"}
+    figure, panels = _figure(3, height=4.6)
+    for axes, (column, label) in zip(panels, columns.items(), strict=True):
+        scale = 1.0 if column == "text_loss" else 100.0
+        for i, method in enumerate(setting.runs):
+            steps, values = setting.curve(method, "examined", column)
+            _band(axes, steps, values, i, method, scale=scale)
+        axes.set(xlabel="step", ylabel=label)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def deciles(setting: Setting) -> Figure:
+    """Angles between the components by decile of visual dependency (Fig. 3): before training, and after it."""
+    ends = [m for m in ("standard", "vgs") if m in setting.runs] or list(setting.runs)[:1]
+    panels: list[tuple[str, dict[int, Any]]] = []
+    everyone = {seed: r["deciles"]["initial"] for runs in setting.runs.values() for seed, r in runs.items()}
+    panels.append(("initial student", everyone))
+    for method in ends:
+        found = {seed: r["deciles"].get("final") for seed, r in setting.runs[method].items()}
+        panels.append((f"after {method}", {seed: d for seed, d in found.items() if d}))
+    figure, axes_of = _figure(len(panels))
+    for axes, (title, angles) in zip(axes_of, panels, strict=True):
+        for i, pair in enumerate(PAIRS):
+            key = pair if angles and pair in next(iter(angles.values())) else ", ".join(reversed(pair.split(", ")))
+            values = [interval([d[key][bin] for d in angles.values()]) for bin in range(10)] if angles else []
+            _band(axes, list(range(10)), values, i, pair)
+        axes.axhline(90, color="0.7", linewidth=0.8, zorder=0)
+        axes.set(title=title, xlabel="decile of visual dependency", ylabel="angle, degrees", ylim=(0, 135))
+    axes_of[0].legend(frameon=False)
+    return figure
+
+
+def geometry(setting: Setting, method: str) -> Figure:
+    """Norms, angles and weights over training (Fig. 7)."""
+    figure, (norms, angles, weights) = _figure(3)
+    for i, name in enumerate(("std", "vis", "lang")):
+        _band(norms, *setting.curve(method, "observed", f"norm {name}"), i, name)
+    for i, pair in enumerate(("std~vis", "std~lang", "vis~lang")):
+        _band(angles, *setting.curve(method, "observed", f"angle {pair}"), i, pair.replace("~", ", "))
+    columns = {name for record in setting.runs[method].values() for name in record["steps"] if name != "step"}
+    for i, name in enumerate(sorted(columns)):
+        _band(weights, *setting.curve(method, "steps", name), i, name)
+    norms.set(title=method, xlabel="step", ylabel="gradient norm", yscale="log")
+    angles.set(xlabel="step", ylabel="angle, degrees")
+    weights.set(xlabel="step", ylabel="weight of a component")
+    for axes in (norms, angles, weights):
+        axes.legend(frameon=False)
+    return figure
+
+
+def terciles(setting: Setting, methods: Sequence[str]) -> Figure:
+    """``lang`` and ``vis`` among the least, the middling and the most visual tokens (Fig. 4)."""
+    figure, panels = _figure(6, rows=2)
+    for row, component in enumerate(("lang", "vis")):
+        for tercile, name in enumerate(("least", "middling", "most")):
+            axes = panels[3 * row + tercile]
+            for i, method in enumerate(methods):
+                _band(axes, *setting.curve(method, "observed", f"{component} tercile {tercile}"), i, method)
+            axes.set(title=f"{component}, {name} visual third", xlabel="step", ylabel="nats per token")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def sensitivity(setting: Setting) -> Figure | None:
+    """Accuracy over gamma, and over lambda, of VGS with and without a floor (Fig. 8); None where neither was varied."""
+    varied = {"gamma": "γ", "lam": "λ"}
+    lines: dict[str, dict[str, list[tuple[float, Interval]]]] = {key: {} for key in varied}
+    for method in setting.runs:
+        base, *changes = method.split(",")
+        if base != "vgs":
+            continue
+        for key in varied:
+            rest = ",".join([base, *(c for c in changes if not c.startswith(f"{key}="))])
+            value = setting.interval(method, score("answer"))
+            assert value is not None
+            lines[key].setdefault(rest, []).append((float(getattr(parse(method).losses, key)), value))
+    kept = {key: {rest: sorted(line) for rest, line in found.items() if len(line) > 2} for key, found in lines.items()}
+    kept = {key: found for key, found in kept.items() if found}
+    if not kept:
+        return None
+    figure, panels = _figure(len(kept))
+    for axes, (key, found) in zip(panels, kept.items(), strict=True):
+        for i, (rest, line) in enumerate(found.items()):
+            _band(axes, [x for x, _ in line], [y for _, y in line], i, rest, scale=100.0, marker="o")
+        axes.set(xlabel=varied[key], ylabel="right answers, %")
+        if key == "lam":
+            axes.set_xscale("symlog", linthresh=0.01)
+        if "standard" in setting.runs:
+            standard = setting.interval("standard", score("answer"))
+            assert standard is not None
+            axes.axhline(100 * standard.mean, color="0.4", linestyle="--", linewidth=1, label="standard")
+        axes.legend(frameon=False)
+    return figure
+
+
+def _figure(count: int, *, rows: int = 1, height: float = 3.6) -> tuple[Figure, list[Axes]]:
+    columns = count // rows
+    figure = Figure(figsize=(4.2 * columns, height * rows), dpi=130, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    return figure, list(grid.flat)
+
+
+def _band(
+    axes: Axes,
+    x: Sequence[float],
+    values: Sequence[Interval],
+    i: int,
+    label: str,
+    *,
+    scale: float = 1.0,
+    marker: str | None = None,
+) -> None:
+    colour, style = COLOURS[i % len(COLOURS)], STYLES[i // len(COLOURS) % len(STYLES)]
+    axes.plot(x, [scale * v.mean for v in values], style, color=colour, label=label, linewidth=1.4, marker=marker)
+    if values and not any(math.isnan(v.half) for v in values):
+        low, high = ([scale * (v.mean + sign * v.half) for v in values] for sign in (-1, 1))
+        axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)

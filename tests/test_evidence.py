@@ -1,0 +1,305 @@
+"""The evidence harness: tasks are what they say, runs are paired and found again, and the report says what was run."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+for needed in ("sklearn", "scipy", "tokenizers", "tqdm", "transformers", "matplotlib"):
+    pytest.importorskip(needed)
+
+from benchmarks.evidence import __main__ as evidence  # noqa: E402
+from benchmarks.evidence import grid, intervals, models, report, train  # noqa: E402
+from benchmarks.evidence.grid import Place  # noqa: E402
+from benchmarks.evidence.methods import BASES, FOREVER, Method, parse  # noqa: E402
+from benchmarks.evidence.prepare import prepare  # noqa: E402
+from benchmarks.evidence.records import Series, rounded  # noqa: E402
+from benchmarks.evidence.results import load, score  # noqa: E402
+from benchmarks.evidence.shapes import SIDES, polygons  # noqa: E402
+from benchmarks.evidence.tasks import TASKS  # noqa: E402
+from steer_optim import Geometry, Sum  # noqa: E402
+from steer_optim.vlm import append_response, response_logits, rollout, text_only  # noqa: E402
+
+TINY = {
+    "steps": 4,
+    "batch_size": 8,
+    "teacher_size": 32,
+    "student_size": 16,
+    "teacher_steps": 2,
+    "reader_steps": 2,
+    "eye_steps": 1,
+    "examined": 16,
+}
+CHANGES = tuple(TINY.items())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def questions():
+    return {name: task.questions(held_out=True) for name, task in TASKS.items()}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def make_run(cache):
+    task = TASKS["shapes"]
+    return lambda method, seed=0: train.Run(task, task.settled(**TINY)[0], method, seed, cache=cache)
+
+
+def sentences(task, rows):
+    return [" ".join(task.words[i] for i in row) for row in rows.tolist()]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_harness_and_the_library_run_a_model_alike(questions, name):
+    task, (prompt, answer_BT) = questions[name], questions[name].draw(3, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(0)
+    model = TASKS[name].model(task, 16).eval()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = task.eos, 0
+    everything = torch.ones_like(answer_BT, dtype=torch.bool)
+    with torch.no_grad():
+        for ours, view in (
+            (models.with_image(model, prompt), prompt),
+            (models.without_image(model, prompt), text_only(prompt, model.config)),
+        ):
+            wanted = response_logits(model, append_response(view, answer_BT, everything), task.length)
+            # Two orders of float32 sums over two layers.
+            torch.testing.assert_close(models.response_logits(model, ours, answer_BT), wanted, atol=1e-5, rtol=1e-5)
+        seen = models.with_image(model, prompt)
+    for options, greedy in (({"temperature": 0}, True), ({}, False)):
+        torch.manual_seed(3)
+        wanted = rollout(model, prompt, max_new_tokens=task.length, suppress_ids=task.never_sampled, **options)
+        torch.manual_seed(3)
+        response_BT = models.sample(model, seen, task, greedy=greedy)
+        T = wanted.response_BT.shape[1]
+        mask_BT = task.mask(response_BT)
+        assert torch.equal(mask_BT[:, :T], wanted.mask_BT)
+        assert torch.equal(response_BT[mask_BT], wanted.response_BT[wanted.mask_BT])
+
+
+def test_sums_of_nine_digits_are_right_about_the_image(questions):
+    task = questions["digits-3x3"]
+    prompt, answer_BT = task.draw(64, generator=torch.Generator().manual_seed(0))
+    lines = {"top row": [0, 1, 2], "middle row": [3, 4, 5], "bottom row": [6, 7, 8]}
+    lines |= {"left column": [0, 3, 6], "middle column": [1, 4, 7], "right column": [2, 5, 8]}
+    asked = set()
+    for image, question, answer in zip(
+        prompt["pixel_values"], sentences(task, prompt["input_ids"]), sentences(task, answer_BT), strict=True
+    ):
+        line = " ".join(question.split()[-3:-1])
+        cells = image[0].view(3, 8, 3, 8).transpose(1, 2).reshape(9, 8, 8)
+        shown = [int(task.kinds[(task.cells == cell).all(2).all(1)][0]) for cell in cells]
+        a, b, c = (shown[cell] for cell in lines[line])
+        assert answer == f"<reason> {a} + {b} = {a + b} + {c} = {a + b + c} </reason> {a + b + c} <eos>"
+        asked.add(line)
+    assert asked == set(lines)
+
+
+def test_sides_are_counted_with_a_running_sum(questions):
+    task = questions["shapes"]
+    _, answer_BT = task.draw(32, generator=torch.Generator().manual_seed(0))
+    sides = dict(zip(task.names, SIDES, strict=True))
+    for answer in sentences(task, answer_BT):
+        words, total = answer.split(), 0
+        for name, running in zip(words[:-1:2], words[1::2], strict=True):
+            total += sides[name]
+            assert running == str(total)
+
+
+def test_polygons_have_the_area_of_their_sides():
+    pictures, kinds = polygons(400, seed=3)
+    for kind, sides in enumerate(SIDES):
+        # Of n / 2 sin(2 pi / n) times the mean squared radius, uniform over 5.5 to 7.5.
+        area = sides / 2 * math.sin(2 * math.pi / sides) * (6.5**2 + 1 / 3)
+        mean = (pictures[kinds == kind] + 1).sum(dim=(1, 2)).mean() / 2
+        assert mean == pytest.approx(area, rel=0.06)  # of a hundred pictures whose areas spread by 18 %
+    assert not torch.equal(polygons(400, seed=4)[0], pictures)
+
+
+def test_no_picture_is_trained_and_tested_on():
+    for task in (TASKS["digits-3x3"], TASKS["shapes"]):
+        train_set, test_set = (
+            {cell.numpy().tobytes() for cell in task.questions(held_out=held_out).cells} for held_out in (False, True)
+        )
+        assert not train_set & test_set
+
+
+def test_grading_reads_the_last_word_before_the_end(questions):
+    task = questions["shapes"]
+    right = "square 4 triangle 7 hexagon 13 pentagon 18 <eos>"
+    responses = [
+        (right, 1, 1),
+        ("square 4 triangle 7 hexagon 13 pentagon 17 <eos>", 0, 1),
+        ("square 4 square 8 hexagon 14 square 18 <eos>", 1, 0),
+        ("square 4 triangle 7 hexagon 13 pentagon 18 18", 0, 1),  # did not end
+        ("square 4 triangle 7 hexagon 18 <eos> pentagon 18", 1, 0),
+        ("<eos> 4 triangle 7 hexagon 13 pentagon 18 <eos>", 0, 0),
+    ]
+    ids = torch.tensor([[task.ids[word] for word in text.split()] for text, *_ in [(right,), *responses]])
+    answer_BT = ids[:1].expand(len(responses), -1)
+    assert task.right(ids[1:], answer_BT).int().tolist() == [right for _, right, _ in responses]
+    assert task.perceived(ids[1:], answer_BT).int().tolist() == [seen for *_, seen in responses]
+
+
+def test_methods_are_parsed_from_their_names():
+    method = parse("vgs,lam=0.3,floor=1e-3,refresh_every=10,prior=ema,scope=group")
+    assert method.losses == replace(BASES["vgs"].losses, lam=0.3, floor=1e-3)
+    assert (method.refresh_every, method.prior, method.scope) == (10, "ema", "group")
+    assert parse("fixed").refresh_every == FOREVER
+    assert repr(parse("steer,gamma=2.0").rule(parse("steer,gamma=2.0").losses)).startswith("Steer(toward='vis', gain=2")
+    with pytest.raises(ValueError, match="begins with one of standard"):
+        parse("vsg")
+    with pytest.raises(ValueError, match=r"a change is one of .*; got 'lambda=1'"):
+        parse("vgs,lambda=1")
+
+
+def test_a_prior_that_is_not_live_is_in_the_target_and_nowhere_else():
+    torch.manual_seed(0)
+    views = [torch.randn(2, 3, 7, dtype=torch.float64) for _ in range(4)]
+    other, mask_BT = torch.randn(2, 3, 7, dtype=torch.float64), torch.ones(2, 3, dtype=torch.bool)
+    method: Method = parse("vgs,text=0.5")
+    live, swapped = method.components(views, mask_BT, None), method.components(views, mask_BT, other)
+    moved = {name for name in live if not torch.equal(live[name], swapped[name])}
+    assert set(live) == {"std", "vis", "lp", "text"}
+    assert moved == {"vis"}
+    assert torch.equal(swapped["vis"], method.components([views[0], other, *views[2:]], mask_BT, None)["vis"])
+
+
+def test_the_advantage_is_taken_within_the_group_of_a_prompt(make_run, questions):
+    run, task = make_run("grpo"), questions["shapes"]
+    _, answer_BT = task.draw(2, generator=torch.Generator().manual_seed(0))
+    answer_BT = answer_BT.repeat_interleave(train.GROUP, dim=0)
+    response_BT = answer_BT.clone()
+    response_BT[1 : train.GROUP, -2] = task.ids["0"]  # one right answer in the first group, all in the second
+    logits_BTV = torch.zeros(*response_BT.shape, len(task.words), requires_grad=True)
+    loss, reward = run.grpo(logits_BTV, response_BT, answer_BT, torch.ones_like(response_BT, dtype=torch.bool))
+    loss.backward()
+    assert reward == pytest.approx(9 / 16)
+    gradient_B = logits_BTV.grad.gather(2, response_BT[..., None])[..., 0].sum(1)
+    assert gradient_B[0] < 0 < gradient_B[1]  # descent makes the right one likelier
+    assert gradient_B[train.GROUP :].abs().max() == 0
+
+
+def test_the_cosine_to_the_exact_update_is_that_of_the_gradients(make_run):
+    run = make_run("vgs")
+    run.optimizer.rule = Sum()
+    gradients = torch.tensor([[1.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
+    G, stale = gradients @ gradients.T, torch.tensor([1.0, 0.0], dtype=torch.float64)
+    taken, exact = (Geometry(("std", "vis"), G, weights) for weights in (stale, torch.ones(2, dtype=torch.float64)))
+    wanted = torch.cosine_similarity(gradients[0], gradients.sum(0), dim=0)
+    assert run.cosine(taken, exact) == pytest.approx(float(wanted))
+
+
+def test_what_is_observed_changes_nothing(make_run, monkeypatch):
+    monkeypatch.setattr(train, "DECILE_BATCHES", 1)
+
+    def trained():
+        run = make_run("pcgrad,refresh_every=2")
+        record = run.work()
+        return torch.cat([p.detach().flatten() for p in run.student.parameters()]), record
+
+    often, record = trained()
+    assert record["steps"]["cosine to exact"][0] == pytest.approx(1)
+    assert len(record["observed"]["step"]) == 4
+    monkeypatch.setattr(train, "OBSERVATIONS", 1)
+    monkeypatch.setattr(train, "CHECKPOINTS", 1)
+    monkeypatch.setattr(train, "measure", None)  # not even the exact Gramian beside the stale one
+    monkeypatch.setattr(train.Run, "observe", lambda self, step: {})
+    monkeypatch.setattr(train.Run, "cosine", lambda self, taken, exact: 0.0)
+    monkeypatch.setattr(train, "measure", lambda losses, parameters: "not taken")
+    assert torch.equal(trained()[0], often)
+
+
+def test_methods_are_paired_by_seed(make_run):
+    first, second, other = (make_run(*key).rollout("distillation", 0) for key in (("vgs",), ("pcd",), ("vgs", 1)))
+    assert torch.equal(first[0]["pixel_values"], second[0]["pixel_values"])
+    assert torch.equal(first[2], second[2])
+    assert not torch.equal(first[0]["pixel_values"], other[0]["pixel_values"])
+
+
+def test_the_student_keeps_its_language_and_loses_its_eye(cache):
+    settings, name = TASKS["shapes"].settled(**TINY, device="cpu")
+    assert name.startswith("steps=4,batch_size=8")
+    _, blind, record = prepare(TASKS["shapes"], settings, 0, cache=cache)
+    _, again, _ = prepare(TASKS["shapes"], settings, 0, cache=cache)
+    assert set(record) == {"teacher", "initial"}
+    for one, two in zip(blind.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, two)
+    assert all(p.requires_grad for p in blind.parameters())
+
+
+def test_from_the_grid_to_the_page(cache, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "DECILE_BATCHES", 1)
+    results, docs = tmp_path / "results", tmp_path / "docs"
+    wanted = [
+        Place("shapes", CHANGES, method, seed) for seed in (0, 1) for method in ("standard", "vgs,refresh_every=2")
+    ]
+    for place in wanted:
+        grid.run_one(place, results, cache)
+    files = {place: place.file(results).read_bytes() for place in wanted}
+    assert max(map(len, files.values())) < 20_000
+
+    arguments = [f"--{key.replace('_', '-')}={value}" for key, value in TINY.items()]
+    command = ["run", "--task", "shapes", "--methods", "standard", "vgs,refresh_every=2", "--seeds", "0", "1"]
+    folders = ["--results", str(results), "--cache", str(cache)]
+    assert evidence.main([*command, *arguments, *folders]) == 0
+    assert "4 runs, 4 of them found" in capsys.readouterr().out
+    assert {place: place.file(results).read_bytes() for place in wanted} == files
+
+    assert evidence.main(["report", "--results", str(results), "--docs", str(docs)]) == 0
+    (setting,) = load(results)
+    difference = setting.difference("vgs,refresh_every=2", score("answer"))
+    page = (docs / "evidence.md").read_text()
+    assert "| `vgs,refresh_every=2` | 2 | " in page
+    assert difference.show(scale=100, sign=True) in page
+    assert "--seeds 0 1 --steps 4" in page
+    assert all((docs / name).stat().st_size for name in ["images", *_links(page)])
+    (docs / "evidence.md").write_text(page.replace("# Evidence", "# Evidence\n\nProse."))
+    report.write(results, docs)
+    assert (docs / "evidence.md").read_text() == page.replace("# Evidence", "# Evidence\n\nProse.")
+
+    changed = json.loads(files[wanted[0]])
+    changed["settings"]["lr"] = 1.0
+    wanted[0].file(results).write_text(json.dumps(changed))
+    assert evidence.main([*command, *arguments, *folders]) == 2
+    assert "with other settings of the task (lr)" in capsys.readouterr().err
+
+
+def _links(page):
+    return [part.split(")")[0] for part in page.split("](")[1:]]
+
+
+def test_intervals_are_students():
+    # The textbook's sleep data: ten paired differences, 95 % from 0.70 to 2.46.
+    extra = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0], [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
+    first, second = (dict(enumerate(values)) for values in extra)
+    found = intervals.paired(second, {**first, 99: 0.0})
+    assert (found.n, found.excludes_zero) == (10, True)
+    assert found.mean - found.half == pytest.approx(0.7001142, abs=1e-6)
+    assert found.mean + found.half == pytest.approx(2.4598858, abs=1e-6)
+    alone = intervals.interval([1.0])
+    assert alone.show() == "1.0"
+    assert not alone.excludes_zero
+    assert intervals.paired(first, {}) is None
+
+
+def test_series_are_means_of_windows():
+    series = Series()
+    for step in range(7):
+        series.add(step, {"value": float(step**2)})
+    assert series.history(points=3) == {"step": [1.0, 4.0, 6.0], "value": [1.667, 16.67, 36.0]}
+    assert series.history()["value"] == [0.0, 1.0, 4.0, 9.0, 16.0, 25.0, 36.0]
+    assert rounded({"a": [123456.0, 7]}) == {"a": [123500.0, 7]}
