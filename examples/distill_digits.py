@@ -62,7 +62,7 @@ class Settings:
     eye_steps: int = 60
     held_out: int = 1000
     measure_every: int = 10
-    refresh_every: int = 10
+    refresh_every: int = 1
     # As in the paper, but for a learning rate that suits models 10,000 times smaller than its own: there it is 1e-6.
     gamma: float = 2.0
     lam: float = 0.01

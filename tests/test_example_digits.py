@@ -165,7 +165,7 @@ runpy.run_path("distill_digits.py", run_name="__main__")
 def quick(out, *interruption):
     program = ["-c", INTERRUPTED, *map(str, interruption)] if interruption else ["distill_digits.py"]
     return subprocess.run(
-        [sys.executable, *program, "--quick", "--device", "cpu", "--out", out],
+        [sys.executable, *program, "--quick", "--refresh-every", "2", "--device", "cpu", "--out", out],
         cwd=EXAMPLES,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
