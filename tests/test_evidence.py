@@ -303,3 +303,11 @@ def test_series_are_means_of_windows():
     assert series.history(points=3) == {"step": [1.0, 4.0, 6.0], "value": [1.667, 16.67, 36.0]}
     assert series.history()["value"] == [0.0, 1.0, 4.0, 9.0, 16.0, 25.0, 36.0]
     assert rounded({"a": [123456.0, 7]}) == {"a": [123500.0, 7]}
+
+
+@pytest.mark.parametrize(("product", "eta"), [(0.25, 3**-0.5), (-0.45, 1.0)])
+def test_a_capped_eta_is_that_of_the_paper_up_to_one(product, eta):
+    G = torch.tensor([[1.0, product, 0.3], [product, 0.25, 0.1], [0.3, 0.1, 1.0]], dtype=torch.float64)
+    method = parse("capped")
+    weights, _ = method.rule(method.losses)(G, ["std", "vis", "lp"])
+    torch.testing.assert_close(weights, eta * torch.tensor([1.0, 2.0, 1.0], dtype=torch.float64))

@@ -7,6 +7,7 @@ from statistics import fmean
 
 from benchmarks.common import table
 from benchmarks.evidence import figures
+from benchmarks.evidence.claims import claims
 from benchmarks.evidence.intervals import Interval
 from benchmarks.evidence.methods import FOREVER, parse
 from benchmarks.evidence.results import Record, Setting, load, mean_of, score
@@ -28,7 +29,7 @@ def write(results: Path, docs: Path) -> None:
     images.mkdir(parents=True, exist_ok=True)
     for old in images.glob("evidence-*.png"):
         old.unlink()
-    body = "\n\n".join(section(setting, images) for setting in settings)
+    body = "\n\n".join(["### Claim by claim", claims(settings), *(section(setting, images) for setting in settings)])
     page = docs / "evidence.md"
     text = page.read_text() if page.exists() else f"# Evidence\n\n{BEGIN}\n{END}\n"
     if text.count(BEGIN) != 1 or text.count(END) != 1:
@@ -52,7 +53,8 @@ def section(setting: Setting, images: Path) -> str:
     }
     if setting.name == "default":
         drawn |= {"deciles": figures.deciles(setting), "terciles": figures.terciles(setting, shown)}
-        drawn |= {f"geometry-{m}": figures.geometry(setting, m) for m in ("standard", "vgs") if m in setting.runs}
+        if "vgs" in setting.runs:
+            drawn["geometry"] = figures.geometry(setting, "vgs")
     for kind, figure in drawn.items():
         if figure is not None:
             figure.savefig(images / f"{name}-{kind}.png")
@@ -63,11 +65,14 @@ def section(setting: Setting, images: Path) -> str:
 
 def scores(setting: Setting) -> str:
     """A row for every method."""
-    head = ["method", "seeds", "right, %", "to standard", "all seen, %", "language, %", "text-only loss", "η"]
-    head += ["∠(std, vis)", "s/step"]
+    head = ["method", "seeds", "right, %", "to standard", "over training", "to standard", "all seen, %"]
+    head += ["language, %", "text-only loss", "η", "∠(std, vis)", "s/step"]
     rows = []
     for method, runs in setting.runs.items():
-        difference = None if method == "standard" else setting.difference(method, score("answer"))
+        over_training = mean_of("examined", "answer")
+        final, whole = (
+            None if method == "standard" else setting.difference(method, of) for of in (score("answer"), over_training)
+        )
         stopped = sum(record["diverged"] is not None for record in runs.values())
         # η is the weight of std where that is a component beside others.
         eta = None if method.startswith("standard") else setting.interval(method, mean_of("steps", "weight std"))
@@ -76,7 +81,9 @@ def scores(setting: Setting) -> str:
                 f"`{method}`" + (f" ({stopped} diverged)" if stopped else ""),
                 str(len(runs)),
                 _cell(setting.interval(method, score("answer")), scale=100),
-                _difference(difference),
+                _difference(final),
+                _cell(setting.interval(method, over_training), scale=100),
+                _difference(whole),
                 _cell(setting.interval(method, score("perception")), scale=100),
                 _cell(setting.interval(method, score("language")), scale=100),
                 _cell(setting.interval(method, score("text_loss")), digits=3),
