@@ -146,6 +146,7 @@ def test_grading_reads_the_last_word_before_the_end(questions):
         ("square 4 square 8 hexagon 14 square 18 <eos>", 1, 0),
         ("square 4 triangle 7 hexagon 13 pentagon 18 18", 0, 1),  # did not end
         ("square 4 triangle 7 hexagon 18 <eos> pentagon 18", 1, 0),
+        ("18 4 triangle 7 hexagon 13 pentagon 18 18", 0, 0),  # nor here
         ("<eos> 4 triangle 7 hexagon 13 pentagon 18 <eos>", 0, 0),
     ]
     ids = torch.tensor([[task.ids[word] for word in text.split()] for text, *_ in [(right,), *responses]])

@@ -107,8 +107,8 @@ def work(places: list[Place], *, jobs: int, results: Path = EVIDENCE, cache: Pat
     first = {(place.task, place.changes, place.seed): place for place in missing}
     # A new interpreter, not a fork: torch's threads do not survive one.
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        for done in as_completed([pool.submit(prepare_one, place, cache) for place in first.values()]):
-            done.result()
+        for prepared in as_completed([pool.submit(prepare_one, place, cache) for place in first.values()]):
+            prepared.result()
         futures = {pool.submit(run_one, place, results, cache): place for place in missing}
         for i, done in enumerate(as_completed(futures), start=1):
             place, record = futures[done], done.result()

@@ -58,9 +58,9 @@ class Questions(abc.ABC):
     def right(self, response_BT: Tensor, answer_BT: Tensor) -> Tensor:
         """``(B,)``, bool: whether the last word of a response before ``<eos>`` is the result."""
         ends_BT = response_BT == self.eos
-        last_B = ends_BT.int().argmax(dim=1) - 1
+        last_B = ends_BT.int().argmax(dim=1) - 1  # -1 where there is no end, too
         result_B = response_BT.gather(1, last_B.clamp(min=0)[:, None])[:, 0]
-        return (last_B >= 0) & ends_BT.any(dim=1) & (result_B == answer_BT[:, -2])
+        return (last_B >= 0) & (result_B == answer_BT[:, -2])
 
     def perceived(self, response_BT: Tensor, answer_BT: Tensor) -> Tensor:
         """``(B,)``, bool: whether a response names everything that was to be seen, where the answer does."""
