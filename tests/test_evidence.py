@@ -20,7 +20,7 @@ from benchmarks.evidence.results import load, score  # noqa: E402
 from benchmarks.evidence.shapes import SIDES, polygons  # noqa: E402
 from benchmarks.evidence.tasks import TASKS  # noqa: E402
 from steer_optim import Geometry, Sum  # noqa: E402
-from steer_optim.vlm import append_response, response_logits, rollout, text_only  # noqa: E402
+from steer_optim.vlm import append_response, response_logits, rollout, text_only, token_losses  # noqa: E402
 
 TINY = {
     "steps": 4,
@@ -177,6 +177,7 @@ def test_a_prior_that_is_not_live_is_in_the_target_and_nowhere_else():
     assert set(live) == {"std", "vis", "lp", "text"}
     assert moved == {"vis"}
     assert torch.equal(swapped["vis"], method.components([views[0], other, *views[2:]], mask_BT, None)["vis"])
+    torch.testing.assert_close(live["text"], 0.5 * token_losses(*views).lang.mean())
 
 
 def test_the_advantage_is_taken_within_the_group_of_a_prompt(make_run, questions):
@@ -232,14 +233,28 @@ def test_methods_are_paired_by_seed(make_run):
 
 
 def test_the_student_keeps_its_language_and_loses_its_eye(cache):
-    settings, name = TASKS["shapes"].settled(**TINY, device="cpu")
+    task = TASKS["shapes"]
+    settings, name = task.settled(**{**TINY, "eye_steps": 0})
     assert name.startswith("steps=4,batch_size=8")
-    _, blind, record = prepare(TASKS["shapes"], settings, 0, cache=cache)
-    _, again, _ = prepare(TASKS["shapes"], settings, 0, cache=cache)
+    _, student, record = prepare(task, settings, 0, cache=cache)
     assert set(record) == {"teacher", "initial"}
-    for one, two in zip(blind.parameters(), again.parameters(), strict=True):
-        assert torch.equal(one, two)
-    assert all(p.requires_grad for p in blind.parameters())
+    assert all(p.requires_grad for p in student.parameters())
+    train.seed_step(0, "student")
+    untaught, fresh = (task.model(task.questions(held_out=False), settings.student_size) for _ in range(2))
+
+    def eye(model):
+        return [p for module in models.eye(model) for p in module.parameters()]
+
+    assert all(torch.equal(own, new) for own, new in zip(eye(student), eye(fresh), strict=True))
+    assert not torch.equal(student.get_input_embeddings().weight, untaught.get_input_embeddings().weight)
+
+    _, again, _ = prepare(task, settings, 0, cache=cache)
+    assert all(torch.equal(one, two) for one, two in zip(student.parameters(), again.parameters(), strict=True))
+    _, taught, _ = prepare(task, replace(settings, eye_steps=1), 0, cache=cache)
+    saw = {id(p) for p in eye(taught)}
+    for one, two in zip(student.parameters(), taught.parameters(), strict=True):
+        assert torch.equal(one, two) or id(two) in saw
+    assert not all(torch.equal(own, new) for own, new in zip(eye(taught), eye(fresh), strict=True))
 
 
 def test_from_the_grid_to_the_page(cache, tmp_path, monkeypatch, capsys):
