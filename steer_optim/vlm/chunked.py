@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steer_optim.vlm.heads import Head, HiddenStates
+from steer_optim.vlm.heads import HiddenStates
 from steer_optim.vlm.losses import check_floor, check_temperature, check_views, refuse_non_finite
-from steer_optim.vlm.rows import Gradients, Rows
+from steer_optim.vlm.rows import Gradients, Place, Rows
 
 # Where intermediates of a block of rows are written; fresh tensors are what a compiler fuses best.
 _Scratch = Sequence[Tensor | None]
@@ -53,7 +53,7 @@ class ChunkedLosses:
 
     Example:
         >>> import torch
-        >>> from steer_optim.vlm.heads import Head, HiddenStates
+        >>> from steer_optim.vlm.heads import HiddenStates
         >>> head = Head(torch.randn(7, 4, requires_grad=True))
         >>> views = {name: HiddenStates(torch.randn(5, 4), head) for name in ("student", "student_text")}
         >>> views |= {name: HiddenStates(torch.randn(5, 4), head) for name in ("teacher", "teacher_text")}
@@ -129,7 +129,7 @@ class ChunkedLosses:
         dtype = self.dtype
         views = {name: view if where is None else view[where] for name, view in self._views.items() if name in read}
         weights = {name: (w if where is None else w[where]).detach().to(dtype) for name, w in weights.items()}
-        upcast: dict[int, Tensor] = {}
+        upcast: dict[Place, Tensor] = {}
         rows = {
             name: Rows(view, temperature=self._temperature, dtype=dtype, upcast=upcast) for name, view in views.items()
         }
@@ -226,14 +226,11 @@ def _flat(views: Mapping[str, Tensor | HiddenStates]) -> dict[str, Tensor | Hidd
     check_views(**views)
     V = min(view.shape[-1] for view in views.values())
     flat: dict[str, Tensor | HiddenStates] = {}
-    heads: dict[str, Head] = {}
     for name, view in views.items():
-        student, model = name.startswith("student"), name.removesuffix("_text")
+        student = name.startswith("student")
         if isinstance(view, HiddenStates):
-            view = view if student else view.detach()
-            # Cut once, so that both views of a model reach one tensor.
-            head = heads.setdefault(model, view.head.cut(V))
-            flat[name] = HiddenStates(view.hidden_BTd.flatten(0, -2), head)
+            rows = HiddenStates(view.hidden_BTd.flatten(0, -2), view.head.cut(V))
+            flat[name] = rows if student else rows.detach()
         elif student:
             raise ValueError(
                 f"{name} is logits, and the losses need what they were computed from: pass HiddenStates, as "

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from steer_optim.vlm.heads import HiddenStates
-from steer_optim.vlm.rows import Gradients, Rows
+from steer_optim.vlm.rows import Gradients, Place, Rows
 
 # The log-probability of a slot without an id: its mass is zero in every floating type, so that neither a divergence
 # nor the target of `vis` sees it, and where -inf would give NaN, differences of it are zero.
@@ -137,7 +137,7 @@ class StudentRows:
     def __init__(self, view_BTV: Tensor | HiddenStates, token_N: Tensor) -> None:
         view_NV = _flat(view_BTV)[token_N]
         self.dtype = torch.promote_types(view_NV.dtype, torch.float32)
-        self._upcast: dict[int, Tensor] = {}
+        self._upcast: dict[Place, Tensor] = {}
         self._rows = Rows(view_NV, dtype=self.dtype, upcast=self._upcast)
         self._shape = view_NV.shape
         if isinstance(view_NV, Tensor):

@@ -21,12 +21,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 # How a model type names the factor of its logits, and the exponent it is raised to: Granite divides by its own.
 _SCALES = {"logit_scale": 1, "logits_scaling": -1, "lm_head_multiplier": 1, "output_multiplier": 1}
 # The models of which a row was compared.
 _TRIED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
+_SHARDED = (
+    "the head's weight is {}, whole only inside the model's own forward pass: pass logits, from response_logits, "
+    "instead of hidden states"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,10 +70,7 @@ class Head:
     def __post_init__(self) -> None:
         # By name: importing DTensor costs half a second, and whoever holds one has imported it.
         if type(self.weight_Vd).__name__ == "DTensor":
-            raise TypeError(
-                "the head's weight is a DTensor, whole only inside the model's own forward pass: pass logits, from "
-                "response_logits, instead of hidden states"
-            )
+            raise TypeError(_SHARDED.format("a DTensor"))
         if self.weight_Vd.ndim != 2 or not self.weight_Vd.is_floating_point():
             raise ValueError(
                 f"weight_Vd must be (V, d) and floating; got {tuple(self.weight_Vd.shape)}, {self.weight_Vd.dtype}: "
@@ -115,7 +117,7 @@ class Head:
         )
 
     def same(self, other: Head) -> bool:
-        """Whether both are made of the same tensors, so that gradients reach the same, and the same numbers."""
+        """Whether both are made of the same tensors, detached or not, and the same numbers."""
         return all(_same(getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
 
     @classmethod
@@ -127,7 +129,7 @@ class Head:
         own, so that gradients reach its parameters, and tied ones add up.
 
         Raises:
-            TypeError: the weight is a DTensor.
+            TypeError: the head is sharded by FSDP2, or its weight a DTensor.
             ValueError: the model names no head; the head is no linear layer; its adapter is not a plain LoRA, has
                 dropout in training mode, or is one of several.
 
@@ -142,6 +144,9 @@ class Head:
             30.0
         """
         owner, module = output_embeddings(model)
+        # After a forward pass the weight may be whole, in memory that is taken away again before a backward pass.
+        if any(_is_fsdp2(x) and any(y is module for y in x.modules()) for x in model.modules()):
+            raise TypeError(_SHARDED.format("sharded by FSDP2"))
         # PEFT's wrapper of a module that is trained whole.
         if (copies := getattr(module, "modules_to_save", None)) is not None:
             active = list(module.active_adapters)
@@ -212,10 +217,8 @@ class HiddenStates:
 
     def detach(self) -> HiddenStates:
         """The same without gradients, to the states or to the head."""
-        values = {field.name: getattr(self.head, field.name) for field in fields(self.head)}
-        detached: dict[str, Any] = {k: x.detach() if isinstance(x, Tensor) else x for k, x in values.items()}
-        head = Head(**detached)
-        return HiddenStates(self.hidden_BTd.detach(), head)
+        tensors: dict[str, Any] = {name: x.detach() for name, x in vars(self.head).items() if isinstance(x, Tensor)}
+        return HiddenStates(self.hidden_BTd.detach(), replace(self.head, **tensors))
 
 
 def output_embeddings(model: nn.Module) -> tuple[nn.Module, Any]:
@@ -238,9 +241,20 @@ def states_before_head(model: nn.Module, forward: Callable[[], Tensor]) -> Hidde
 
     The head is handed no rows; or one, the first time, so that ``Head.of`` can be compared with what the model does.
 
+    Without gradients, as in ``torch.no_grad``, neither states nor head have any: a loss of them would reach the head
+    alone, where a loss of logits is refused.
+
     Raises:
-        RuntimeError: it does something else; or the head was not called once.
+        RuntimeError: it does something else; or the head was not called once; or the model is DDP with
+            ``static_graph``.
     """
+    if isinstance(model, DistributedDataParallel) and model.static_graph and torch.is_grad_enabled():
+        # What DDP returns holds no logits, and the backward pass of a static graph begins there.
+        raise RuntimeError(
+            "DDP with static_graph averages no gradient of a loss of hidden states: build it without static_graph. Or "
+            "pass the model inside, model.module, where SteeredOptimizer(data_parallel=True) averages, or take "
+            "response_logits"
+        )
     head, (_, module) = Head.of(model), output_embeddings(model)
     taken: list[Tensor] = []
     tried = model in _TRIED
@@ -272,14 +286,18 @@ def states_before_head(model: nn.Module, forward: Callable[[], Tensor]) -> Hidde
                 f"{error:.3g}. Pass response_logits instead, or HiddenStates with a Head of your own"
             )
         _TRIED.add(model)
-    return HiddenStates(taken[0], head)
+    states = HiddenStates(taken[0], head)
+    return states if torch.is_grad_enabled() else states.detach()
+
+
+def _is_fsdp2(module: nn.Module) -> bool:
+    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
 
 
 def _same(a: Any, b: Any) -> bool:
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
         return type(a) is type(b) and bool(a == b)
-    constant = not (a.requires_grad or b.requires_grad) and a.dtype == b.dtype
-    return a is b or (constant and (a.data_ptr(), a.shape, a.stride()) == (b.data_ptr(), b.shape, b.stride()))
+    return a.dtype == b.dtype and (a.data_ptr(), a.shape, a.stride()) == (b.data_ptr(), b.shape, b.stride())
 
 
 def _after(model: nn.Module) -> dict[str, Any]:

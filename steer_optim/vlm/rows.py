@@ -17,6 +17,9 @@ from torch import Tensor
 
 from steer_optim.vlm.heads import HiddenStates
 
+# The memory of a tensor: where it begins, its shape and its strides.
+Place = tuple[int, tuple[int, ...], tuple[int, ...]]
+
 
 class Rows:
     """The logits of ``N`` rows divided by a temperature, and the gradients that reach what they are made of.
@@ -25,7 +28,7 @@ class Rows:
         view: hidden states ``(N, d)``, or logits ``(N, V)``, which receive no gradient.
         temperature: all logits are divided by it.
         dtype: of the logits, float32 or float64.
-        upcast: tensors that this and other rows have cast to ``dtype``, by id; a head is cast once.
+        upcast: tensors that this and other rows have cast to ``dtype``, by their memory; a head is cast once.
 
     Attributes:
         inputs: what gradients can reach.
@@ -38,7 +41,7 @@ class Rows:
         *,
         temperature: float = 1.0,
         dtype: torch.dtype = torch.float32,
-        upcast: MutableMapping[int, Tensor] | None = None,
+        upcast: MutableMapping[Place, Tensor] | None = None,
     ) -> None:
         self.shape = view.shape
         self.cap: float | None = None
@@ -104,7 +107,10 @@ class Rows:
         if x.is_cuda and x.dtype == w.dtype and x.dtype in keep and hasattr(torch.ops.aten.mm, "dtype"):
             return x, w
         if w.dtype != self._dtype:
-            w = self._upcast.setdefault(id(w), w.to(self._dtype)) if id(w) not in self._upcast else self._upcast[id(w)]
+            place = (w.data_ptr(), w.shape, w.stride())  # views may have detached the one head, each by itself
+            if place not in self._upcast:
+                self._upcast[place] = w.to(self._dtype)
+            w = self._upcast[place]
         return x.to(self._dtype), w
 
 

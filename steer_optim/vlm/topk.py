@@ -52,7 +52,7 @@ def top_ids(
     support is seen through the tail only; so the ids are those that weigh most in either view.
 
     Args:
-        student_BTV: ``(B, T, V)``, floating, the student's logits with the image.
+        student_BTV: ``(B, T, V)``, floating, the student's logits with the image, or its hidden states.
         student_text_BTV: ``(B, T, V)``, those without it; None where only ``std`` is wanted.
         mask_BT: ``(B, T)``, bool, True at response tokens.
         k: how many, at most ``V``.

@@ -237,10 +237,12 @@ def response_states(model: nn.Module, batch: Mapping[str, Tensor], num_tokens: i
     """The twin of :func:`response_logits` that stops before the head: what the head would take, and the head.
 
     The pass is the model's own, whose head is handed no rows, so that no logits are computed or held. In the first
-    pass of a model it is handed one row, and what the model makes of it is compared with what :class:`Head` does.
+    pass of a model it is handed one row, and what the model makes of it is compared with what :class:`Head` does. In
+    ``torch.no_grad`` the head, too, is detached.
 
     Args:
         model: a transformers model, or a wrapper that passes keywords on, with a head that :meth:`Head.of` reads.
+            From DDP with ``find_unused_parameters``, losses that ``SteeredOptimizer`` takes and no plain backward.
         batch: what ``append_response`` gave.
         num_tokens: ``T``, the number of columns of the response.
 
@@ -249,7 +251,8 @@ def response_states(model: nn.Module, batch: Mapping[str, Tensor], num_tokens: i
 
     Raises:
         TypeError, ValueError: as :meth:`Head.of`; the batch has no prompt before ``num_tokens`` tokens.
-        RuntimeError: the model does something to its logits that ``Head`` does not, or does not call its head once.
+        RuntimeError: the model does something to its logits that ``Head`` does not, or does not call its head once;
+            or it is DDP with ``static_graph``.
 
     Example:
         >>> import torch

@@ -176,6 +176,22 @@ def test_the_head_meets_gated_rows_only_and_none_without_weight():
     assert [products(method, gated) - without for gated in (0, 4, 5, 12)] == [0, 4, 8, 12]
 
 
+def test_a_head_in_half_precision_is_cast_once_for_all_views_and_chunks():
+    states = random_states(3, 4, 9, dtype=torch.bfloat16)
+    states[1:] = [x.detach() for x in states[1:]]
+
+    class Casts(TorchDispatchMode):
+        heads = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            Casts.heads += func.overloadpacket is torch.ops.aten._to_copy and args[0].shape == (9, 4)
+            return func(*args, **(kwargs or {}))
+
+    with Casts():
+        DecomposedDistillation(lam=0.0, chunk_size=4)(*states, MASK)
+    assert Casts.heads == 2  # the student's and the teacher's
+
+
 def test_nothing_is_precomputed_without_gradients():
     states, method = random_states(3, 4, 9), DecomposedDistillation(lam=0.5, chunk_size=4)
     with torch.no_grad(), Largest() as without:

@@ -233,11 +233,60 @@ def test_heads_and_states_that_do_not_fit_are_refused_by_name():
             HiddenStates(wrong, Head(weight))
 
 
-def test_heads_are_the_same_where_gradients_reach_the_same():
-    weight = nn.Parameter(torch.randn(7, 4))
-    assert Head(weight).same(Head(weight))
-    assert Head(weight.detach()).same(Head(weight.detach()))
-    assert not Head(weight).same(Head(weight.detach()))
-    assert not Head(weight.view(7, 4)).same(Head(weight))
+def test_heads_are_the_same_where_they_are_made_of_the_same():
+    weight, bias = nn.Parameter(torch.randn(7, 4)), torch.randn(7)
+    for same in (weight, weight.detach(), weight.view(7, 4)):
+        assert Head(weight, bias_V=bias).same(Head(same, bias_V=bias.detach()))
+    for other in (weight.clone(), weight[:6], weight.T.contiguous().T):
+        assert not Head(weight).same(Head(other))
     assert not Head(weight).same(Head(weight, softcap=3.0))
-    assert not Head(weight.detach()).same(Head(weight.detach().clone()))
+    assert not Head(weight).same(Head(weight, bias_V=bias))
+
+
+@pytest.mark.parametrize("padded", [0, -20])
+@pytest.mark.parametrize("kind", ["weight", "adapter"])
+@peft_warnings
+def test_a_view_without_gradients_is_a_constant_to_the_head_too(kind, padded):
+    model = Bigram() if kind == "weight" else peft_model(target_modules=["lm_head"])
+    batch = batch_of([2, 20], [2, 21])
+    teacher = torch.randn(2, 2, 3, 140 + padded).unbind()
+    found, meant = {}, {}
+    for components, of in ((found, response_states), (meant, response_logits)):
+        with torch.no_grad():
+            text = of(model, batch, 3)
+        components |= DecomposedDistillation(lam=1.0)(of(model, batch, 3), text, *teacher, MASK)
+    assert {key: loss.requires_grad for key, loss in found.items()} == {"std": True, "vis": True, "lp": False}
+    parameters = [x for x in model.parameters() if x.requires_grad]
+    for key in ("std", "vis"):
+        pairs = (torch.autograd.grad(losses[key], parameters, retain_graph=True) for losses in (found, meant))
+        for x, y in zip(*pairs, strict=True):
+            assert_close(x, y, **CLOSE)
+
+
+def test_a_model_sharded_by_fsdp2_is_refused_though_its_weight_is_whole():
+    class FSDPModule:
+        pass
+
+    class Sharded(FSDPModule, Wrapper):
+        pass
+
+    model, batch = Bigram(), batch_of([2, 20], [2, 21])
+    with pytest.raises(TypeError, match=r"the head's weight is sharded by FSDP2.*from response_logits"):
+        response_states(Sharded(model), batch, 3)
+    # Only what FSDP2 shards: a head beside it is whole.
+    model.other = Sharded(nn.Linear(2, 2))
+    assert response_states(model, batch, 3).shape == (2, 3, 140)
+
+
+def test_a_static_graph_which_would_not_average_is_refused():
+    """DDP averages in the backward pass of what it returned, which states are no part of."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        batch = batch_of([2, 20], [2, 21])
+        model = nn.parallel.DistributedDataParallel(text_model("llama"), static_graph=True)
+        with pytest.raises(RuntimeError, match=r"static_graph averages no gradient.*model\.module"):
+            response_states(model, batch, 3)
+        with torch.no_grad():
+            assert response_states(model, batch, 3).shape == (2, 3, 140)
+    finally:
+        torch.distributed.destroy_process_group()
