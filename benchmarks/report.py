@@ -14,6 +14,9 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks import budgets, common, losses_cost, steering_cost, steering_growth, steering_memory
+from benchmarks.evidence.grid import EVIDENCE
+from benchmarks.evidence.report import command, refreshed
+from benchmarks.evidence.results import load
 from benchmarks.variants import AUTOGRAM, BARE, EVERY, FLATTENED, STEER, TORCHJD
 from steer_optim.plots import COLOURS
 
@@ -27,7 +30,7 @@ ALT = {
     "passes over the number of parameters and the rows of a batch",
     "figure of losses_cost": "Peak memory of the losses over the number of tokens, eager and chunked",
 }
-OF_OTHERS = ("vgs_step", "rollout_speed", "refresh", "topk_bias", "real_size")
+OF_OTHERS = ("vgs_step", "rollout_speed", "topk_bias", "real_size")
 
 
 def fill(page: str) -> str:
@@ -45,6 +48,8 @@ def tables(name: str) -> str:
         return budgets.markdown()
     if name == "machine":
         return _machine()
+    if name == "refresh":
+        return _refresh()
     if name in ALT:
         benchmark = name.removeprefix("figure of ")
         return f"![{ALT[name]}](images/{_image(benchmark)})" if common.newest(benchmark) else "No figure yet."
@@ -69,6 +74,16 @@ def _cost(result: dict[str, Any], part: str) -> str:
     names = (*(name for name in EVERY if name not in (*TORCHJD, AUTOGRAM, FLATTENED)), *OURS, *TORCHJD, AUTOGRAM)
     columns = steering_cost.settings(result, graphs)
     return steering_cost.table(result, (*names, FLATTENED), columns, key=key, graphs=graphs) if columns else "–"
+
+
+def _refresh() -> str:
+    """How far known weights lead away from exact ones, from the runs of the main job that the evidence rests on."""
+    parts = [
+        f"`{setting.task}`, {setting.any_run['settings']['steps']} steps:\n\n{cosines}\n\n```sh\n{command(setting)}\n```"
+        for setting in load(EVIDENCE)
+        if (cosines := refreshed(setting))
+    ]
+    return "\n\n".join(parts) or "Not measured yet: `python -m benchmarks.evidence`."
 
 
 def _machine() -> str:

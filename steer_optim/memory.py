@@ -19,7 +19,12 @@ KEY = "steer_optim"
 
 
 def put(
-    state_dict: dict[str, Any], *, owner: str, names: tuple[str, ...], state: State, last: Geometry | None
+    state_dict: dict[str, Any],
+    *,
+    owner: str,
+    names: tuple[str, ...],
+    state: State,
+    last: tuple[str, Geometry] | None,
 ) -> dict[str, Any]:
     """A state dict with the memory in it.
 
@@ -28,18 +33,20 @@ def put(
         owner: whose memory it is: the rule and its scope.
         names: the components, in the order of the rule's rows.
         state: of the rule.
-        last: the geometry whose weights may be used again; None where none are.
+        last: the geometry whose weights may be used again, and whose they are; None where none are.
     """
     first, *others = state_dict["param_groups"]
     record: dict[str, Any] = {"rule": owner, "names": names, "state": {k: _pack(v) for k, v in state.items()}}
     if last is not None:
-        record["last"] = {"G": _pack(last.G), "weights": _pack(last.weights), "age": last.age}
+        rule, geometry = last
+        tensors = {"G": _pack(geometry.G), "weights": _pack(geometry.weights)}
+        record["last"] = {"rule": rule, "age": geometry.age, **tensors}
     return {**state_dict, "param_groups": [{**first, KEY: json.dumps(record)}, *others]}
 
 
 def take(
     state_dict: dict[str, Any], *, owner: str, device: torch.device
-) -> tuple[dict[str, Any], tuple[str, ...], State, Geometry | None]:
+) -> tuple[dict[str, Any], tuple[str, ...], State, tuple[str, Geometry] | None]:
     """The inner state dict, names, rule state and last geometry that :func:`put` put together.
 
     A plain state dict of the inner optimizer has no memory: steering then starts afresh.
@@ -55,9 +62,9 @@ def take(
             f"the checkpoint holds the memory of {record['rule']} and this optimizer steers with {owner}: use the same "
             f"rule and scope, or delete state_dict['param_groups'][0][{KEY!r}] to start this one afresh"
         )
-    if "last" in record and record["rule"] == owner:
-        weights, G = (_unpack(record["last"][key]).to(device) for key in ("weights", "G"))
-        last = Geometry(names, G, weights, age=record["last"]["age"])
+    if "last" in record:
+        G, weights = (_unpack(record["last"][key]).to(device) for key in ("G", "weights"))
+        last = record["last"]["rule"], Geometry(names, G, weights, age=record["last"]["age"])
     first = {key: value for key, value in first.items() if key != KEY}
     state = {key: _unpack(value) for key, value in record["state"].items()}
     return {**state_dict, "param_groups": [first, *others]}, names, state, last

@@ -33,6 +33,8 @@ from steer_optim.gramian import Geometry
 
 Keys = tuple[str, ...]
 
+# What every step measures but for norms of an earlier one, so that NaN is news.
+_ALWAYS = ("steer/loss/", "steer/norm/", "steer/weight/")
 # Rows that gather on the device before they move to the host: one synchronisation in so many steps.
 _BATCH = 256
 
@@ -58,8 +60,7 @@ def scalars(geometry: Geometry) -> dict[str, float]:
     """
     keys, row = _row(geometry)
     numbers = dict(zip(keys, row.tolist(), strict=True))
-    always = ("steer/loss/", "steer/norm/", "steer/weight/")  # NaN there is news
-    return {key: value for key, value in numbers.items() if key.startswith(always) or not math.isnan(value)}
+    return {key: value for key, value in numbers.items() if key.startswith(_ALWAYS) or not math.isnan(value)}
 
 
 class Monitor:
@@ -118,7 +119,8 @@ class Monitor:
         for keys, places, values in self._blocks:
             for key, column in zip(keys, values.unbind(1), strict=True):
                 history[key][places] = column
-        return {"step": torch.tensor(self._steps, dtype=torch.int64), **history}
+        known = {k: column for k, column in history.items() if k.startswith(_ALWAYS) or not column.isnan().all()}
+        return {"step": torch.tensor(self._steps, dtype=torch.int64), **known}
 
     def state_dict(self) -> dict[str, Any]:
         """The record so far: tensors, lists and strings, fit for any checkpoint."""
@@ -150,20 +152,24 @@ class Monitor:
 def _row(geometry: Geometry) -> tuple[Keys, Tensor]:
     """The names of a step's numbers, and the numbers as one vector, still on the device."""
     names, k = geometry.names, len(geometry.names)
+    numbers: dict[str, Tensor] = {}
+
+    def add(kind: str, values: Tensor) -> None:
+        numbers.update((f"steer/{kind}/{name}", value) for name, value in zip(names, values.unbind(), strict=True))
+
+    if geometry.losses is not None:
+        add("loss", geometry.losses)
+    add("weight", geometry.weights.reshape(-1, k).mean(0))
+    if geometry.age:
+        return tuple(numbers), torch.stack(list(numbers.values()))
     scopes = geometry.G.reshape(-1, k, k)
     # The scopes divide the parameters among them: inner products of whole gradients are sums over scopes.
-    whole = Geometry(names, scopes.sum(0), geometry.weights.reshape(-1, k).mean(0))
+    whole = Geometry(names, scopes.sum(0), geometry.weights)
+    add("norm", whole.norms)
     conflicts = torch.where(scopes.isnan(), torch.nan, (scopes < 0).to(scopes.dtype)).mean(0)
     update_norm = geometry.update_norm.square().sum().sqrt()
     cosines, angles = whole.cosines, whole.angles
 
-    numbers: dict[str, Tensor] = {}
-    norms = whole.norms if geometry.age == 0 else None
-    for kind, values in (("loss", geometry.losses), ("norm", norms), ("weight", whole.weights)):
-        if values is not None:
-            numbers |= {f"steer/{kind}/{name}": value for name, value in zip(names, values.unbind(), strict=True)}
-    if geometry.age > 0:
-        return tuple(numbers), torch.stack(list(numbers.values()))
     for kind, matrix in (("cos", cosines), ("angle", angles), ("conflict", conflicts)):
         for i, j in combinations(sorted(range(k), key=names.__getitem__), 2):
             numbers[f"steer/{kind}/{names[i]}~{names[j]}"] = matrix[i, j]

@@ -37,9 +37,10 @@ class SteeredOptimizer(Steering):
             replicas of one model, and the gradients of its components (not their losses) are averaged before the
             Gramian is taken; a process group, if only its processes are (it cannot be pickled or deep-copied); False
             if each trains by itself. Sharded parameters (FSDP2, tensor parallel) say so themselves.
-        refresh_every: take the Gramian in every so many steps only. In between the last weights are used, for which
-            one backward pass of the weighted sum is enough; ``geometry.age`` says how old they are. For
-            ``scope="model"``. May be changed at any time.
+        refresh_every: take the Gramian in every so many steps only, a step being a call that does not accumulate. In
+            between the last weights are used, for which one backward pass of the weighted sum is enough;
+            ``geometry.age`` says how old they are. After a step in which a component had no gradient, or one that is
+            not finite, the next is exact. For ``scope="model"``. May be changed at any time.
 
     Attributes:
         inner: the wrapped optimizer.
@@ -86,14 +87,7 @@ class SteeredOptimizer(Steering):
             raise TypeError(f"rule must be a Rule; got {rule!r}. Wrap a function of the Gramian in Weighting(...)")
         if scope not in ("model", "group", "tensor"):
             raise ValueError(f"scope must be 'model', 'group' or 'tensor'; got {scope!r}")
-        if not isinstance(refresh_every, int) or refresh_every < 1:
-            raise ValueError(f"refresh_every is a number of steps, an int of at least 1; got {refresh_every!r}")
-        if refresh_every > 1 and scope != "model":
-            raise ValueError(
-                f"refresh_every={refresh_every} needs scope='model': the steps in between are one backward pass, which "
-                f"has one weight for each component; got scope={scope!r}"
-            )
-        super().__init__(optimizer, rule, scope, data_parallel, refresh_every)
+        super().__init__(optimizer, rule=rule, scope=scope, data_parallel=data_parallel, refresh_every=refresh_every)
 
     @overload
     def backward_components(
@@ -115,9 +109,9 @@ class SteeredOptimizer(Steering):
         that no component reaches keeps ``grad is None``.
 
         Args:
-            losses: scalar losses by name, or callables that return one. Callables are evaluated one after another, so
-                that one graph is freed before the next is built; where they share a part of the graph, pass
-                ``retain_graph=True``. The order of the first call is the order in ``Geometry`` from then on.
+            losses: scalar losses by name, or callables that return one. Callables are evaluated one after another
+                (``VGS``: ``std`` first), so that one graph is freed before the next is built; where they share a part
+                of the graph, pass ``retain_graph=True``. The order of the first call is the order in ``Geometry`` from then on.
             accumulate: add this micro-batch to what is pending and write nothing. The next plain call steers the
                 totals: N micro-batches equal one batch, which steering each by itself does not.
             retain_graph: keep the graph of the components, as ``Tensor.backward`` does.

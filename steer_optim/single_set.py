@@ -103,17 +103,17 @@ def capture_ratios(
     Returns:
         The detached value of each component; and the Gramian ``(S, k, k)`` in the order of ``ratios``, NaN but for
         its diagonal and the first two. Instead of the Gramian None, with a set for each component in ``sets``, where
-        autograd does not give a gradient in one piece: a module that is checkpointed reentrantly and used twice.
+        a part of the first is checkpointed reentrantly: its gradients may come in several pieces.
 
     Raises:
         As :func:`~steer_optim.capture.capture`.
-        RuntimeError: the gradient of another component comes in pieces, and that of the first did not.
+        RuntimeError: the gradient of the second component comes in pieces, and the first is not checkpointed.
     """
     parameters = [p for scope in scopes for p in scope if p.requires_grad]
     check_parameters(parameters)
     values: dict[str, Tensor] = {}
     passes: list[_Pass] = []
-    first, second, *_ = ratios
+    first, second, *_ = _checked(ratios, losses)
     total = sets[first] = {}
     for name, loss, keep in evaluate({name: losses[name] for name in ratios}, retain_graph=retain_graph):
         # A ratio would be rounded in the half precision of a loss: the gradients are multiplied by it instead.
@@ -122,22 +122,32 @@ def capture_ratios(
         root = loss.new_full(loss.shape, ratios[name] if exact else 1.0)
         if scale is not None:
             root *= scale.to(root)
-        with this.watching():
+        with this.watching(loss):
             backpropagate([loss], [root], parameters, total, retain_graph=keep, isolate=False)
         values[name] = loss.detach()
         del loss  # and its graph, before the next one is built
         if not this.reached:
             raise refuse_unreached(name)
-        if this.in_pieces and name == first:
+        if this.nested and name == first:
             rest = {other: losses[other] for other in ratios if other != first}
             values |= capture(rest, parameters, sets, scale=scale, retain_graph=retain_graph)
             return values, None
-        if this.in_pieces:
-            raise RuntimeError(_PIECES.format(name=name, first=first))
         if name == second:
+            if this.in_pieces:
+                raise RuntimeError(_PIECES.format(second=second, first=first))
             this.add_unreached(total)
         passes.append(this)
-    return values, _gramian([this.products for this in passes[1:]], [*ratios.values()], parameters[0].device)
+    return values, _gramian(passes[1:], [*ratios.values()], parameters[0].device)
+
+
+def _checked(ratios: Mapping[str, float], losses: Losses) -> list[str]:
+    names = [*ratios]
+    if set(names) != set(losses) or len(names) < 2 or ratios[names[0]] != 1 or not all(ratios.values()):
+        raise ValueError(
+            f"the ratios of a rule are numbers other than 0 for each of two or more components, 1 for the first; got "
+            f"{dict(ratios)} for the components {', '.join(map(repr, losses))}"
+        )
+    return names
 
 
 class _Pass:
@@ -152,11 +162,18 @@ class _Pass:
     def __init__(self, scopes: Sequence[Sequence[Tensor]], ratio: float, *, columns: int) -> None:
         self.products = [Products(columns) for _ in scopes]
         self._ratio, self._columns = ratio, columns
-        self._parameters = [(p, own) for scope, own in zip(scopes, self.products, strict=True) for p in scope]
+        self._parameters = [
+            (p, own) for scope, own in zip(scopes, self.products, strict=True) for p in dict.fromkeys(scope)
+        ]
         self._times = [0] * len(self._parameters)
+        self._task = -1  # autograd's name for the backward pass
+        self.nested = False  # whether gradients came from a backward pass within it
 
-    def see(self, i: int, gradient: Tensor) -> Tensor:
+    def see(self, i: int, gradient: Tensor | None) -> Tensor | None:
+        if gradient is None:  # from a function that has none to give
+            return None
         self._times[i] += 1
+        self.nested |= torch._C._current_graph_task_id() != self._task
         if self._ratio != 1:
             gradient = gradient * self._ratio
         if self._columns:
@@ -178,10 +195,14 @@ class _Pass:
     def in_pieces(self) -> bool:
         return max(self._times) > 1
 
+    def begin(self, _: Tensor) -> None:
+        self._task = torch._C._current_graph_task_id()
+
     @contextmanager
-    def watching(self) -> Iterator[None]:
+    def watching(self, loss: Tensor) -> Iterator[None]:
         members = enumerate(self._parameters)
         handles = [p.register_hook(partial(self.see, i)) for i, (p, _) in members if p.requires_grad]
+        handles.append(loss.register_hook(self.begin))
         try:
             yield
         finally:
@@ -189,16 +210,17 @@ class _Pass:
                 handle.remove()
 
 
-def _gramian(grams: Sequence[Sequence[Products]], ratios: Sequence[float], device: torch.device) -> Tensor:
+def _gramian(passes: Sequence[_Pass], ratios: Sequence[float], device: torch.device) -> Tensor:
     """``(S, k, k)`` of the components, from inner products of their gradients times their ratios."""
-    pair, *others = [torch.stack([scope.total(device) for scope in products]) for products in grams]
+    pair, *others = [torch.stack([products.total(device) for products in this.products]) for this in passes]
     k = len(ratios)
     G = pair.new_full((len(pair), k, k), torch.nan)
     G[:, :2, :2] = pair
     G[:, :2, 1] /= ratios[1]
     G[:, 1, :2] /= ratios[1]
-    for i, square in enumerate(others, start=2):
-        G[:, i, i] = square[:, 0, 0] / ratios[i] ** 2
+    for i, (square, this) in enumerate(zip(others, passes[1:], strict=True), start=2):
+        if not this.in_pieces:
+            G[:, i, i] = square[:, 0, 0] / ratios[i] ** 2
     return G
 
 
@@ -234,6 +256,6 @@ def rescale(
 
 
 _PIECES = (
-    "the gradient of component {name!r} came in pieces and that of {first!r} did not: a module is checkpointed "
-    "reentrantly and used twice by the one. Checkpoint it with use_reentrant=False"
+    "the gradient of component {second!r} came in pieces: a module that it uses twice is checkpointed reentrantly, and "
+    "{first!r} is not. Checkpoint it with use_reentrant=False"
 )

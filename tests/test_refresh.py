@@ -22,8 +22,9 @@ from steering import (
 from torch import Tensor, nn
 from toys import assert_equal, components, make_model, steer_step, train, weights
 
-from steer_optim import GradVac, PCGrad, Steer, SteeredOptimizer, Sum
+from steer_optim import VGS, GradVac, PCGrad, Steer, SteeredOptimizer, Sum
 from steer_optim.monitor import Monitor, scalars
+from steer_optim.rules import Weighting
 
 WAYS = ["tensors", "callables", "mixed", "join"]
 
@@ -161,17 +162,37 @@ def test_a_component_that_reaches_nothing_is_noticed_when_all_do():
     assert x.grad is None
 
 
-@pytest.mark.parametrize("value", [0, -1, 2.0, "10", None])
+@pytest.mark.parametrize("zero", ["std", "vis", "both"])
+@pytest.mark.parametrize("rule", [VGS(2.0), Steer("vis")], ids=["VGS", "Steer"])
+def test_the_step_after_one_without_gradient_is_exact(rule, zero):
+    """As from an empty batch, whose losses are zeros."""
+    x = nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = steered([x], rule, refresh_every=10)
+    on = {name: 0.0 if zero in (name, "both") else 1.0 for name in ("std", "vis")}
+    ages = []
+    for factor in (on, {"std": 1.0, "vis": 1.0}, {"std": 1.0, "vis": 1.0}, on):
+        losses = {"std": factor["std"] * x.sum(), "vis": -factor["vis"] * x[0]}
+        ages.append(optimizer.backward_components(losses).age)
+    assert ages == [0, 0, 1, 2]
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.0, "10", None, True])
 def test_a_bad_number_of_steps_is_refused(value):
     with pytest.raises(ValueError, match=r"an int of at least 1; got"):
         steered(network().parameters(), refresh_every=value)
+    optimizer = steered(network().parameters(), refresh_every=3)
+    with pytest.raises(ValueError, match=r"an int of at least 1; got"):
+        optimizer.refresh_every = value
+    assert optimizer.refresh_every == 3
 
 
 @pytest.mark.parametrize("scope", ["group", "tensor"])
 def test_scopes_are_refused(scope):
     with pytest.raises(ValueError, match=f"refresh_every=2 needs scope='model'.*got scope='{scope}'"):
         steered(network().parameters(), scope=scope, refresh_every=2)
-    steered(network().parameters(), scope=scope, refresh_every=1)
+    optimizer = steered(network().parameters(), scope=scope, refresh_every=1)
+    with pytest.raises(ValueError, match="needs scope='model'"):
+        optimizer.refresh_every = 2
 
 
 # What is remembered
@@ -194,13 +215,26 @@ def test_a_resumed_run_is_the_uninterrupted_one(rule, stop):
     assert_equal(train(steer_step, resumed, model, range(stop, 8)), expected)
 
 
-def test_the_weights_of_another_rule_are_not_used_again():
+@pytest.mark.parametrize("other", [Steer("a"), Steer("b", gain=1.0), Sum()], ids=repr)
+def test_the_weights_of_another_rule_are_not_used_again(other):
     model = make_model()
-    first = SteeredOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), Sum(), refresh_every=3)
+    first = SteeredOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), Steer("b"), refresh_every=9)
     first.backward_components(components(model, 0))
-    other = SteeredOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), Steer("a"), refresh_every=3)
-    other.load_state_dict(first.state_dict())
-    assert other.backward_components(components(model, 1)).age == 0
+    second = SteeredOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), other, refresh_every=9)
+    second.load_state_dict(first.state_dict())
+    assert second.backward_components(components(model, 1)).age == 0
+    first.rule = other
+    assert first.backward_components(components(model, 1)).age == 0
+    assert first.backward_components(components(model, 2)).age == 1
+
+
+def test_a_function_of_the_gramian_is_known_again_in_another_process():
+    model = make_model()
+    rules = [Weighting(lambda G: torch.ones(len(G), dtype=G.dtype)) for _ in range(2)]  # at two addresses
+    first, second = (SteeredOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), r, refresh_every=9) for r in rules)
+    first.backward_components(components(model, 0))
+    second.load_state_dict(first.state_dict())
+    assert second.backward_components(components(model, 1)).age == 1
 
 
 def test_loading_forgets_the_weights_of_before():

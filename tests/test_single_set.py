@@ -137,12 +137,90 @@ def test_a_module_that_is_checkpointed_reentrantly_and_used_twice():
     assert geometry.G.isfinite().all()  # every set was kept
 
 
-def test_a_gradient_in_pieces_after_one_in_one_piece_is_refused():
+@pytest.mark.parametrize("k", [2, 3])
+def test_a_checkpointed_module_of_which_only_later_components_use_a_second_pass(k):
+    """As where one component sees the image, and the next is a difference to the view without it."""
+    module, batches = nn.Linear(4, 4).double(), torch.randn(2, 8, 4, dtype=torch.float64, requires_grad=True)
+
+    def losses(forward: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        image, text = (forward(batch) for batch in batches)
+        std = image.square().mean()
+        values = {"std": std, "vis": std - text.square().mean(), "lp": (image * text).mean()}
+        return dict([*values.items()][:k])
+
+    expected = expected_update(lambda: losses(module), module.parameters(), VGS(2.0))
+    reentrant = losses(lambda x: checkpoint(module, x, use_reentrant=True))
+    assert steered(module.parameters(), VGS(2.0)).backward_components(reentrant).G.isfinite().all()
+    assert_close(flat_grad(module.parameters()), expected)
+
+
+def test_a_gradient_in_pieces_after_a_component_without_checkpoints():
     module, batch = nn.Linear(4, 4).double(), torch.randn(8, 4, dtype=torch.float64, requires_grad=True)
-    losses = {"std": module(batch).square().mean(), "vis": twice(module, batch).mean()}
+    plain = {"std": module(batch).square().mean(), "vis": module(batch).mean(), "lp": module(batch).exp().mean()}
+    pieces = {name: twice(module, batch).square().mean() for name in plain}
     with pytest.raises(RuntimeError, match=r"'vis' came in pieces.*use_reentrant=False"):
-        steered(module.parameters(), VGS(2.0)).backward_components(losses)
+        steered(module.parameters(), VGS(2.0)).backward_components({**plain, "vis": pieces["vis"]})
     assert all(p.grad is None for p in module.parameters())
+    # Nothing depends on the inner products of lp.
+    losses = lambda: {**plain, "vis": module(batch).mean(), "lp": module(module(batch)).square().mean()}  # noqa: E731
+    plain["std"] = module(batch).square().mean()
+    expected = expected_update(losses, module.parameters(), VGS(2.0))
+    geometry = steered(module.parameters(), VGS(2.0)).backward_components({**losses(), "lp": pieces["lp"]})
+    assert_close(flat_grad(module.parameters()), expected)
+    assert geometry.norm("lp").isnan()
+    assert geometry.norm("vis").isfinite()
+
+
+class _NoGradient(torch.autograd.Function):
+    """Twice its first argument; it has no gradient for the other."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g, None
+
+
+def test_a_function_without_a_gradient():
+    x, w = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    steered([x, w], VGS(1.0)).backward_components({"std": x.sum(), "vis": _NoGradient.apply(x, w)[0]})
+    assert w.grad is None
+    assert_close(x.grad, torch.tensor([3.0, 1.0]) / 5**0.5, 1e-6)
+    with pytest.raises(ValueError, match="'std' is detached from every parameter"):
+        steered([w], VGS(1.0)).backward_components({"std": _NoGradient.apply(x, w).sum(), "vis": w.sum()})
+
+
+def test_a_rule_with_an_update_of_its_own_does_not_inherit_the_ratios():
+    class Half(VGS):
+        def update(self, G, names, state):
+            weights, state = super().update(G, names, state)
+            return weights / 2, state
+
+    class Renamed(VGS):
+        """Changes nothing."""
+
+    assert Half(2.0).ratios(("std", "vis")) is None
+    assert Renamed(2.0).ratios(("std", "vis")) == {"std": 1.0, "vis": 2.0}
+    model, batch = network(), torch.randn(8, 4).double()
+    expected = expected_update(lambda: some(model(batch), Half(2.0), 2), model.parameters(), Half(2.0))
+    steered(model.parameters(), Half(2.0)).backward_components(some(model(batch), Half(2.0), 2))
+    assert_close(flat_grad(model.parameters()), expected)
+
+
+@pytest.mark.parametrize(
+    "ratios", [{"std": 1.0}, {"std": 1.0, "other": 2.0}, {"std": 2.0, "vis": 1.0}, {"std": 1.0, "vis": 0.0}]
+)
+def test_ratios_that_are_none_are_refused_before_anything_runs(ratios):
+    class Wrong(VGS):
+        def ratios(self, names):
+            return ratios
+
+    x = nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="the ratios of a rule are"):
+        steered([x], Wrong(2.0)).backward_components({"std": x.sum(), "vis": x[0]})
+    assert x.grad is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

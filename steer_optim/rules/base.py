@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias, final
+from typing import Any, TypeAlias, final
 
 import torch
 from torch import Tensor
@@ -49,6 +49,12 @@ class Rule(abc.ABC):
     symmetric and positive semidefinite up to rounding; weights are ``(S, k)`` of the same dtype and device.
     """
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # Ratios are those of one `update`: a class with another one does not inherit them.
+        if "update" in vars(cls) and "ratios" not in vars(cls):
+            cls.ratios = Rule.ratios  # type: ignore[method-assign]
+
     def check(self, names: Sequence[str]) -> None:
         """Raises ValueError where the components ``names`` are not ones that this rule can weigh."""
 
@@ -60,8 +66,9 @@ class Rule(abc.ABC):
         """The weights of the components up to a common factor, where they do not depend on ``G``; None where they do.
 
         A rule that knows them is steered in one process without a second set of gradients. The first two components
-        are those whose Gramian decides the factor: :meth:`update` is then called with these two alone. The first one's
-        ratio is 1, and none is 0.
+        are those whose Gramian decides the factor: :meth:`update` is then called with these two alone, and without
+        state. The first one's ratio is 1, and none is 0. Where the Gramian of the two is not finite the ratios are the
+        weights. A subclass that overrides :meth:`update` has no ratios unless it names its own.
         """
         return None
 
