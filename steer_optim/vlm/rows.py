@@ -100,11 +100,12 @@ class Rows:
     def _operands(self, x: Tensor, w: Tensor, *, gradient: bool = False) -> tuple[Tensor, Tensor]:
         """Both factors in one dtype, from which a product comes out in the dtype of the logits.
 
-        A CPU multiplies half precision into half precision only, so that both are upcast there. So are the factors
-        of a gradient in float16, in which a token's share of it would underflow.
+        A CPU multiplies half precision into half precision only, and no device into float64, so that both are upcast
+        there. So are the factors of a gradient in float16, in which a token's share of it would underflow.
         """
         keep = (torch.bfloat16,) if gradient else (torch.bfloat16, torch.float16)
-        if x.is_cuda and x.dtype == w.dtype and x.dtype in keep and hasattr(torch.ops.aten.mm, "dtype"):
+        widens = x.is_cuda and self._dtype == torch.float32 and hasattr(torch.ops.aten.mm, "dtype")
+        if widens and x.dtype == w.dtype and x.dtype in keep:
             return x, w
         if w.dtype != self._dtype:
             place = (w.data_ptr(), w.shape, w.stride())  # views may have detached the one head, each by itself
