@@ -111,7 +111,8 @@ class SteeredOptimizer(Steering):
         Args:
             losses: scalar losses by name, or callables that return one. Callables are evaluated one after another
                 (``VGS``: ``std`` first), so that one graph is freed before the next is built; where they share a part
-                of the graph, pass ``retain_graph=True``. The order of the first call is the order in ``Geometry`` from then on.
+                of the graph, pass ``retain_graph=True``. The order of the first call is the order in ``Geometry`` from
+                then on.
             accumulate: add this micro-batch to what is pending and write nothing. The next plain call steers the
                 totals: N micro-batches equal one batch, which steering each by itself does not.
             retain_graph: keep the graph of the components, as ``Tensor.backward`` does.
