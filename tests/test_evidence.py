@@ -195,14 +195,15 @@ def test_the_advantage_is_taken_within_the_group_of_a_prompt(make_run, questions
     assert gradient_B[train.GROUP :].abs().max() == 0
 
 
-def test_the_cosine_to_the_exact_update_is_that_of_the_gradients(make_run):
+def test_a_stale_update_is_compared_with_the_exact_one_as_gradients_are(make_run):
     run = make_run("vgs")
     run.optimizer.rule = Sum()
     gradients = torch.tensor([[1.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
     G, stale = gradients @ gradients.T, torch.tensor([1.0, 0.0], dtype=torch.float64)
     taken, exact = (Geometry(("std", "vis"), G, weights) for weights in (stale, torch.ones(2, dtype=torch.float64)))
-    wanted = torch.cosine_similarity(gradients[0], gradients.sum(0), dim=0)
-    assert run.cosine(taken, exact) == pytest.approx(float(wanted))
+    cosine = torch.cosine_similarity(gradients[0], gradients.sum(0), dim=0)
+    length = gradients[0].norm() / gradients.sum(0).norm()
+    assert run.compare(taken, exact) == pytest.approx((float(cosine), float(length)))
 
 
 def test_what_is_observed_changes_nothing(make_run, monkeypatch):
@@ -218,10 +219,9 @@ def test_what_is_observed_changes_nothing(make_run, monkeypatch):
     assert len(record["observed"]["step"]) == 4
     monkeypatch.setattr(train, "OBSERVATIONS", 1)
     monkeypatch.setattr(train, "CHECKPOINTS", 1)
-    monkeypatch.setattr(train, "measure", None)  # not even the exact Gramian beside the stale one
     monkeypatch.setattr(train.Run, "observe", lambda self, step: {})
-    monkeypatch.setattr(train.Run, "cosine", lambda self, taken, exact: 0.0)
-    monkeypatch.setattr(train, "measure", lambda losses, parameters: "not taken")
+    monkeypatch.setattr(train.Run, "compare", lambda self, taken, exact: (0.0, 0.0))
+    monkeypatch.setattr(train, "measure", lambda losses, parameters: "the exact Gramian, not taken")
     assert torch.equal(trained()[0], often)
 
 

@@ -112,11 +112,20 @@ def refreshed(setting: Setting) -> str | None:
                 "never" if every >= FOREVER else str(every),
                 _cell(cosine, digits=4),
                 _cell(lowest, digits=4),
+                _cell(setting.interval(method, mean_of("steps", "length to exact")), digits=3),
                 _cell(setting.interval(method, score("answer")), scale=100),
                 _difference(difference),
             ]
         )
-    head = ["method", "Gramian every", "cosine to exact", "lowest window", "right, %", "to the exact rule"]
+    head = [
+        "method",
+        "Gramian every",
+        "cosine to exact",
+        "lowest window",
+        "length ÷ exact",
+        "right, %",
+        "to the exact rule",
+    ]
     return table(head, rows) if rows else None
 
 

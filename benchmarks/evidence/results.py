@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
@@ -24,9 +25,8 @@ class Setting:
     """
 
     def __init__(self, task: str, name: str, runs: dict[str, dict[int, Record]]) -> None:
-        order = list(BASES)
         self.task, self.name = task, name
-        self.runs = dict(sorted(runs.items(), key=lambda item: (order.index(item[0].split(",")[0]), item[0])))
+        self.runs = {method: runs[method] for method in sorted(runs, key=_rank)}
 
     @property
     def any_run(self) -> Record:
@@ -58,6 +58,14 @@ class Setting:
         return (parts[0]["step"][:length] if parts else []), [
             interval([p[column][i] for p in parts]) for i in range(length)
         ]
+
+
+def _rank(method: str) -> tuple[int, list[tuple[str, float]]]:
+    """The place of its base, then its changes, those of one field by value and not by digits."""
+    base, *changes = method.split(",")
+    keys_values = [change.partition("=")[::2] for change in changes]
+    number = re.compile(r"[\d.]+(e-?\d+)?")
+    return list(BASES).index(base), [(key, float(v) if number.fullmatch(v) else 0.0) for key, v in keys_values]
 
 
 def score(name: str, *, when: str = "final") -> Callable[[Record], float | None]:

@@ -32,7 +32,7 @@ class Settings:
 
     steps: int
     batch_size: int = 32
-    lr: float = 3e-3
+    lr: float = 1e-3
     weight_decay: float = 0.01
     teacher_size: int = 96
     student_size: int = 48
@@ -77,11 +77,9 @@ TASKS = {
             Digits,
             models.qwen,
             # The models of the example.
-            Settings(
-                steps=400, lr=1e-3, teacher_size=64, student_size=32, teacher_steps=700, reader_steps=500, eye_steps=60
-            ),
+            Settings(steps=400, teacher_size=64, student_size=32, teacher_steps=700, reader_steps=500, eye_steps=60),
         ),
-        Task("digits-3x3", Digits3x3, models.llava, Settings(steps=600)),
-        Task("shapes", Shapes, models.llava, Settings(steps=1200, teacher_steps=700, reader_steps=500, eye_steps=30)),
+        Task("digits-3x3", Digits3x3, models.llava, Settings(steps=600, teacher_steps=1000, reader_steps=600)),
+        Task("shapes", Shapes, models.llava, Settings(steps=800, teacher_steps=700, reader_steps=500, eye_steps=30)),
     )
 }

@@ -6,6 +6,7 @@ Dimensions: B responses of a step, T response tokens, V vocabulary.
 from __future__ import annotations
 
 import copy
+import math
 import time
 from itertools import combinations
 from pathlib import Path
@@ -115,7 +116,7 @@ class Run:
             geometry = optimizer.backward_components(losses)
             record |= {f"weight {name}": float(geometry.weight(name).mean()) for name in geometry.names}
             if exact is not None:
-                record["cosine to exact"] = self.cosine(geometry, exact)
+                record["cosine to exact"], record["length to exact"] = self.compare(geometry, exact)
         nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
         optimizer.step()
         if self.prior is not None and method.prior == "ema":
@@ -170,12 +171,15 @@ class Run:
         log_p_BT = student_BTV.log_softmax(-1).gather(2, response_BT[..., None])[..., 0]
         return -(advantage_B * log_p_BT)[mask_BT].sum() / mask_BT.sum(), float(reward_B.mean())
 
-    def cosine(self, taken: Geometry, exact: Geometry) -> float:
-        """Between the update that was taken and the one that a fresh Gramian would have given."""
+    def compare(self, taken: Geometry, exact: Geometry) -> tuple[float, float]:
+        """The update that was taken beside the one that a fresh Gramian would have given: cosine, ratio of lengths."""
         weights, self.shadow = self.optimizer.rule(exact.G, exact.names, self.shadow)
         both = torch.stack([taken.weights.to(weights), weights])
         products = both @ exact.G @ both.T
-        return float(products[0, 1] / (products[0, 0] * products[1, 1]).sqrt())
+        (stale, between), (_, fresh) = products.tolist()
+        # PCD may stand still; two updates of length zero are one.
+        cosine = between / math.sqrt(stale * fresh) if stale * fresh > 0 else float(stale == fresh)
+        return cosine, math.sqrt(stale / fresh) if fresh > 0 else 1.0
 
     def observe(self, step: int) -> dict[str, float]:
         """Losses, by tercile of visual dependency too, and the geometry of their gradients, on rollouts of its own."""
