@@ -283,9 +283,11 @@ def test_from_the_grid_to_the_page(cache, tmp_path, monkeypatch, capsys):
     assert difference.show(scale=100, sign=True) in page
     assert "--seeds 0 1 --steps 4" in page
     assert all((docs / name).stat().st_size for name in ["images", *_links(page)])
-    (docs / "evidence.md").write_text(page.replace("# Evidence", "# Evidence\n\nProse."))
+    assert page.startswith("# Evidence\n")
+    framed = page.replace("# Evidence", "# Evidence\n\nProse.") + "\nVerdicts.\n"
+    (docs / "evidence.md").write_text(framed)
     report.write(results, docs)
-    assert (docs / "evidence.md").read_text() == page.replace("# Evidence", "# Evidence\n\nProse.")
+    assert (docs / "evidence.md").read_text() == framed
 
     changed = json.loads(files[wanted[0]])
     changed["settings"]["lr"] = 1.0
