@@ -98,12 +98,6 @@ def methods(settings: Settings) -> dict[str, tuple[DecomposedDistillation, Rule]
     }
 
 
-def read_by(method: DecomposedDistillation) -> dict[str, bool]:
-    """What a method asks of :func:`four_views`: what nothing learns from is not computed, or without a graph."""
-    preserves = method.decomposition == "vgs" and method.lam > 0
-    return {"text": method.decomposition != "standard", "train_text": preserves or method.decomposition == "language"}
-
-
 def four_views(
     student: Qwen3VLForConditionalGeneration,
     teacher: Qwen3VLForConditionalGeneration,
@@ -166,9 +160,9 @@ class Job:
                 with clock:
                     problems = self.training.draw(settings.batch_size)
                     sampled = rollout(student, problems.prompt, max_new_tokens=ANSWER_LENGTH)
-                    views = four_views(
-                        student, teacher, problems.prompt, sampled, of=response_states, **read_by(method)
-                    )
+                    text = method.decomposition != "standard"  # standard distillation never leaves the image out
+                    options = {"of": response_states, "text": text, "train_text": method.trains_text}
+                    views = four_views(student, teacher, problems.prompt, sampled, **options)
                     losses = method(*views, sampled.mask_BT)
                     optimizer.zero_grad()
                     geometry = optimizer.backward_components(losses)

@@ -137,7 +137,8 @@ def test_what_a_method_does_not_read_changes_none_of_its_gradients(name, tokeniz
     teacher, student = (digits_models.make_model(tokenizer, hidden_size=16) for _ in range(2))
     sampled = Rollout(problems.answer_BT, torch.ones_like(problems.answer_BT, dtype=torch.bool))
     gradients = []
-    for options in ({"of": response_states, **distill_digits.read_by(method)}, {}):
+    less = {"text": method.decomposition != "standard", "train_text": method.trains_text}
+    for options in ({"of": response_states, **less}, {}):
         views = distill_digits.four_views(student, teacher, problems.prompt, sampled, **options)
         student.zero_grad()
         sum(method(*views, sampled.mask_BT).values()).backward()

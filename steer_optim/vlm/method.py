@@ -203,6 +203,17 @@ class DecomposedDistillation:
         """
         return mask_BT.sum() if self.reduction == "token" else mask_BT.any(dim=-1).sum()
 
+    @property
+    def trains_text(self) -> bool:
+        """Whether a component reaches the student's view without the image: where not, it needs no graph.
+
+        Example:
+            >>> DecomposedDistillation(lam=0.01).trains_text, DecomposedDistillation(lam=0.0).trains_text
+            (True, False)
+        """
+        preserved = {"vgs": self.lam > 0, "language": True, "standard": False, "exact": False}
+        return preserved[self.decomposition] or (not self.detach_prior and self.decomposition != "standard")
+
     def rule(self) -> Rule:
         """The rule that steers these components as the paper does, with this method's ``gamma``.
 

@@ -80,6 +80,7 @@ def test_components_and_where_their_gradients_flow(method, meant):
     components = method(*batch, MASK)
     assert {name: reached(loss, batch) for name, loss in components.items()} == meant
     assert list(components) == list(meant)
+    assert method.trains_text == any(text for _, text in meant.values())
     assert all(loss.shape == () and loss.dtype == torch.float64 for loss in components.values())
 
 
