@@ -79,7 +79,7 @@ TASKS = {
             # The models of the example.
             Settings(steps=400, teacher_size=64, student_size=32, teacher_steps=700, reader_steps=500, eye_steps=60),
         ),
-        Task("digits-3x3", Digits3x3, models.llava, Settings(steps=600, teacher_steps=1000, reader_steps=600)),
+        Task("digits-3x3", Digits3x3, models.llava, Settings(steps=1200, teacher_steps=1000, reader_steps=600)),
         Task("shapes", Shapes, models.llava, Settings(steps=800, teacher_steps=700, reader_steps=500, eye_steps=30)),
     )
 }
