@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--vocabularies", nargs="+", type=int, default=list(VOCABULARIES))
     parser.add_argument("--heads", nargs="+", default=list(HEADS), choices=HEADS)
     parser.add_argument("--repeats", type=int, default=2, help="processes per size and way")
-    parser.add_argument("--eager-gib", type=float, default=10, help="memory up to which the eager form is run")
+    parser.add_argument("--eager-gib", type=float, default=16, help="memory up to which the eager form is run")
     parser.add_argument("--one", nargs=4, metavar=("N", "V", "HEAD", "WAY"), help="measure in this process")
     options = parser.parse_args()
     torch.set_num_threads(1)
