@@ -53,7 +53,7 @@ class ChunkedLosses:
 
     Example:
         >>> import torch
-        >>> from steer_optim.vlm.heads import HiddenStates
+        >>> from steer_optim.vlm.heads import Head, HiddenStates
         >>> head = Head(torch.randn(7, 4, requires_grad=True))
         >>> views = {name: HiddenStates(torch.randn(5, 4), head) for name in ("student", "student_text")}
         >>> views |= {name: HiddenStates(torch.randn(5, 4), head) for name in ("teacher", "teacher_text")}
