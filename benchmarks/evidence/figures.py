@@ -27,7 +27,7 @@ def learning(setting: Setting) -> Figure:
         for i, method in enumerate(setting.runs):
             steps, values = setting.curve(method, "examined", column)
             _band(axes, steps, values, i, method, scale=scale)
-        axes.set(xlabel="step", ylabel=label)
+        axes.set(xlabel="step", ylabel=label, ylim=(0, None if column == "text_loss" else 100))
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure
 
