@@ -100,7 +100,7 @@ def _memory_rows(memory: Any, variant: str, *, graphs: str = "one") -> list[dict
 def _memory(memory: Any) -> Iterator[Row]:
     rows = _memory_rows(memory, STEER)
     sets = {f"{row['model']} (k = {row['components']})": row["sets over plain"] for row in rows}
-    met = all(row["sets over plain"] <= row["components"] - 1 + 0.05 for row in rows) if rows else None
+    met = all(row["sets over plain"] <= 1.05 * (row["components"] - 1) for row in rows) if rows else None
     yield "memory of exact steering: (k − 1) sets of gradients + 5 %", _list(sets, "+.2f"), "steering_memory", met
     rows = _memory_rows(memory, VGS_STEP)
     tensors = {row["model"]: row["sets over bare"] * row["set"] / row["largest tensor"] for row in rows}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import steering_cost
+from benchmarks import common, steering_cost
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -95,6 +95,21 @@ def test_the_snippets_of_the_documentation_are_lines_of_the_examples():
         lines = iter([line.strip() for line in (ROOT / "examples" / "frameworks" / file).read_text().splitlines()])
         missing = [line for line in snippet.splitlines() if line.strip() and line.strip() not in lines]
         assert not missing, f"{file} has no {missing}, or not in this order"
+
+
+def test_the_numbers_beside_the_costs_are_those_of_the_newest_results():
+    losses, step = common.newest("losses_cost"), common.newest("vgs_step")
+    trained, frozen = (
+        1 / row["peak ratio"]
+        for head in ("trained", "frozen")
+        for row in losses["rows"]
+        if (row["tokens"], row["vocabulary"], row["head"]) == (1024, 151_936, head)
+    )
+    ratios = {row["variant"]: row["ratio"][1] for row in step["rows"] if row["setting"] == "larger"}
+    text = " ".join(README.split())
+    assert f"{trained:.1f} times less memory than their eager form, {frozen:.1f} times less with a frozen head" in text
+    assert f"takes {ratios['VGS']:.2f} times as long as one of standard distillation" in text
+    assert f"and {ratios['VGS, refresh_every=10']:.2f} times with `refresh_every=10`" in text
 
 
 def test_the_accuracies_of_the_main_job_are_those_of_the_committed_results():
