@@ -79,7 +79,8 @@ def _cost(result: dict[str, Any], part: str) -> str:
 def _refresh() -> str:
     """How far known weights lead away from exact ones, from the runs of the main job that the evidence rests on."""
     parts = [
-        f"`{setting.task}`, {setting.any_run['settings']['steps']} steps:\n\n{cosines}\n\n```sh\n{command(setting)}\n```"
+        f"`{setting.task}`, {setting.any_run['settings']['steps']} steps:\n\n{cosines}\n\n"
+        f"```sh\n{command(setting)}\n```"
         for setting in load(EVIDENCE)
         if (cosines := refreshed(setting))
     ]
