@@ -10,6 +10,7 @@ import torch
 from benchmarks import (
     budgets,
     common,
+    host_reads,
     peers,
     report,
     steering_cost,
@@ -211,3 +212,11 @@ def test_a_step_at_its_real_size_runs_tiny(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "÷ standard, without rollout" in printed
     assert "written" not in printed
+
+
+def test_a_step_reads_nothing_and_a_read_is_counted():
+    assert [host_reads.reads("adapters", name) for name in (variants.STEER, variants.STALE)] == [0, 0]
+    with host_reads.HostReads() as mode:
+        float(torch.ones(2).sum())
+        (torch.ones(2) > 0).nonzero()
+    assert mode.count == 2
