@@ -198,7 +198,7 @@ class Bench:
             done("teacher")
             student = [response_states(self.student, views[0], T)]
             done("student")
-            with torch.set_grad_enabled(method.lam > 0):
+            with torch.set_grad_enabled(method.trains_text):
                 student += [response_states(self.student, view, T) for view in views[1:]]
             done("student, text only")
             missing = [None] * (2 - len(views))  # the standard method has no text-only views

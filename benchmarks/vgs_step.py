@@ -67,7 +67,7 @@ def step(setting: Setting, method: DecomposedDistillation, *, refresh_every: int
         mark("student")
         student_text_view = teacher_text_view = None
         if text:
-            with torch.set_grad_enabled(method.lam > 0):
+            with torch.set_grad_enabled(method.trains_text):
                 student_text_view = response_states(student, bare, T)
         mark("student, text only")
         with torch.no_grad():

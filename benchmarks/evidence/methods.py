@@ -54,9 +54,7 @@ class Method:
     @property
     def trains_text(self) -> bool:
         """Whether the student also learns without the image."""
-        losses = self.losses
-        learns = losses.decomposition == "language" or not losses.detach_prior
-        return learns or self.text > 0 or (losses.decomposition == "vgs" and losses.lam > 0)
+        return self.losses.trains_text or self.text > 0
 
     def components(self, logits: list[Tensor | None], mask_BT: Tensor, prior_BTV: Tensor | None) -> dict[str, Tensor]:
         """The components of a step.
