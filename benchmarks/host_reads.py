@@ -21,6 +21,10 @@ from benchmarks.workloads import make as make_workload
 READS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero")
 
 
+def is_read(function: Any) -> bool:
+    return any(name in str(function) for name in READS)
+
+
 class HostReads(TorchDispatchMode):
     """Counts the operations whose result Python sees."""
 
@@ -29,7 +33,7 @@ class HostReads(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += any(name in str(function) for name in READS)
+        self.count += is_read(function)
         return function(*args, **(kwargs or {}))
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from properties import RULES
-from steering import EACH_RULE, STEER, assert_close, clear, conflicting, flat, flat_grad, network
-from torch import Tensor, nn
+from steering import EACH_RULE, STEER, assert_close, clear, conflicting, dense_gradients, flat_grad, network
+from torch import nn
 
 from steer_optim import PCD, VGS, GradVac, Steer, SteeredOptimizer, reference
 from steer_optim.rules import Rule
@@ -22,12 +22,6 @@ def slices(groups: list[dict[str, list[nn.Parameter]]], scope: str) -> list[list
     if scope == "group":
         return [group["params"] for group in groups]
     return [[p] for group in groups for p in group["params"]]
-
-
-def dense_gradients(losses: dict[str, Tensor], parameters: list[nn.Parameter]) -> Tensor:
-    """The component gradients of one scope as a matrix ``(k, n)``."""
-    rows = [torch.autograd.grad(v, parameters, retain_graph=True, allow_unused=True) for v in losses.values()]
-    return torch.stack([flat(row, parameters) for row in rows])
 
 
 def optimizer_of(groups, rule: Rule, scope: str) -> SteeredOptimizer:

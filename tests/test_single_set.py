@@ -5,7 +5,17 @@ from collections.abc import Callable
 import pytest
 import torch
 from properties import RULES
-from steering import assert_close, clear, conflicting, expected_update, flat_grad, network, peak_bytes, steered
+from steering import (
+    assert_close,
+    clear,
+    conflicting,
+    dense_gradients,
+    expected_update,
+    flat_grad,
+    network,
+    peak_bytes,
+    steered,
+)
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -55,8 +65,7 @@ def test_the_update_is_that_of_the_definition(rule, k, order, way):
 def test_the_geometry_has_what_decides_the_weights_and_every_norm(rule, k):
     model, batch = network(), torch.randn(8, 4).double()
     losses = dict([*some(model(batch), rule, k).items()][::-1])
-    rows = [torch.autograd.grad(loss, [*model.parameters()], retain_graph=True) for loss in losses.values()]
-    G = reference.gramian(reference.flatten(rows))
+    G = reference.gramian(dense_gradients(losses, model.parameters()))
     geometry = steered(model.parameters(), rule).backward_components(losses)
     assert geometry.names == tuple(losses)
     taken = ~geometry.G.isnan()
