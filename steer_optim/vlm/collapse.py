@@ -10,7 +10,7 @@ of a chunk, ``d`` hidden size.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -72,7 +72,8 @@ def collapse(student_BTV: Tensor | HiddenStates, ids_BTk: Tensor) -> Tensor:
     ids_Rk = ids_BTk.flatten(0, -2) if ids_BTk.ndim > 1 else ids_BTk.unsqueeze(0)
     token_N = (ids_Rk >= 0).any(dim=-1).nonzero().squeeze(-1)
     student = StudentRows(student_BTV, token_N)
-    collapsed_NK: Tensor = _Collapse.apply(student, ids_Rk[token_N], *student.inputs)  # type: ignore[no-untyped-call]
+    apply: Callable[..., Tensor] = _Collapse.apply
+    collapsed_NK = apply(student, ids_Rk[token_N], *student.inputs)
     collapsed_RK = collapsed_NK.new_full((len(ids_Rk), ids_Rk.shape[-1] + 1), ABSENT)
     collapsed_RK[:, -1] = 0.0
     return collapsed_RK.index_copy(0, token_N, collapsed_NK).view(*ids_BTk.shape[:-1], ids_Rk.shape[-1] + 1)

@@ -9,7 +9,7 @@ Dimensions: ``N`` rows, ``C`` rows of a chunk, ``V`` vocabulary entries, ``k`` t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping
 from typing import Any
 
 import torch
@@ -142,8 +142,8 @@ class Gradients:
         """The scalar ``value`` with these gradients."""
         if not self._inputs:
             return value
-        attached: Tensor = _Attach.apply(value, self._totals, *self._inputs)  # type: ignore[no-untyped-call]
-        return attached
+        apply: Callable[..., Tensor] = _Attach.apply
+        return apply(value, self._totals, *self._inputs)
 
 
 class _Attach(torch.autograd.Function):
@@ -164,7 +164,8 @@ class _Attach(torch.autograd.Function):
                 # Multiplied before the cast: a gradient scaler's factor lifts what half precision cannot hold.
                 found.append((incoming * x).to(dtype) if needed else None)
         if twice:
-            found = [None if x is None else _Once.apply(x.requires_grad_()) for x in found]  # type: ignore[no-untyped-call]
+            once: Callable[..., Tensor] = _Once.apply
+            found = [None if x is None else once(x.requires_grad_()) for x in found]
         return None, None, *found
 
 
