@@ -34,7 +34,7 @@ def prepare(task: Task, settings: Settings, seed: int, *, cache: Path = CACHE) -
     """The teacher, the initial student and how they do on held-out problems; from the cache where it has them."""
     slug = ",".join(f"{value}" for value in settings.preparation.values())
     file = cache / task.name / slug / f"seed{seed}.pt"
-    questions = task.questions(held_out=False)
+    questions, own = task.questions(held_out=False), task.questions(held_out=False, speaker="student")
     sizes = {"teacher": settings.teacher_size, "student": settings.student_size}
     seed_step(seed, "teacher")
     teacher = task.model(questions, sizes["teacher"]).to(settings.device).eval()
@@ -44,13 +44,13 @@ def prepare(task: Task, settings: Settings, seed: int, *, cache: Path = CACHE) -
 
     if not file.exists():
         _supervise(teacher, questions, settings, seed, "teacher", settings.teacher_steps)
-        _supervise(student, questions, settings, seed, "reader", settings.reader_steps)
-        for own, new in zip(models.eye(student), models.eye(fresh), strict=True):
-            own.load_state_dict(new.state_dict())
+        _supervise(student, own, settings, seed, "reader", settings.reader_steps)
+        for old, new in zip(models.eye(student), models.eye(fresh), strict=True):
+            old.load_state_dict(new.state_dict())
         student.requires_grad_(False)
         for module in models.eye(student):
             module.requires_grad_(True)
-        _supervise(student, questions, settings, seed, "eye", settings.eye_steps)
+        _supervise(student, own, settings, seed, "eye", settings.eye_steps)
         examined = Examination(task, settings, settings.examined)
         made = {"teacher": teacher.state_dict(), "student": student.state_dict()}
         record = {"teacher": examined(teacher), "initial": examined(student)}
@@ -92,24 +92,27 @@ class Examination:
         ``answer`` and ``perception``, the shares of responses with the right result and with everything named that was
         to be seen; without the image ``text_loss``, the cross-entropy of right answers in nats per token, and
         ``language``, the share of right answers whose every word that follows from those before it is the most likely
-        one there: questions that need no image.
+        one there: questions that need no image. Right answers are those of teacher and student in turn, and how they
+        are worded counts in neither.
     """
 
     def __init__(self, task: Task, settings: Settings, count: int) -> None:
         self.questions = task.questions(held_out=True)
+        speakers = (self.questions, task.questions(held_out=True, speaker="student"))
         generator, chunk = Generator().manual_seed(0), min(count, 250)
-        drawn = [self.questions.draw(chunk, generator=generator) for _ in range(max(1, count // chunk))]
+        drawn = [speakers[i % 2].draw(chunk, generator=generator) for i in range(max(1, count // chunk))]
         self.batches = [move(*batch, settings.device) for batch in drawn]
 
     @torch.no_grad()
     def __call__(self, model: Any) -> dict[str, float]:
         questions, scores = self.questions, []
-        follows = [column for column in range(questions.length) if column not in questions.seen]
+        asked = [column for column in range(questions.length) if column not in questions.said]
+        follows = [column for column in asked if column not in questions.seen]
         for prompt, answer_BT in self.batches:
             response_BT = models.sample(model, models.with_image(model, prompt), questions, greedy=True)
             logits_BTV = models.response_logits(model, models.without_image(model, prompt), answer_BT)
             said_BT = logits_BTV.argmax(-1) == answer_BT
-            text_loss = cross_entropy(logits_BTV.flatten(0, 1), answer_BT.flatten())
+            text_loss = cross_entropy(logits_BTV[:, asked].flatten(0, 1), answer_BT[:, asked].flatten())
             right_B = questions.right(response_BT, answer_BT)
             perceived_B = questions.perceived(response_BT, answer_BT)
             shares = [share.double().mean() for share in (right_B, perceived_B, said_BT[:, follows].all(dim=1))]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 import digits
 import torch
@@ -19,6 +20,7 @@ from torch import Generator, Tensor
 from benchmarks.evidence.shapes import SIDES, polygons
 
 Prompt = dict[str, Tensor]
+Speaker = Literal["teacher", "student"]
 
 
 class Questions(abc.ABC):
@@ -28,14 +30,17 @@ class Questions(abc.ABC):
         words: the vocabulary, by id.
         length: ``T``, the length of every answer.
         seen: the columns of an answer that name what is in the image.
+        said: the columns in which any word will do: how a speaker words its answers.
+        speaker: who answers, ``teacher`` or ``student``, where that makes a difference.
     """
 
     words: Sequence[str]
     length: int
     seen: tuple[int, ...]
+    said: tuple[int, ...] = ()
 
-    def __init__(self, *, held_out: bool) -> None:
-        self.held_out = held_out
+    def __init__(self, *, held_out: bool, speaker: Speaker = "teacher") -> None:
+        self.held_out, self.speaker = held_out, speaker
 
     @abc.abstractmethod
     def draw(self, count: int, *, generator: Generator | None = None) -> tuple[Prompt, Tensor]:
@@ -74,8 +79,8 @@ class Digits(Questions):
     length = digits.ANSWER_LENGTH
     seen = (1, 3)
 
-    def __init__(self, *, held_out: bool) -> None:
-        super().__init__(held_out=held_out)
+    def __init__(self, *, held_out: bool, speaker: Speaker = "teacher") -> None:
+        super().__init__(held_out=held_out, speaker=speaker)
         tokenizer = digits.make_tokenizer()
         self.words = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
         self.problems = digits.DigitProblems(tokenizer, held_out=held_out)
@@ -91,8 +96,8 @@ class _Grid(Questions):
     side: int
     texts: tuple[str, ...]  # the vocabulary after the special words
 
-    def __init__(self, *, held_out: bool) -> None:
-        super().__init__(held_out=held_out)
+    def __init__(self, *, held_out: bool, speaker: Speaker = "teacher") -> None:
+        super().__init__(held_out=held_out, speaker=speaker)
         self.words = (*digits.SPECIAL, *self.texts)
         self.ids = {word: i for i, word in enumerate(self.words)}
         self.cells, self.kinds = self.bank()
@@ -147,6 +152,40 @@ class Digits3x3(_Grid):
         two, three = zero + operands[:, :2].sum(1), zero + operands.sum(1)
         words = ("<reason>", a, "+", b, "=", two, "+", c, "=", three, "</reason>", three, "<eos>")
         return self.prompt(images, question_BL), self.sentence(count, *words)
+
+
+class DigitsVoices(Digits3x3):
+    """The same problems; teacher and student have learnt to word their answers in different ways.
+
+    Six words of small talk, which say nothing about the image, precede the reasoning. Which word follows which is a
+    matter of chance, with other probabilities for each speaker and each of the six places.
+    """
+
+    talk = 6
+    length, seen, said = Digits3x3.length + talk, tuple(column + 6 for column in Digits3x3.seen), tuple(range(talk))
+    small = ("well", "so", "now", "then", "let", "us", "see", "look", "here", "the", "picture", "shows", "has", "we")
+    small = (*small, "read", "take", "count", "add", "it", "that", "is")
+    texts = (*Digits3x3.texts, *small)
+    seeds: ClassVar[dict[Speaker, int]] = {"teacher": 0, "student": 1}
+
+    def __init__(self, *, held_out: bool, speaker: Speaker = "teacher") -> None:
+        super().__init__(held_out=held_out, speaker=speaker)
+        words, generator = len(self.small), Generator().manual_seed(self.seeds[speaker])
+        self.following = torch.randn(self.talk, words, words, generator=generator).mul(2).softmax(-1)
+
+    def draw(self, count: int, *, generator: Generator | None = None) -> tuple[Prompt, Tensor]:
+        prompt, answer_BT = super().draw(count, generator=generator)
+        word_B, talk = torch.zeros(count, dtype=torch.long), []
+        for following in self.following:
+            word_B = torch.multinomial(following[word_B], 1, generator=generator)[:, 0]
+            talk.append(word_B + self.ids[self.small[0]])
+        return prompt, torch.cat([torch.stack(talk, dim=1), answer_BT], dim=1)
+
+
+class DigitsOneVoice(DigitsVoices):
+    """The same small talk from both: what the other task has in common with this one is not what tells them apart."""
+
+    seeds: ClassVar[dict[Speaker, int]] = {"teacher": 0, "student": 0}
 
 
 class Shapes(_Grid):

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from benchmarks.evidence import models
-from benchmarks.evidence.questions import Digits, Digits3x3, Questions, Shapes
+from benchmarks.evidence.questions import Digits, Digits3x3, DigitsOneVoice, DigitsVoices, Questions, Shapes
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ class Task:
         return settings, ",".join(differences) or "default"
 
 
+_VOICES = Settings(steps=1200, teacher_steps=2000, reader_steps=600)
 TASKS = {
     task.name: task
     for task in (
@@ -79,7 +80,9 @@ TASKS = {
             # The models of the example.
             Settings(steps=400, teacher_size=64, student_size=32, teacher_steps=700, reader_steps=500, eye_steps=60),
         ),
-        Task("digits-3x3", Digits3x3, models.llava, Settings(steps=1200, teacher_steps=1000, reader_steps=600)),
+        Task("digits-3x3", Digits3x3, models.llava, Settings(steps=600, teacher_steps=1000, reader_steps=600)),
+        Task("digits-voices", DigitsVoices, models.llava, _VOICES),
+        Task("digits-one-voice", DigitsOneVoice, models.llava, _VOICES),
         Task("shapes", Shapes, models.llava, Settings(steps=800, teacher_steps=700, reader_steps=500, eye_steps=30)),
     )
 }

@@ -75,7 +75,7 @@ def visual_tokens(
     Args:
         vds_BT: floating, the visual dependency scores of all tokens of an optimizer step, of any shape.
         mask_BT: bool, of the same shape, True at response tokens. Scores elsewhere are not read.
-        quantile: inside (0, 1).
+        quantile: inside [0, 1); 0 for every token that the image changes.
         group: the processes that hold a share of the step each, whose tokens are selected as if they were
             concatenated by rank; all of them must call, those without a token too. None for this process alone.
 
@@ -158,9 +158,9 @@ def adaptive_strength(vds_BT: Tensor, mask_BT: Tensor, *, group: dist.ProcessGro
 
 
 def check_quantile(quantile: float) -> None:
-    """Raises ValueError where ``quantile`` is not inside (0, 1)."""
-    if not 0 < quantile < 1:
-        raise ValueError(f"quantile must be inside (0, 1); got {quantile}")
+    """Raises ValueError where ``quantile`` is not inside [0, 1)."""
+    if not 0 <= quantile < 1:
+        raise ValueError(f"quantile must be inside [0, 1): 0 keeps every token that the image changes; got {quantile}")
 
 
 def _highest(vds_N: Tensor, budget: int, group: dist.ProcessGroup) -> Tensor:

@@ -53,7 +53,7 @@ class DecomposedDistillation:
         decomposition: which components, as above.
         gamma: how much further the rule steers, at least 0.
         lam: the weight of ``lp`` or ``vp``, at least 0.
-        quantile: of visual dependency, above which a token counts as visual; inside (0, 1).
+        quantile: of visual dependency, above which a token counts as visual; inside [0, 1), 0 for all of them.
         adaptive: whether a token's visual dependency decides how strongly ``vis`` steers it (Eqs. 24-25). What the
             strength takes from ``vis`` stays in ``lang`` in the exact decomposition.
         temperature: all logits are divided by it.

@@ -30,7 +30,7 @@ def selected(gate):
     return set(gate.nonzero().flatten().tolist())
 
 
-@given(TOKENS, st.integers(1, 99))
+@given(TOKENS, st.integers(0, 99))
 def test_the_gate_is_a_stable_sort_cut_at_the_budget(tokens, percent):
     vds, mask = tensors(tokens)
     gate = visual_tokens(vds, mask, quantile=percent / 100)
@@ -88,7 +88,7 @@ def test_what_does_not_fit_is_refused(gate):
         gate(vds.index_fill(0, torch.tensor(1), math.nan), mask)
 
 
-@pytest.mark.parametrize("quantile", [0.0, 1.0, -0.1, 70, math.nan])
+@pytest.mark.parametrize("quantile", [1.0, -0.1, 70, math.nan])
 def test_a_quantile_out_of_range_is_refused(quantile):
     with pytest.raises(ValueError, match="quantile must be inside"):
         visual_tokens(torch.rand(3), torch.ones(3, dtype=torch.bool), quantile=quantile)
