@@ -1,7 +1,6 @@
 """The evidence harness: tasks are what they say, runs are paired and found again, and the report says what was run."""
 
 import json
-import math
 from dataclasses import replace
 
 import pytest
@@ -17,7 +16,6 @@ from benchmarks.evidence.methods import BASES, FOREVER, Method, parse  # noqa: E
 from benchmarks.evidence.prepare import prepare  # noqa: E402
 from benchmarks.evidence.records import Series, rounded  # noqa: E402
 from benchmarks.evidence.results import load, score  # noqa: E402
-from benchmarks.evidence.shapes import SIDES, polygons  # noqa: E402
 from benchmarks.evidence.tasks import TASKS  # noqa: E402
 from steer_optim import Geometry, Sum  # noqa: E402
 from steer_optim.vlm import append_response, response_logits, rollout, text_only, token_losses  # noqa: E402
@@ -59,10 +57,6 @@ def make_run(cache):
     return lambda method, seed=0: train.Run(task, task.settled(**TINY)[0], method, seed, cache=cache)
 
 
-def sentences(task, rows):
-    return [" ".join(task.words[i] for i in row) for row in rows.tolist()]
-
-
 @pytest.mark.parametrize("name", TASKS)
 def test_the_harness_and_the_library_run_a_model_alike(questions, name):
     task, (prompt, answer_BT) = questions[name], questions[name].draw(3, generator=torch.Generator().manual_seed(1))
@@ -88,71 +82,6 @@ def test_the_harness_and_the_library_run_a_model_alike(questions, name):
         mask_BT = task.mask(response_BT)
         assert torch.equal(mask_BT[:, :T], wanted.mask_BT)
         assert torch.equal(response_BT[mask_BT], wanted.response_BT[wanted.mask_BT])
-
-
-def test_sums_of_nine_digits_are_right_about_the_image(questions):
-    task = questions["digits-3x3"]
-    prompt, answer_BT = task.draw(64, generator=torch.Generator().manual_seed(0))
-    lines = {"top row": [0, 1, 2], "middle row": [3, 4, 5], "bottom row": [6, 7, 8]}
-    lines |= {"left column": [0, 3, 6], "middle column": [1, 4, 7], "right column": [2, 5, 8]}
-    asked = set()
-    for image, question, answer in zip(
-        prompt["pixel_values"], sentences(task, prompt["input_ids"]), sentences(task, answer_BT), strict=True
-    ):
-        line = " ".join(question.split()[-3:-1])
-        cells = image[0].view(3, 8, 3, 8).transpose(1, 2).reshape(9, 8, 8)
-        shown = [int(task.kinds[(task.cells == cell).all(2).all(1)][0]) for cell in cells]
-        a, b, c = (shown[cell] for cell in lines[line])
-        assert answer == f"<reason> {a} + {b} = {a + b} + {c} = {a + b + c} </reason> {a + b + c} <eos>"
-        asked.add(line)
-    assert asked == set(lines)
-
-
-def test_sides_are_counted_with_a_running_sum(questions):
-    task = questions["shapes"]
-    _, answer_BT = task.draw(32, generator=torch.Generator().manual_seed(0))
-    sides = dict(zip(task.names, SIDES, strict=True))
-    for answer in sentences(task, answer_BT):
-        words, total = answer.split(), 0
-        for name, running in zip(words[:-1:2], words[1::2], strict=True):
-            total += sides[name]
-            assert running == str(total)
-
-
-def test_polygons_have_the_area_of_their_sides():
-    pictures, kinds = polygons(400, seed=3)
-    for kind, sides in enumerate(SIDES):
-        # Of n / 2 sin(2 pi / n) times the mean squared radius, uniform over 5.5 to 7.5.
-        area = sides / 2 * math.sin(2 * math.pi / sides) * (6.5**2 + 1 / 3)
-        mean = (pictures[kinds == kind] + 1).sum(dim=(1, 2)).mean() / 2
-        assert mean == pytest.approx(area, rel=0.06)  # of a hundred pictures whose areas spread by 18 %
-    assert not torch.equal(polygons(400, seed=4)[0], pictures)
-
-
-def test_no_picture_is_trained_and_tested_on():
-    for task in (TASKS["digits-3x3"], TASKS["shapes"]):
-        train_set, test_set = (
-            {cell.numpy().tobytes() for cell in task.questions(held_out=held_out).cells} for held_out in (False, True)
-        )
-        assert not train_set & test_set
-
-
-def test_grading_reads_the_last_word_before_the_end(questions):
-    task = questions["shapes"]
-    right = "square 4 triangle 7 hexagon 13 pentagon 18 <eos>"
-    responses = [
-        (right, 1, 1),
-        ("square 4 triangle 7 hexagon 13 pentagon 17 <eos>", 0, 1),
-        ("square 4 square 8 hexagon 14 square 18 <eos>", 1, 0),
-        ("square 4 triangle 7 hexagon 13 pentagon 18 18", 0, 1),  # did not end
-        ("square 4 triangle 7 hexagon 18 <eos> pentagon 18", 1, 0),
-        ("18 4 triangle 7 hexagon 13 pentagon 18 18", 0, 0),  # nor here
-        ("<eos> 4 triangle 7 hexagon 13 pentagon 18 <eos>", 0, 0),
-    ]
-    ids = torch.tensor([[task.ids[word] for word in text.split()] for text, *_ in [(right,), *responses]])
-    answer_BT = ids[:1].expand(len(responses), -1)
-    assert task.right(ids[1:], answer_BT).int().tolist() == [right for _, right, _ in responses]
-    assert task.perceived(ids[1:], answer_BT).int().tolist() == [seen for *_, seen in responses]
 
 
 def test_methods_are_parsed_from_their_names():
