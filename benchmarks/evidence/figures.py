@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,11 +12,41 @@ from matplotlib.figure import Figure
 
 from benchmarks.evidence.intervals import Interval, interval
 from benchmarks.evidence.methods import parse
-from benchmarks.evidence.results import Setting, score
+from benchmarks.evidence.results import Setting, mean_of, score
 from steer_optim.plots import COLOURS
 
 STYLES = ("-", "--", ":")
 PAIRS = ("lang, vis", "std, vis", "std, lang")
+
+
+def summary(settings: Sequence[Setting]) -> Figure | None:
+    """Differences to standard distillation, at the end and over training, of the methods that most tasks have."""
+    settings = [setting for setting in settings if "standard" in setting.runs]
+    counts = Counter(method for setting in settings for method in setting.runs if method != "standard")
+    methods = [method for method in dict(counts) if counts[method] >= max(2, len(settings) - 1)]
+    if not methods:
+        return None
+    figure, panels = _figure(len(settings), height=0.9 + 0.36 * len(methods), width=2.9)
+    for axes, setting in zip(panels, settings, strict=True):
+        for i, (of, label) in enumerate(
+            ((score("answer"), "at the end"), (mean_of("examined", "answer"), "over training"))
+        ):
+            found = {y: setting.difference(m, of) for y, m in enumerate(methods) if m in setting.runs}
+            rows = [(y - 0.12 + 0.24 * i, d) for y, d in found.items() if d is not None]
+            axes.errorbar(
+                [100 * d.mean for _, d in rows],
+                [y for y, _ in rows],
+                xerr=[0.0 if math.isnan(d.half) else 100 * d.half for _, d in rows],
+                fmt="o",
+                markersize=4,
+                color=COLOURS[i],
+                label=label,
+            )
+        axes.axvline(0, color="0.6", linewidth=0.8, zorder=0)
+        axes.set(title=setting.task, xlabel="points to standard", ylim=(len(methods) - 0.5, -0.5))
+        axes.set_yticks(range(len(methods)), methods if axes is panels[0] else [])
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    return figure
 
 
 def learning(setting: Setting) -> Figure:
@@ -116,9 +147,9 @@ def sensitivity(setting: Setting) -> Figure | None:
     return figure
 
 
-def _figure(count: int, *, rows: int = 1, height: float = 3.6) -> tuple[Figure, list[Axes]]:
+def _figure(count: int, *, rows: int = 1, height: float = 3.6, width: float = 4.2) -> tuple[Figure, list[Axes]]:
     columns = count // rows
-    figure = Figure(figsize=(4.2 * columns, height * rows), dpi=130, layout="constrained")
+    figure = Figure(figsize=(width * columns, height * rows), dpi=130, layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     return figure, list(grid.flat)
 

@@ -154,40 +154,6 @@ class Digits3x3(_Grid):
         return self.prompt(images, question_BL), self.sentence(count, *words)
 
 
-class DigitsVoices(Digits3x3):
-    """The same problems; teacher and student have learnt to word their answers in different ways.
-
-    Six words of small talk, which say nothing about the image, precede the reasoning. Which word follows which is a
-    matter of chance, with other probabilities for each speaker and each of the six places.
-    """
-
-    talk = 6
-    length, seen, said = Digits3x3.length + talk, tuple(column + 6 for column in Digits3x3.seen), tuple(range(talk))
-    small = ("well", "so", "now", "then", "let", "us", "see", "look", "here", "the", "picture", "shows", "has", "we")
-    small = (*small, "read", "take", "count", "add", "it", "that", "is")
-    texts = (*Digits3x3.texts, *small)
-    seeds: ClassVar[dict[Speaker, int]] = {"teacher": 0, "student": 1}
-
-    def __init__(self, *, held_out: bool, speaker: Speaker = "teacher") -> None:
-        super().__init__(held_out=held_out, speaker=speaker)
-        words, generator = len(self.small), Generator().manual_seed(self.seeds[speaker])
-        self.following = torch.randn(self.talk, words, words, generator=generator).mul(2).softmax(-1)
-
-    def draw(self, count: int, *, generator: Generator | None = None) -> tuple[Prompt, Tensor]:
-        prompt, answer_BT = super().draw(count, generator=generator)
-        word_B, talk = torch.zeros(count, dtype=torch.long), []
-        for following in self.following:
-            word_B = torch.multinomial(following[word_B], 1, generator=generator)[:, 0]
-            talk.append(word_B + self.ids[self.small[0]])
-        return prompt, torch.cat([torch.stack(talk, dim=1), answer_BT], dim=1)
-
-
-class DigitsOneVoice(DigitsVoices):
-    """The same small talk from both: what the other task has in common with this one is not what tells them apart."""
-
-    seeds: ClassVar[dict[Speaker, int]] = {"teacher": 0, "student": 0}
-
-
 class Shapes(_Grid):
     """Four rotated polygons; how many sides have they together?
 
@@ -214,3 +180,37 @@ class Shapes(_Grid):
         chain_BT = torch.stack([names, totals], dim=2).flatten(1)
         answer_BT = torch.cat([chain_BT, torch.full((count, 1), self.eos)], dim=1)
         return self.prompt(images, self.sentence(count, "how", "many", "sides", "?")), answer_BT
+
+
+class ShapesVoices(Shapes):
+    """The same problems; teacher and student have learnt to word their answers in different ways.
+
+    Six words of small talk, which say nothing about the image, precede the counting. Which word follows which is a
+    matter of chance, with other probabilities for each speaker and each of the six places.
+    """
+
+    talk = 6
+    length, seen, said = Shapes.length + talk, tuple(column + 6 for column in Shapes.seen), tuple(range(talk))
+    small = ("well", "so", "now", "then", "let", "us", "see", "look", "here", "the", "picture", "shows", "has", "we")
+    small = (*small, "read", "take", "count", "add", "it", "that", "is")
+    texts = (*Shapes.texts, *small)
+    seeds: ClassVar[dict[Speaker, int]] = {"teacher": 0, "student": 1}
+
+    def __init__(self, *, held_out: bool, speaker: Speaker = "teacher") -> None:
+        super().__init__(held_out=held_out, speaker=speaker)
+        words, generator = len(self.small), Generator().manual_seed(self.seeds[speaker])
+        self.following = torch.randn(self.talk, words, words, generator=generator).mul(2).softmax(-1)
+
+    def draw(self, count: int, *, generator: Generator | None = None) -> tuple[Prompt, Tensor]:
+        prompt, answer_BT = super().draw(count, generator=generator)
+        word_B, talk = torch.zeros(count, dtype=torch.long), []
+        for following in self.following:
+            word_B = torch.multinomial(following[word_B], 1, generator=generator)[:, 0]
+            talk.append(word_B + self.ids[self.small[0]])
+        return prompt, torch.cat([torch.stack(talk, dim=1), answer_BT], dim=1)
+
+
+class ShapesOneVoice(ShapesVoices):
+    """The same small talk from both: what the other task has in common with this one is not what tells them apart."""
+
+    seeds: ClassVar[dict[Speaker, int]] = {"teacher": 0, "student": 0}

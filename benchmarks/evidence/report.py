@@ -29,7 +29,11 @@ def write(results: Path, docs: Path) -> None:
     images.mkdir(parents=True, exist_ok=True)
     for old in images.glob("evidence-*.png"):
         old.unlink()
-    body = "\n\n".join(["### Claim by claim", claims(settings), *(section(setting, images) for setting in settings)])
+    parts = ["### Claim by claim", claims(settings)]
+    if (figure := figures.summary([setting for setting in settings if setting.name == "default"])) is not None:
+        figure.savefig(images / "evidence-summary.png")
+        parts.append("![Differences to standard distillation, task by task](images/evidence-summary.png)")
+    body = "\n\n".join([*parts, *(section(setting, images) for setting in settings)])
     page = docs / "evidence.md"
     text = page.read_text() if page.exists() else f"# Evidence\n\n{BEGIN}\n{END}\n"
     if text.count(BEGIN) != 1 or text.count(END) != 1:

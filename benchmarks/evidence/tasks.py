@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from benchmarks.evidence import models
-from benchmarks.evidence.questions import Digits, Digits3x3, DigitsOneVoice, DigitsVoices, Questions, Shapes
+from benchmarks.evidence.questions import Digits, Digits3x3, Questions, Shapes, ShapesOneVoice, ShapesVoices
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Task:
         return settings, ",".join(differences) or "default"
 
 
-_VOICES = Settings(steps=1200, teacher_steps=2000, reader_steps=600)
+_SHAPES = Settings(steps=500, lr=3e-4, teacher_steps=700, reader_steps=500, eye_steps=30)
 TASKS = {
     task.name: task
     for task in (
@@ -78,11 +78,11 @@ TASKS = {
             Digits,
             models.qwen,
             # The models of the example.
-            Settings(steps=400, teacher_size=64, student_size=32, teacher_steps=700, reader_steps=500, eye_steps=60),
+            Settings(steps=400, lr=3e-4, teacher_size=64, student_size=32, teacher_steps=700, reader_steps=500),
         ),
         Task("digits-3x3", Digits3x3, models.llava, Settings(steps=600, teacher_steps=1000, reader_steps=600)),
-        Task("digits-voices", DigitsVoices, models.llava, _VOICES),
-        Task("digits-one-voice", DigitsOneVoice, models.llava, _VOICES),
-        Task("shapes", Shapes, models.llava, Settings(steps=800, teacher_steps=700, reader_steps=500, eye_steps=30)),
+        Task("shapes", Shapes, models.llava, _SHAPES),
+        Task("shapes-voices", ShapesVoices, models.llava, _SHAPES),
+        Task("shapes-one-voice", ShapesOneVoice, models.llava, _SHAPES),
     )
 }
