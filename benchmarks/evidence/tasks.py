@@ -80,7 +80,7 @@ TASKS = {
             # The models of the example.
             Settings(steps=400, lr=3e-4, teacher_size=64, student_size=32, teacher_steps=700, reader_steps=500),
         ),
-        Task("digits-3x3", Digits3x3, models.llava, Settings(steps=600, teacher_steps=1000, reader_steps=600)),
+        Task("digits-3x3", Digits3x3, models.llava, Settings(steps=600, lr=3e-4, teacher_steps=1000, reader_steps=600)),
         Task("shapes", Shapes, models.llava, _SHAPES),
         Task("shapes-voices", ShapesVoices, models.llava, _SHAPES),
         Task("shapes-one-voice", ShapesOneVoice, models.llava, _SHAPES),
