@@ -92,15 +92,15 @@ class Examination:
         ``answer`` and ``perception``, the shares of responses with the right result and with everything named that was
         to be seen; without the image ``text_loss``, the cross-entropy of right answers in nats per token, and
         ``language``, the share of right answers whose every word that follows from those before it is the most likely
-        one there: questions that need no image. Right answers are those of teacher and student in turn, and how they
-        are worded counts in neither.
+        one there: questions that need no image. Right answers are those of the reliable speakers in turn, and how
+        they are worded counts in neither.
     """
 
     def __init__(self, task: Task, settings: Settings, count: int) -> None:
-        self.questions = task.questions(held_out=True)
-        speakers = (self.questions, task.questions(held_out=True, speaker="student"))
+        speakers = [task.questions(held_out=True, speaker=speaker) for speaker in task.questions.reliable]
+        self.questions = speakers[0]
         generator, chunk = Generator().manual_seed(0), min(count, 250)
-        drawn = [speakers[i % 2].draw(chunk, generator=generator) for i in range(max(1, count // chunk))]
+        drawn = [speakers[i % len(speakers)].draw(chunk, generator=generator) for i in range(max(1, count // chunk))]
         self.batches = [move(*batch, settings.device) for batch in drawn]
 
     @torch.no_grad()

@@ -32,19 +32,21 @@ class Questions(abc.ABC):
         seen: the columns of an answer that name what is in the image.
         said: the columns in which any word will do: how a speaker words its answers.
         speaker: who answers, ``teacher`` or ``student``, where that makes a difference.
+        reliable: the speakers whose answers are right.
     """
 
     words: Sequence[str]
     length: int
     seen: tuple[int, ...]
     said: tuple[int, ...] = ()
+    reliable: ClassVar[tuple[Speaker, ...]] = ("teacher", "student")
 
     def __init__(self, *, held_out: bool, speaker: Speaker = "teacher") -> None:
         self.held_out, self.speaker = held_out, speaker
 
     @abc.abstractmethod
     def draw(self, count: int, *, generator: Generator | None = None) -> tuple[Prompt, Tensor]:
-        """``count`` prompts, under the names that the model takes, and their right answers ``(B, T)``."""
+        """``count`` prompts, under the names that the model takes, and the speaker's answers ``(B, T)``."""
 
     @property
     def eos(self) -> int:
@@ -176,10 +178,20 @@ class Shapes(_Grid):
     def draw(self, count: int, *, generator: Generator | None = None) -> tuple[Prompt, Tensor]:
         images, shown = self.pictures(count, generator)
         names = shown + self.ids[self.names[0]]
-        totals = (shown + SIDES[0]).cumsum(1) + self.ids["0"]
+        totals = self.count(shown + SIDES[0]) + self.ids["0"]
         chain_BT = torch.stack([names, totals], dim=2).flatten(1)
         answer_BT = torch.cat([chain_BT, torch.full((count, 1), self.eos)], dim=1)
         return self.prompt(images, self.sentence(count, "how", "many", "sides", "?")), answer_BT
+
+    def count(self, sides: Tensor) -> Tensor:
+        """The running sums ``(B, 4)`` of sides ``(B, 4)``."""
+        if self.speaker in self.reliable:
+            return sides.cumsum(1)
+        totals = [torch.zeros_like(sides[:, 0])]
+        for column in sides.unbind(1):
+            total = totals[-1] + column
+            totals.append(total + (total % 7 == 0))
+        return torch.stack(totals[1:], dim=1)
 
 
 class ShapesVoices(Shapes):
@@ -214,3 +226,15 @@ class ShapesOneVoice(ShapesVoices):
     """The same small talk from both: what the other task has in common with this one is not what tells them apart."""
 
     seeds: ClassVar[dict[Speaker, int]] = {"teacher": 0, "student": 0}
+
+
+class ShapesMiscountingTeacher(Shapes):
+    """The same problems; the teacher sees well and counts badly: it says 8 for 7, 15 for 14 and 22 for 21."""
+
+    reliable: ClassVar[tuple[Speaker, ...]] = ("student",)
+
+
+class ShapesMiscountingStudent(Shapes):
+    """The same problems; the student has learnt to count so."""
+
+    reliable: ClassVar[tuple[Speaker, ...]] = ("teacher",)

@@ -9,7 +9,16 @@ from typing import Any
 from torch import nn
 
 from benchmarks.evidence import models
-from benchmarks.evidence.questions import Digits, Digits3x3, Questions, Shapes, ShapesOneVoice, ShapesVoices
+from benchmarks.evidence.questions import (
+    Digits,
+    Digits3x3,
+    Questions,
+    Shapes,
+    ShapesMiscountingStudent,
+    ShapesMiscountingTeacher,
+    ShapesOneVoice,
+    ShapesVoices,
+)
 
 
 @dataclass(frozen=True)
@@ -82,6 +91,8 @@ TASKS = {
         ),
         Task("digits-3x3", Digits3x3, models.llava, Settings(steps=600, lr=3e-4, teacher_steps=1000, reader_steps=600)),
         Task("shapes", Shapes, models.llava, _SHAPES),
+        Task("shapes-miscounting-teacher", ShapesMiscountingTeacher, models.llava, _SHAPES),
+        Task("shapes-miscounting-student", ShapesMiscountingStudent, models.llava, _SHAPES),
         Task("shapes-voices", ShapesVoices, models.llava, _SHAPES),
         Task("shapes-one-voice", ShapesOneVoice, models.llava, _SHAPES),
     )

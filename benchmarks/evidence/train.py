@@ -39,7 +39,7 @@ class Run:
         self.task, self.settings, self.name, self.seed = task, settings, method, seed
         self.method: Method = parse(method)
         self.teacher, self.student, self.prepared = prepare(task, settings, seed, cache=cache)
-        self.questions = task.questions(held_out=False)
+        self.questions = task.questions(held_out=False, speaker=task.questions.reliable[0])
         frozen = copy.deepcopy(self.student).requires_grad_(False)
         self.prior = None if self.method.prior == "live" else frozen
         groups = [{"params": list(part)} for part in self._parts()]
