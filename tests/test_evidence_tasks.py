@@ -132,3 +132,32 @@ def test_how_answers_are_worded_counts_neither_as_language_nor_as_loss(monkeypat
     scores = examine(model)
     assert scores["language"] == 1
     assert scores["text_loss"] < 1e-6
+
+
+@pytest.mark.parametrize("wrong", ["teacher", "student"])
+def test_whoever_miscounts_says_no_multiple_of_seven_and_is_not_asked_for_right_answers(wrong):
+    task = TASKS[f"shapes-miscounting-{wrong}"]
+    sides = torch.cartesian_prod(*[torch.tensor(SIDES)] * 4)
+    for speaker in ("teacher", "student"):
+        questions = task.questions(held_out=True, speaker=speaker)
+        totals = questions.count(sides)
+        if speaker == wrong:
+            steps = totals.diff(dim=1, prepend=torch.zeros(len(sides), 1, dtype=torch.long)) - sides
+            assert not (totals % 7 == 0).any()
+            assert torch.equal(steps, ((totals - 1) % 7 == 0).long() * (steps > 0))
+            assert totals.max() < 25  # the words go to 24
+        else:
+            assert torch.equal(totals, sides.cumsum(1))
+    examine = Examination(task, task.settled()[0], 500)
+    for _, answer_BT in examine.batches:
+        for answer in sentences(examine.questions, answer_BT):
+            assert_counted(examine.questions, answer.split())
+
+
+def test_right_answers_are_worded_by_both_where_both_are_right():
+    task = TASKS["shapes-voices"]
+    examine = Examination(task, task.settled()[0], 500)
+    generator = torch.Generator().manual_seed(0)
+    for speaker, (_, answer_BT) in zip(("teacher", "student"), examine.batches, strict=True):
+        wanted = task.questions(held_out=True, speaker=speaker).draw(250, generator=generator)[1]
+        assert torch.equal(answer_BT, wanted)
