@@ -124,7 +124,7 @@ def test_bad_arguments_are_refused(arguments, message, tmp_path, monkeypatch, ca
 
 @pytest.mark.parametrize("name", distill_digits.methods(distill_digits.Settings(seed=0, device="cpu")))
 def test_each_method_has_a_rule_for_its_components(name):
-    method, rule = distill_digits.methods(distill_digits.Settings(seed=0, device="cpu"))[name]
+    method, rule, _ = distill_digits.methods(distill_digits.Settings(seed=0, device="cpu"))[name]
     losses = method(*torch.randn(4, 2, 5, 11), torch.ones(2, 5, dtype=torch.bool))
     weights, _ = rule(torch.eye(len(losses), dtype=torch.float64), list(losses))
     assert (weights > 0).all()
@@ -132,14 +132,15 @@ def test_each_method_has_a_rule_for_its_components(name):
 
 @pytest.mark.parametrize("name", distill_digits.methods(distill_digits.Settings(seed=0, device="cpu")))
 def test_what_a_method_does_not_read_changes_none_of_its_gradients(name, tokenizer, problems):
-    method, _ = distill_digits.methods(distill_digits.Settings(seed=0, device="cpu"))[name]
+    method, _, frozen_prior = distill_digits.methods(distill_digits.Settings(seed=0, device="cpu"))[name]
     torch.manual_seed(0)
-    teacher, student = (digits_models.make_model(tokenizer, hidden_size=16) for _ in range(2))
+    teacher, student, copy = (digits_models.make_model(tokenizer, hidden_size=16) for _ in range(3))
+    prior = copy.requires_grad_(False) if frozen_prior else None
     sampled = Rollout(problems.answer_BT, torch.ones_like(problems.answer_BT, dtype=torch.bool))
     gradients = []
     less = {"text": method.decomposition != "standard", "train_text": method.trains_text}
     for options in ({"of": response_states, **less}, {}):
-        views = distill_digits.four_views(student, teacher, problems.prompt, sampled, **options)
+        views = distill_digits.four_views(student, teacher, problems.prompt, sampled, prior=prior, **options)
         student.zero_grad()
         sum(method(*views, sampled.mask_BT).values()).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in student.parameters()]))

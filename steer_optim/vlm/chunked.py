@@ -40,8 +40,9 @@ class ChunkedLosses:
 
     Args:
         views: ``student`` and ``teacher``, and for everything but ``std`` also ``student_text`` and
-            ``teacher_text``, by name: hidden states ``(..., d)``, those of one model under one head. The teacher's
-            may be logits ``(..., V')``. The vocabularies are cut to the common ids.
+            ``teacher_text``, by name: hidden states ``(..., d)``, those of one model under one head; ``student_text``
+            may be that of a frozen copy, under its own. The teacher's may be logits ``(..., V')``. The vocabularies
+            are cut to the common ids.
         temperature: as of ``token_losses``, like the two that follow.
         detach_prior: whether ``p_tx`` is a constant in ``q*``.
         floor: on the teacher's probabilities before its visual gain is taken.

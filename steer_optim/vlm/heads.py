@@ -208,6 +208,12 @@ class HiddenStates:
         """The wider of the states' and the head's."""
         return torch.promote_types(self.hidden_BTd.dtype, self.head.weight_Vd.dtype)
 
+    @property
+    def requires_grad(self) -> bool:
+        """Whether the states or a tensor of the head do."""
+        tensors = (self.hidden_BTd, *(x for x in vars(self.head).values() if isinstance(x, Tensor)))
+        return any(x.requires_grad for x in tensors)
+
     def __getitem__(self, index: Any) -> HiddenStates:
         return replace(self, hidden_BTd=self.hidden_BTd[index])
 

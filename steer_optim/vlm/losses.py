@@ -215,7 +215,7 @@ def log_probs(temperature: float, **logits: Tensor) -> list[Tensor]:
 def check_views(**views: Tensor | HiddenStates) -> None:
     """Raises TypeError or ValueError where the views are not floating logits or hidden states of the same rows.
 
-    ``name`` and ``name_text`` are the two views of one model.
+    ``name`` and ``name_text`` are the two views of one model; ``student_text`` may be that of a frozen copy.
     """
     first_name, first = next(iter(views.items()))
     models: dict[str, tuple[str, Tensor | HiddenStates]] = {}
@@ -228,11 +228,15 @@ def check_views(**views: Tensor | HiddenStates) -> None:
             )
         twin_name, twin = models.setdefault(name.removesuffix("_text"), (name, x))
         if isinstance(x, HiddenStates) != isinstance(twin, HiddenStates) or (
-            isinstance(x, HiddenStates) and isinstance(twin, HiddenStates) and not x.head.same(twin.head)
+            isinstance(x, HiddenStates)
+            and isinstance(twin, HiddenStates)
+            and not x.head.same(twin.head)
+            and (name != "student_text" or x.requires_grad)
         ):
             raise ValueError(
                 f"{twin_name} and {name} are two views of one model and must both be logits, or both hidden states "
-                "under one head (of the same tensors)"
+                "under one head (of the same tensors). Only student_text may be that of a frozen copy of the student, "
+                "whose states and head require no grad"
             )
         if x.shape != twin.shape:
             raise ValueError(

@@ -143,8 +143,10 @@ class DecomposedDistillation:
             student_BTV: ``(B, T, V)``, floating, the student's logits that predict the response, with the image; or
                 the hidden states that they would be computed from, for all four: then no ``(B, T, V)`` tensor is held
                 (:mod:`steer_optim.vlm.chunked`). The teacher's two may be logits beside the student's states.
-            student_text_BTV: ``(B, T, V)``, those without the image. The decomposition ``standard`` does not
-                read the text-only views; they may be None there.
+            student_text_BTV: ``(B, T, V)``, those without the image: the student's, or those of a frozen copy of the
+                student as it was, whose language is then what ``vis`` keeps; ``lam`` must be 0 with such a copy,
+                which ``lp`` could not train. The decomposition ``standard`` does not read the text-only views; they
+                may be None there.
             teacher_BTV: ``(B, T, V')``, floating, the teacher's logits with the image.
             teacher_text_BTV: ``(B, T, V')``, those without the image.
             mask_BT: ``(B, T)``, bool, True at response tokens.

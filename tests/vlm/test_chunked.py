@@ -260,3 +260,16 @@ def test_views_that_do_not_fit_are_refused_by_name():
     refuse(r"mask_BT must be \(B, T\) and student .* got \(4, 3\) and \(3, 4, 9\)", *states, mask_BT=MASK.T)
     with pytest.raises(ValueError, match=r"chunk_size must be at least 1.*got 0"):
         DecomposedDistillation(chunk_size=0)
+
+
+@pytest.mark.parametrize("kind", ["plain", "everything"])
+@pytest.mark.parametrize("decomposition", ["vgs", "exact"])
+def test_the_prior_may_be_that_of_a_frozen_copy(decomposition, kind):
+    method = DecomposedDistillation(decomposition, lam=0.0, floor=0.05, chunk_size=4)
+    states, other = random_states(3, 4, 9, kind=kind), random_states(3, 4, 9, seed=1, kind="plain")
+    views = [states[0], other[1].detach(), *states[2:]]
+    assert_same(method(*views, MASK), method(*dense(views), MASK), states, **EXACT)
+    with pytest.raises(ValueError, match="a frozen copy of the student, whose states and head require no grad"):
+        method(states[0], other[1], *states[2:], MASK)
+    with pytest.raises(ValueError, match="teacher and teacher_text are two views of one model"):
+        method(*states[:3], other[3], MASK)
