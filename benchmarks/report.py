@@ -82,7 +82,7 @@ def _refresh() -> str:
         f"`{setting.task}`, {setting.any_run['settings']['steps']} steps:\n\n{cosines}\n\n"
         f"```sh\n{command(setting)}\n```"
         for setting in load(EVIDENCE)
-        if (cosines := refreshed(setting))
+        if any("refresh_every=" in method for method in setting.runs) and (cosines := refreshed(setting))
     ]
     return "\n\n".join(parts) or "Not measured yet: `python -m benchmarks.evidence`."
 

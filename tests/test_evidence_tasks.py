@@ -93,9 +93,9 @@ def test_grading_reads_the_last_word_before_the_end(questions):
     assert task.perceived(ids[1:], answer_BT).int().tolist() == [seen for *_, seen in responses]
 
 
-@pytest.mark.parametrize("name", ["shapes-voices", "shapes-one-voice"])
-def test_small_talk_comes_before_the_same_answers(name):
-    teacher, student = (TASKS[name].questions(held_out=True, speaker=speaker) for speaker in ("teacher", "student"))
+def test_small_talk_comes_before_the_same_answers():
+    task = TASKS["shapes-voices"]
+    teacher, student = (task.questions(held_out=True, speaker=speaker) for speaker in ("teacher", "student"))
     for speaker in (teacher, student):
         _, answer_BT = speaker.draw(4000, generator=torch.Generator().manual_seed(0))
         assert answer_BT.shape[1] == speaker.length
@@ -111,8 +111,7 @@ def test_small_talk_comes_before_the_same_answers(name):
             shares = said[before == common, place].bincount(minlength=len(speaker.small)) / (before == common).sum()
             error = 4 * (0.25 / (before == common).sum()) ** 0.5  # four standard errors at most
             assert (shares - speaker.following[place, common]).abs().max() < error
-    alike = torch.equal(teacher.following, student.following)
-    assert alike == (name == "shapes-one-voice")
+    assert not torch.equal(teacher.following, student.following)
 
 
 def test_how_answers_are_worded_counts_neither_as_language_nor_as_loss(monkeypatch):

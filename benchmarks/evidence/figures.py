@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -19,15 +19,19 @@ STYLES = ("-", "--", ":")
 PAIRS = ("lang, vis", "std, vis", "std, lang")
 
 
-def summary(settings: Sequence[Setting]) -> Figure | None:
-    """Differences to standard distillation, at the end and over training, of the methods that most tasks have."""
-    settings = [setting for setting in settings if "standard" in setting.runs]
+def compared(settings: Sequence[Setting]) -> list[str]:
+    """The methods beside standard distillation that most tasks have."""
     counts = Counter(method for setting in settings for method in setting.runs if method != "standard")
-    methods = [method for method in dict(counts) if counts[method] >= max(2, len(settings) - 1)]
-    if not methods:
-        return None
-    figure, panels = _figure(len(settings), height=0.9 + 0.36 * len(methods), width=2.9)
-    for axes, setting in zip(panels, settings, strict=True):
+    return [method for method in counts if counts[method] >= max(2, len(settings) - 1)]
+
+
+def summary(settings: Sequence[Setting]) -> Figure:
+    """Differences to standard distillation, at the end and over training, of the methods that most tasks have."""
+    settings, methods = [setting for setting in settings if "standard" in setting.runs], compared(settings)
+    figure, panels = _figure(len(settings), rows=-(-len(settings) // 3), height=1.1 + 0.3 * len(methods))
+    for axes in panels[1:]:
+        axes.sharex(panels[0])
+    for axes, setting in zip(panels, settings, strict=False):
         for i, (of, label) in enumerate(
             ((score("answer"), "at the end"), (mean_of("examined", "answer"), "over training"))
         ):
@@ -44,7 +48,9 @@ def summary(settings: Sequence[Setting]) -> Figure | None:
             )
         axes.axvline(0, color="0.6", linewidth=0.8, zorder=0)
         axes.set(title=setting.task, xlabel="points to standard", ylim=(len(methods) - 0.5, -0.5))
-        axes.set_yticks(range(len(methods)), methods if axes is panels[0] else [])
+        axes.set_yticks(range(len(methods)), methods if axes in panels[::3] else [])
+    for axes in panels[len(settings) :]:
+        axes.remove()
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     return figure
 
@@ -111,32 +117,37 @@ def terciles(setting: Setting, methods: Sequence[str]) -> Figure:
             for i, method in enumerate(methods):
                 _band(axes, *setting.curve(method, "observed", f"{component} tercile {tercile}"), i, method)
             axes.set(title=f"{component}, {name} visual third", xlabel="step", ylabel="nats per token")
+            axes.set_ylim(bottom=0)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
-def sensitivity(setting: Setting) -> Figure | None:
-    """Accuracy over gamma, and over lambda, of VGS with and without a floor (Fig. 8); None where neither was varied."""
-    varied = {"gamma": "γ", "lam": "λ"}
-    lines: dict[str, dict[str, list[tuple[float, Interval]]]] = {key: {} for key in varied}
+Line = list[tuple[float, Interval]]
+
+
+def varied(setting: Setting) -> dict[str, dict[str, Line]]:
+    """Accuracy over gamma, and over lambda, for every VGS of which three values or more were run."""
+    lines: dict[str, dict[str, Line]] = {"gamma": {}, "lam": {}}
     for method in setting.runs:
         base, *changes = method.split(",")
         if base != "vgs":
             continue
-        for key in varied:
+        for key in lines:
             rest = ",".join([base, *(c for c in changes if not c.startswith(f"{key}="))])
             value = setting.interval(method, score("answer"))
             assert value is not None
             lines[key].setdefault(rest, []).append((float(getattr(parse(method).losses, key)), value))
     kept = {key: {rest: sorted(line) for rest, line in found.items() if len(line) > 2} for key, found in lines.items()}
-    kept = {key: found for key, found in kept.items() if found}
-    if not kept:
-        return None
+    return {key: found for key, found in kept.items() if found}
+
+
+def sensitivity(setting: Setting, kept: Mapping[str, Mapping[str, Line]]) -> Figure:
+    """Accuracy over what was varied (Fig. 8)."""
     figure, panels = _figure(len(kept))
     for axes, (key, found) in zip(panels, kept.items(), strict=True):
         for i, (rest, line) in enumerate(found.items()):
             _band(axes, [x for x, _ in line], [y for _, y in line], i, rest, scale=100.0, marker="o")
-        axes.set(xlabel=varied[key], ylabel="right answers, %")
+        axes.set(xlabel={"gamma": "γ", "lam": "λ"}[key], ylabel="right answers, %", ylim=(0, 100))
         if key == "lam":
             axes.set_xscale("symlog", linthresh=0.01)
         if "standard" in setting.runs:
@@ -147,9 +158,9 @@ def sensitivity(setting: Setting) -> Figure | None:
     return figure
 
 
-def _figure(count: int, *, rows: int = 1, height: float = 3.6, width: float = 4.2) -> tuple[Figure, list[Axes]]:
-    columns = count // rows
-    figure = Figure(figsize=(width * columns, height * rows), dpi=130, layout="constrained")
+def _figure(count: int, *, rows: int = 1, height: float = 3.6) -> tuple[Figure, list[Axes]]:
+    columns = -(-count // rows)
+    figure = Figure(figsize=(4.2 * columns, height * rows), dpi=100, layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     return figure, list(grid.flat)
 

@@ -222,12 +222,6 @@ class ShapesVoices(Shapes):
         return prompt, torch.cat([torch.stack(talk, dim=1), answer_BT], dim=1)
 
 
-class ShapesOneVoice(ShapesVoices):
-    """The same small talk from both: what the other task has in common with this one is not what tells them apart."""
-
-    seeds: ClassVar[dict[Speaker, int]] = {"teacher": 0, "student": 0}
-
-
 class ShapesMiscountingTeacher(Shapes):
     """The same problems; the teacher sees well and counts badly: it says 8 for 7, 15 for 14 and 22 for 21."""
 

@@ -16,7 +16,6 @@ from benchmarks.evidence.questions import (
     Shapes,
     ShapesMiscountingStudent,
     ShapesMiscountingTeacher,
-    ShapesOneVoice,
     ShapesVoices,
 )
 
@@ -94,6 +93,5 @@ TASKS = {
         Task("shapes-miscounting-teacher", ShapesMiscountingTeacher, models.llava, _SHAPES),
         Task("shapes-miscounting-student", ShapesMiscountingStudent, models.llava, _SHAPES),
         Task("shapes-voices", ShapesVoices, models.llava, _SHAPES),
-        Task("shapes-one-voice", ShapesOneVoice, models.llava, _SHAPES),
     )
 }
