@@ -1,7 +1,9 @@
 """The evidence harness: tasks are what they say, runs are paired and found again, and the report says what was run."""
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ for needed in ("sklearn", "scipy", "tokenizers", "tqdm", "transformers", "matplo
 
 from benchmarks.evidence import __main__ as evidence  # noqa: E402
 from benchmarks.evidence import grid, intervals, models, report, train  # noqa: E402
-from benchmarks.evidence.grid import Place  # noqa: E402
+from benchmarks.evidence.grid import EVIDENCE, Place  # noqa: E402
 from benchmarks.evidence.methods import BASES, FOREVER, Method, parse  # noqa: E402
 from benchmarks.evidence.prepare import prepare  # noqa: E402
 from benchmarks.evidence.records import Series, rounded  # noqa: E402
@@ -31,6 +33,7 @@ TINY = {
     "examined": 16,
 }
 CHANGES = tuple(TINY.items())
+DOCS = Path(__file__).parents[1] / "docs"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -223,6 +226,22 @@ def test_from_the_grid_to_the_page(cache, tmp_path, monkeypatch, capsys):
     wanted[0].file(results).write_text(json.dumps(changed))
     assert evidence.main([*command, *arguments, *folders]) == 2
     assert "with other settings of the task (lr)" in capsys.readouterr().err
+
+
+def test_the_pages_are_those_of_the_committed_results():
+    settings = load(EVIDENCE)
+    for name, body in report.pages(settings).items():
+        assert f"{report.BEGIN}\n\n{body}\n\n{report.END}" in (DOCS / name).read_text(), "make the report again"
+    images = {file.stem for file in (DOCS / "images").glob("evidence-*.png")}
+    assert images == set(report.drawn(settings))
+
+
+@pytest.mark.parametrize("name", ["docs/evidence.md", "docs/how-to-choose.md", "README.md", "examples/README.md"])
+def test_intervals_in_the_prose_are_those_of_the_tables(name):
+    tables = "".join(report.pages(load(EVIDENCE)).values())
+    prose = (DOCS.parent / name).read_text().replace("\N{MINUS SIGN}", "-")
+    for shown in re.findall(r"[+-]\d+\.\d ± \d+\.\d", prose):
+        assert shown in tables, f"{name}: {shown}"
 
 
 def _links(page):

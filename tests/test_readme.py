@@ -11,10 +11,11 @@ from benchmarks import common, steering_cost
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+CHOOSE = (ROOT / "docs" / "how-to-choose.md").read_text()
 
 
-def snippets(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def snippets(language, page=README):
+    return re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
 
 
 def diff_sides():
@@ -52,23 +53,37 @@ def test_the_diff_changes_at_most_six_lines_and_both_sides_train():
     assert not torch.equal(*trained)  # steering changed something
 
 
-def test_the_python_snippets_run(capsys):
+def models():
+    """A student, a teacher and prompts with images."""
     tiny_models = pytest.importorskip("tiny_models")
     family = tiny_models.FAMILIES["qwen3_vl"]()
+    prompts = family.batch([[tiny_models.IMAGE, 20, 21], [30, tiny_models.IMAGE, 31]])
+    return {"student": family.model, "teacher": tiny_models.FAMILIES["qwen3_vl"]().model, "prompts": prompts}
+
+
+def test_the_python_snippets_run(capsys):
     namespace = setting()
     _, after = diff_sides()
     exec(after, namespace)
-    namespace |= {
-        "student": family.model,
-        "teacher": tiny_models.FAMILIES["qwen3_vl"]().model,
-        "prompts": family.batch([[tiny_models.IMAGE, 20, 21], [30, tiny_models.IMAGE, 31]]),
-    }
+    namespace |= models()
     blocks = snippets("python")
     assert len(blocks) >= 6
     for block in blocks:
         exec(block, namespace)
     assert "degrees apart" in capsys.readouterr().out
-    assert namespace["optimizer"].geometry.names == ("std", "vis", "lp")
+    assert namespace["optimizer"].geometry.names == ("std", "vis")
+    assert not any(p.requires_grad for p in namespace["prior"].parameters())
+
+
+def test_the_snippets_on_how_to_choose_run(capsys):
+    namespace = setting() | models()
+    namespace |= {"batches": namespace["loader"], "answer_BT": torch.tensor([[20, 21], [30, 31]])}
+    namespace["mask_BT"] = torch.ones(2, 2, dtype=torch.bool)
+    for block in snippets("python", CHOOSE):
+        exec(block, namespace)
+    printed = capsys.readouterr().out.splitlines()
+    assert sum("degrees apart" in line for line in printed) == 3
+    assert sum(line.startswith("tensor(") for line in printed) == 2
 
 
 def test_the_commands_exist():
@@ -78,8 +93,10 @@ def test_the_commands_exist():
 
 
 def test_the_links_and_pictures_exist():
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+    pages = [ROOT / "README.md", ROOT / "examples" / "README.md", *(ROOT / "docs").glob("*.md")]
+    for page in pages:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
 def test_the_costs_are_those_of_the_newest_result():

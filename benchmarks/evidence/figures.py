@@ -101,8 +101,9 @@ def geometry(setting: Setting, method: str) -> Figure:
     for i, name in enumerate(sorted(columns)):
         _band(weights, *setting.curve(method, "steps", name), i, name)
     norms.set(title=method, xlabel="step", ylabel="gradient norm", yscale="log")
-    angles.set(xlabel="step", ylabel="angle, degrees")
+    angles.set(xlabel="step", ylabel="angle, degrees", ylim=(0, 135))
     weights.set(xlabel="step", ylabel="weight of a component")
+    weights.set_ylim(bottom=0)
     for axes in (norms, angles, weights):
         axes.legend(frameon=False)
     return figure
