@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 # How a model type names the factor of its logits, and the exponent it is raised to: Granite divides by its own.
 _SCALES = {"logit_scale": 1, "logits_scaling": -1, "lm_head_multiplier": 1, "output_multiplier": 1}
 # The models of which a row was compared.
-_TRIED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_TRIED: weakref.WeakKeyDictionary[nn.Module, set[tuple[object, ...]]] = weakref.WeakKeyDictionary()
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
 _SHARDED = (
     "the head's weight is {}, whole only inside the model's own forward pass: pass logits, from response_logits, "
@@ -149,7 +149,7 @@ class Head:
             raise TypeError(_SHARDED.format("sharded by FSDP2"))
         # PEFT's wrapper of a module that is trained whole.
         if (copies := getattr(module, "modules_to_save", None)) is not None:
-            active = list(module.active_adapters)
+            active = [] if module.disable_adapters else list(module.active_adapters)
             if len(active) > 1:
                 raise ValueError(f"one trained copy of the head can be active; got {active}: pass logits instead")
             module = copies[active[0]] if active else module.original_module
@@ -263,7 +263,9 @@ def states_before_head(model: nn.Module, forward: Callable[[], Tensor]) -> Hidde
         )
     head, (_, module) = Head.of(model), output_embeddings(model)
     taken: list[Tensor] = []
-    tried = model in _TRIED
+    # An adapter that is switched on or off makes another head.
+    made_of = tuple(id(x) if isinstance(x, nn.Parameter) else type(x) for x in vars(head).values())
+    tried = made_of in _TRIED.setdefault(model, set())
 
     def take(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         taken.append(args[0])
@@ -291,7 +293,7 @@ def states_before_head(model: nn.Module, forward: Callable[[], Tensor]) -> Hidde
                 f"{type(model).__name__} does something to its logits that Head.of does not know: a row differs by "
                 f"{error:.3g}. Pass response_logits instead, or HiddenStates with a Head of your own"
             )
-        _TRIED.add(model)
+        _TRIED[model].add(made_of)
     states = HiddenStates(taken[0], head)
     return states if torch.is_grad_enabled() else states.detach()
 

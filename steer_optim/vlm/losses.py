@@ -236,7 +236,7 @@ def check_views(**views: Tensor | HiddenStates) -> None:
             raise ValueError(
                 f"{twin_name} and {name} are two views of one model and must both be logits, or both hidden states "
                 "under one head (of the same tensors). Only student_text may be that of a frozen copy of the student, "
-                "whose states and head require no grad"
+                "computed in torch.no_grad()"
             )
         if x.shape != twin.shape:
             raise ValueError(

@@ -166,8 +166,8 @@ class DecomposedDistillation:
         Raises:
             TypeError: the mask or the gate is not bool, or logits are not floating.
             ValueError: shapes or devices do not fit each other; logits that the mask keeps are not finite; a
-                text-only view is missing; the count is not positive; a strength is given to a method that is not
-                adaptive.
+                text-only view is missing, or requires no grad where it is trained; the count is not positive; a
+                strength is given to a method that is not adaptive.
         """
         if strength_BT is not None and not self.adaptive:
             raise ValueError("strength_BT is read by an adaptive method only: set adaptive=True or do not pass it")
@@ -179,6 +179,13 @@ class DecomposedDistillation:
                     "without the image; got None. Only the decomposition standard does without"
                 )
             views |= {"student_text": student_text_BTV, "teacher_text": teacher_text_BTV}
+            if self.trains_text and student_BTV.requires_grad and not student_text_BTV.requires_grad:
+                raise ValueError(
+                    f"decomposition={self.decomposition!r} with lam={self.lam} and detach_prior={self.detach_prior} "
+                    "trains the student without the image, but student_text_BTV requires no grad: compute it outside "
+                    "torch.no_grad(); or, where it is a frozen copy's, take 'vgs' or 'exact' with lam=0 and "
+                    "detach_prior=True"
+                )
         rows = select_rows(mask_BT, **views)
         gate_N = None if gate_BT is None else _select_tokens(mask_BT, "gate_BT", gate_BT)
         strength_N = None if strength_BT is None else _select_tokens(mask_BT, "strength_BT", strength_BT)

@@ -223,6 +223,19 @@ def test_standard_distillation_reads_neither_text_only_view():
         DecomposedDistillation()(student, None, teacher, teacher_text, MASK)
 
 
+def test_a_text_view_that_is_trained_must_require_grad():
+    student, student_text, teacher, teacher_text = random_batch(3, 4, 5)
+    views = student, student_text.detach(), teacher, teacher_text
+    trained = {"lam": 0.0, "detach_prior": False}, {"lam": 0.01}, {"decomposition": "language", "lam": 0.0}
+    for options in trained:
+        with pytest.raises(ValueError, match=r"trains the student without the image, .* a frozen copy's, .* lam=0"):
+            DecomposedDistillation(**options)(*views, MASK)
+        DecomposedDistillation(**options)(student.detach(), *views[1:], MASK)  # evaluation
+    for decomposition in ("vgs", "exact"):
+        losses = DecomposedDistillation(decomposition, lam=0.0)(*views, MASK)
+        assert all(loss.requires_grad for loss in losses.values())
+
+
 @every_method
 def test_half_precision_and_a_padded_teacher(method):
     batch = random_batch(3, 4, 5, dtype=torch.bfloat16)
