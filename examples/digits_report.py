@@ -37,7 +37,8 @@ def write_table(path: Path, records: dict[str, dict[str, Any]], settings: dict[s
         f"Accuracies are on {count} problems of held-out digits, greedy decoding; their standard error is "
         f"{100 * math.sqrt(0.25 / count):.1f} points at most.\n"
         "The text-only loss is the cross-entropy of right answers without the image, in nats per token.\n"
-        "Angle, eta and seconds per step are means over training."
+        "Angle, eta and seconds per step are means over training; the angle is that of the paper's components, with\n"
+        "the student's own prior, under every method."
     )
     text = "\n".join(lines) + "\n\n" + note + "\n"
     (path / "table.md").write_text(text)

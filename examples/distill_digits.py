@@ -136,7 +136,7 @@ def four_views(
     student_view, student_text_view = of(student, image, T), None
     if bare:
         with torch.set_grad_enabled(train_text):
-            student_text_view = of(prior or student, bare, T)
+            student_text_view = of(student if prior is None else prior, bare, T)
     with torch.no_grad():
         teacher_view = of(teacher, image, T)
         teacher_text_view = of(teacher, bare, T) if bare else None

@@ -1,5 +1,6 @@
 """The main job: its task is what it says, `--quick` leaves all that was promised, and interruptions change nothing."""
 
+import dataclasses
 import json
 import math
 import os
@@ -270,3 +271,11 @@ def rows(out):
     """The table without what the clock says."""
     rows = json.loads((out / "results.json").read_text())["rows"]
     return {name: {key: value for key, value in row.items() if key != "seconds"} for name, row in rows.items()}
+
+
+@pytest.mark.parametrize("file", sorted((EXAMPLES / "results").glob("*.json")), ids=lambda file: file.stem)
+def test_the_committed_results_are_of_the_settings_that_the_example_has(file):
+    result = json.loads(file.read_text())
+    seed = int(file.stem.removeprefix("digits-seed"))
+    assert result["settings"] == dataclasses.asdict(distill_digits.Settings(seed, "cpu"))
+    assert list(result["rows"]) == ["teacher", "initial student", "standard", "vgs", "vgs-paper"]
