@@ -7,15 +7,14 @@ are fields of :class:`Method` or of the ``DecomposedDistillation`` that it train
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from torch import Tensor
 
 from steer_optim import PCGrad, Steer
-from steer_optim.rules import PCD, VGS, Rule
-from steer_optim.rules.base import State
+from steer_optim.rules import PCD, Rule
 from steer_optim.steering import Scope
 from steer_optim.vlm import DecomposedDistillation
 
@@ -34,6 +33,8 @@ class Method:
             VGS is the paper's fixed eta.
         prior: whose text-only view is the prior in ``q*``: the student's own (``live``), that of the initial student
             (``frozen``), or of an average of the student over about ``1 / (1 - 0.99)`` steps (``ema``).
+        trains: the whole student, or its ``eye`` alone, the tower and what joins it to the decoder: then its language
+            cannot change.
         text: the weight of a further component ``text``, ``KL(p_tx || q_tx)`` over all tokens; absent where it is 0.
         reward: the share of GRPO on right answers in the loss, ``1 - alpha`` of Eq. 22; 1 is GRPO alone.
     """
@@ -43,6 +44,7 @@ class Method:
     scope: Scope = "model"
     refresh_every: int = 1
     prior: Literal["live", "frozen", "ema"] = "live"
+    trains: Literal["everything", "eye"] = "everything"
     text: float = 0.0
     reward: float = 0.0
 
@@ -78,26 +80,12 @@ class Method:
         return components
 
 
-class Capped(VGS):
-    """VGS with eta at most 1.
-
-    Where std and vis oppose each other, as they do near the end, eta is without bound: it lengthens what is left of
-    their sum to the length of std, and lp, which has no part in that sum, with it.
-    """
-
-    def update(self, G: Tensor, names: Sequence[str], state: State) -> tuple[Tensor, State]:
-        weights, _ = super().update(G, names, state)
-        eta = weights[:, names.index("std"), None]
-        return weights / eta.clamp(min=1), {}
-
-
 _exact = DecomposedDistillation("exact", gamma=0.0)
 BASES = {
     "standard": Method(DecomposedDistillation("standard")),
     "vgs": Method(DecomposedDistillation("vgs")),
     "language": Method(DecomposedDistillation("language")),
     "fixed": Method(DecomposedDistillation("vgs"), refresh_every=FOREVER),
-    "capped": Method(DecomposedDistillation("vgs"), lambda losses: Capped(losses.gamma)),
     # On the exact split std = lang + vis; gamma is the gain here.
     "steer": Method(_exact, lambda losses: Steer("vis", gain=losses.gamma)),
     "pcd": Method(_exact, lambda losses: PCD("vis")),

@@ -42,7 +42,9 @@ class Run:
         self.questions = task.questions(held_out=False, speaker=task.questions.reliable[0])
         frozen = copy.deepcopy(self.student).requires_grad_(False)
         self.prior = None if self.method.prior == "live" else frozen
-        groups = [{"params": list(part)} for part in self._parts()]
+        groups = [{"params": part} for part in self._parts()]
+        if self.method.trains == "eye":
+            groups = groups[:1]
         adamw = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
         self.optimizer = SteeredOptimizer(
             adamw,
@@ -117,7 +119,7 @@ class Run:
             record |= {f"weight {name}": float(geometry.weight(name).mean()) for name in geometry.names}
             if exact is not None:
                 record["cosine to exact"], record["length to exact"] = self.compare(geometry, exact)
-        nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
+        nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
         optimizer.step()
         if self.prior is not None and method.prior == "ema":
             with torch.no_grad():
