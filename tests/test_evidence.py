@@ -1,6 +1,7 @@
 """The evidence harness: tasks are what they say, runs are paired and found again, and the report says what was run."""
 
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -253,6 +254,23 @@ def test_intervals_in_the_prose_are_those_of_the_tables(name):
     prose = (DOCS.parent / name).read_text().replace("\N{MINUS SIGN}", "-")
     for shown in re.findall(r"[+-]\d+\.\d ± \d+\.\d", prose):
         assert shown in tables, f"{name}: {shown}"
+
+
+def test_the_verdicts_are_those_of_the_committed_results():
+    frozen = "vgs,floor=1e-3,lam=0,prior=frozen"
+    tasks = {setting.task: setting for setting in load(EVIDENCE) if setting.name == "default"}
+
+    def sign(task, method, of="answer"):
+        difference = tasks[task].difference(method, score(of))
+        return math.copysign(difference.excludes_zero, difference.mean)
+
+    assert all(sign(task, "vgs") <= 0 for task in tasks)
+    assert all(sign(task, "language") >= 0 for task in tasks)
+    assert sign("shapes-miscounting-teacher", frozen) == 1
+    assert sign("shapes-miscounting-student", frozen) == sign("shapes-miscounting-student", "vgs") == -1
+    for task, setting in tasks.items():
+        assert task.startswith("shapes-miscounting") or all(sign(task, m) <= 0 for m in setting.runs if m != "standard")
+        assert all(sign(task, m, "perception") <= 0 for m in setting.runs if m != "standard")
 
 
 def _images(page):

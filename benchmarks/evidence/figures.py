@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.evidence.intervals import Interval, interval
 from benchmarks.evidence.methods import parse
-from benchmarks.evidence.results import Setting, mean_of, score
+from benchmarks.evidence.results import Setting, mean_of, of_pair, score
 from steer_optim.plots import COLOURS
 
 STYLES = ("-", "--", ":")
@@ -81,8 +81,8 @@ def deciles(setting: Setting) -> Figure:
     figure, axes_of = _figure(len(panels))
     for axes, (title, angles) in zip(axes_of, panels, strict=True):
         for i, pair in enumerate(PAIRS):
-            key = pair if angles and pair in next(iter(angles.values())) else ", ".join(reversed(pair.split(", ")))
-            values = [interval([d[key][bin] for d in angles.values()]) for bin in range(10)] if angles else []
+            found = [of_pair(d, pair) for d in angles.values()]
+            values = [interval([d[bin] for d in found]) for bin in range(10)] if found else []
             _band(axes, list(range(10)), values, i, pair)
         axes.axhline(90, color="0.7", linewidth=0.8, zorder=0)
         axes.set(title=title, xlabel="decile of visual dependency", ylabel="angle, degrees", ylim=(0, 135))
@@ -101,6 +101,7 @@ def geometry(setting: Setting, method: str) -> Figure:
     for i, name in enumerate(sorted(columns)):
         _band(weights, *setting.curve(method, "steps", name), i, name)
     norms.set(title=method, xlabel="step", ylabel="gradient norm", yscale="log")
+    norms.set_ylim(bottom=0.05)
     angles.set(xlabel="step", ylabel="angle, degrees", ylim=(0, 135))
     weights.set(xlabel="step", ylabel="weight of a component")
     weights.set_ylim(bottom=0)
@@ -123,38 +124,41 @@ def terciles(setting: Setting, methods: Sequence[str]) -> Figure:
     return figure
 
 
-Line = list[tuple[float, Interval]]
+Lines = dict[str, list[str]]
 
 
-def varied(setting: Setting) -> dict[str, dict[str, Line]]:
-    """Accuracy over gamma, and over lambda, for every VGS of which three values or more were run."""
-    lines: dict[str, dict[str, Line]] = {"gamma": {}, "lam": {}}
+def varied(setting: Setting) -> dict[str, Lines]:
+    """The methods that differ in gamma alone, or in lambda, for every VGS of which three values or more were run."""
+    lines: dict[str, Lines] = {"gamma": {}, "lam": {}}
     for method in setting.runs:
         base, *changes = method.split(",")
-        if base != "vgs":
-            continue
-        for key in lines:
+        for key in lines if base == "vgs" else ():
             rest = ",".join([base, *(c for c in changes if not c.startswith(f"{key}="))])
-            value = setting.interval(method, score("answer"))
-            assert value is not None
-            lines[key].setdefault(rest, []).append((float(getattr(parse(method).losses, key)), value))
-    kept = {key: {rest: sorted(line) for rest, line in found.items() if len(line) > 2} for key, found in lines.items()}
-    return {key: found for key, found in kept.items() if found}
+            lines[key].setdefault(rest, []).append(method)
+    kept = {key: {rest: methods for rest, methods in of.items() if len(methods) > 2} for key, of in lines.items()}
+    return {key: of for key, of in kept.items() if of}
 
 
-def sensitivity(setting: Setting, kept: Mapping[str, Mapping[str, Line]]) -> Figure:
-    """Accuracy over what was varied (Fig. 8)."""
+def sensitivity(setting: Setting, kept: Mapping[str, Lines]) -> Figure:
+    """Accuracy over what was varied (Fig. 8), on the seeds that all points have."""
     figure, panels = _figure(len(kept))
-    for axes, (key, found) in zip(panels, kept.items(), strict=True):
-        for i, (rest, line) in enumerate(found.items()):
-            _band(axes, [x for x, _ in line], [y for _, y in line], i, rest, scale=100.0, marker="o")
+    everyone = [method for of in kept.values() for methods in of.values() for method in methods]
+    seeds = setting.common([*everyone, *(["standard"] if "standard" in setting.runs else [])])
+
+    def right(method: str) -> Interval:
+        found = setting.interval(method, score("answer"), seeds=seeds)
+        assert found is not None
+        return found
+
+    for axes, (key, of) in zip(panels, kept.items(), strict=True):
+        for i, (rest, methods) in enumerate(of.items()):
+            line = sorted((float(getattr(parse(method).losses, key)), method) for method in methods)
+            _band(axes, [x for x, _ in line], [right(m) for _, m in line], i, rest, scale=100.0, marker="o")
         axes.set(xlabel={"gamma": "γ", "lam": "λ"}[key], ylabel="right answers, %", ylim=(0, 100))
         if key == "lam":
             axes.set_xscale("symlog", linthresh=0.01)
         if "standard" in setting.runs:
-            standard = setting.interval("standard", score("answer"))
-            assert standard is not None
-            axes.axhline(100 * standard.mean, color="0.4", linestyle="--", linewidth=1, label="standard")
+            axes.axhline(100 * right("standard").mean, color="0.4", linestyle="--", linewidth=1, label="standard")
         axes.legend(frameon=False)
     return figure
 

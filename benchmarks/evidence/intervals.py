@@ -41,3 +41,16 @@ def paired(values: Mapping[int, float], reference: Mapping[int, float]) -> Inter
     """The mean difference by seed, over the seeds that both have; None where there is none."""
     common = sorted(values.keys() & reference.keys())
     return interval([values[seed] - reference[seed] for seed in common]) if common else None
+
+
+def cell(value: Interval | None, *, scale: float = 1.0, digits: int = 1) -> str:
+    """An interval as a table has it; a dash where there is none."""
+    return "–" if value is None else value.show(scale=scale, digits=digits)
+
+
+def points(difference: Interval | None) -> str:
+    """A difference of shares in points, with its sign; bold where it excludes zero."""
+    if difference is None:
+        return "–"
+    shown = difference.show(scale=100, sign=True)
+    return f"**{shown}**" if difference.excludes_zero else shown

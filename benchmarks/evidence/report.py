@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 
 from matplotlib.figure import Figure
 
 from benchmarks.common import table
 from benchmarks.evidence import figures
 from benchmarks.evidence.claims import claims
-from benchmarks.evidence.intervals import Interval
+from benchmarks.evidence.intervals import cell, points
 from benchmarks.evidence.methods import FOREVER, parse
 from benchmarks.evidence.results import Record, Setting, load, mean_of, score
 
@@ -45,6 +45,8 @@ def pages(settings: Sequence[Setting]) -> dict[str, str]:
     """What is generated of each page."""
     names = [*drawn(settings)]
     parts = ["### Claim by claim", claims(settings), *(_image(name) for name in names if name == SUMMARY)]
+    if other := elsewhere(settings):
+        parts += ["### In other settings", other]
     for setting in settings:
         own = [name for name in names if name.rpartition("-")[0] == _name(setting)]
         parts.append(section(setting, own))
@@ -101,19 +103,33 @@ def by_task(settings: Sequence[Setting]) -> str:
     rows = []
     for when, label in (("teacher", "teacher without the image, nats"), ("initial", "student without the image, nats")):
         found = (setting.over_seeds(score("text_loss", when=when)) for setting in own)
-        rows.append([label, *(_cell(value, digits=2) for value in found)])
+        rows.append([label, *(cell(value, digits=2) for value in found)])
     standard = (setting.interval("standard", score("answer")) for setting in own)
-    rows.append(["`standard`, %", *(_cell(value, scale=100) for value in standard)])
+    rows.append(["`standard`, %", *(cell(value, scale=100) for value in standard)])
     for method in figures.compared(own):
         found = (setting.difference(method, score("answer")) if method in setting.runs else None for setting in own)
-        rows.append([f"`{method}`", *map(_difference, found)])
+        rows.append([f"`{method}`", *map(points, found)])
     return table(head, rows)
+
+
+def elsewhere(settings: Sequence[Setting]) -> str | None:
+    """Right answers in settings that are not a task's own: longer, larger, faster; a row each."""
+    own = [setting for setting in settings if setting.name != "default" and "standard" in setting.runs]
+    counts = Counter(method for setting in own for method in setting.runs if method != "standard")
+    methods = [method for method in counts if counts[method] > 1]
+    head = ["task", "setting", "`standard`, %", *(f"`{method}`, points to it" for method in methods)]
+    rows = []
+    for setting in own:
+        found = (setting.difference(m, score("answer")) if m in setting.runs else None for m in methods)
+        standard = cell(setting.interval("standard", score("answer")), scale=100)
+        rows.append([f"`{setting.task}`", _title(setting), standard, *map(points, found)])
+    return table(head, rows) if rows else None
 
 
 def scores(setting: Setting) -> str:
     """A row for every method."""
     head = ["method", "seeds", "right, %", "to standard", "over training", "to standard"]
-    head += ["all seen, %", "to standard", "language, %", "text-only loss", "η", "∠(std, vis)", "s/step"]
+    head += ["all seen, %", "to standard", "language, %", "text-only loss", "η", "∠(std, vis)"]
     rows = []
     for method, runs in setting.runs.items():
         over_training = mean_of("examined", "answer")
@@ -128,17 +144,16 @@ def scores(setting: Setting) -> str:
             [
                 f"`{method}`" + (f" ({stopped} diverged)" if stopped else ""),
                 str(len(runs)),
-                _cell(setting.interval(method, score("answer")), scale=100),
-                _difference(final),
-                _cell(setting.interval(method, over_training), scale=100),
-                _difference(whole),
-                _cell(setting.interval(method, score("perception")), scale=100),
-                _difference(seen),
-                _cell(setting.interval(method, score("language")), scale=100),
-                _cell(setting.interval(method, score("text_loss")), digits=3),
-                _cell(eta, digits=2),
-                _cell(setting.interval(method, mean_of("observed", "angle std~vis")), digits=0),
-                f"{fmean(record['seconds'] for record in runs.values() if record['seconds']):.3f}",
+                cell(setting.interval(method, score("answer")), scale=100),
+                points(final),
+                cell(setting.interval(method, over_training), scale=100),
+                points(whole),
+                cell(setting.interval(method, score("perception")), scale=100),
+                points(seen),
+                cell(setting.interval(method, score("language")), scale=100),
+                cell(setting.interval(method, score("text_loss")), digits=3),
+                cell(eta, digits=2),
+                cell(setting.interval(method, mean_of("observed", "angle std~vis")), digits=0),
             ]
         )
     return table(head, rows)
@@ -160,11 +175,11 @@ def refreshed(setting: Setting) -> str | None:
             [
                 f"`{method}`",
                 "never" if every >= FOREVER else str(every),
-                _cell(cosine, digits=4),
-                _cell(lowest, digits=4),
-                _cell(setting.interval(method, mean_of("steps", "length to exact")), digits=3),
-                _cell(setting.interval(method, score("answer")), scale=100),
-                _difference(difference),
+                cell(cosine, digits=4),
+                cell(lowest, digits=4),
+                cell(setting.interval(method, mean_of("steps", "length to exact")), digits=3),
+                cell(setting.interval(method, score("answer")), scale=100),
+                points(difference),
             ]
         )
     head = [
@@ -198,9 +213,9 @@ def _facts(setting: Setting) -> str:
     teacher, initial = (setting.over_seeds(score("answer", when=when)) for when in ("teacher", "initial"))
     text = setting.over_seeds(score("text_loss", when="initial"))
     return (
-        f"Teacher of {sizes['teacher']:,} parameters, {_cell(teacher, scale=100)} % right; student of "
-        f"{sizes['student']:,}, initially {_cell(initial, scale=100)} % right at a text-only loss of "
-        f"{_cell(text, digits=3)}. {settings['steps']} steps of {settings['batch_size']} responses, AdamW, learning "
+        f"Teacher of {sizes['teacher']:,} parameters, {cell(teacher, scale=100)} % right; student of "
+        f"{sizes['student']:,}, initially {cell(initial, scale=100)} % right at a text-only loss of "
+        f"{cell(text, digits=3)}. {settings['steps']} steps of {settings['batch_size']} responses, AdamW, learning "
         f"rate {settings['lr']:g}. Intervals are 95 % over seeds; differences are paired by seed, and bold where "
         "their interval excludes zero."
     )
@@ -221,14 +236,3 @@ def _image(name: str) -> str:
 
 def _slug(name: str) -> str:
     return name.replace("=", "").replace(",", "-").replace("_", "-")
-
-
-def _cell(value: Interval | None, *, scale: float = 1.0, digits: int = 1) -> str:
-    return "–" if value is None else value.show(scale=scale, digits=digits)
-
-
-def _difference(value: Interval | None) -> str:
-    if value is None:
-        return "–"
-    shown = value.show(scale=100, sign=True)
-    return f"**{shown}**" if value.excludes_zero else shown

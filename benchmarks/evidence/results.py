@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -37,9 +37,15 @@ class Setting:
         found = {seed: of(record) for seed, record in self.runs[method].items()}
         return {seed: value for seed, value in found.items() if value is not None}
 
-    def interval(self, method: str, of: Callable[[Record], float | None]) -> Interval | None:
-        values = self.values(method, of)
-        return interval(list(values.values())) if values else None
+    def interval(
+        self, method: str, of: Callable[[Record], float | None], *, seeds: Collection[int] | None = None
+    ) -> Interval | None:
+        values = [value for seed, value in self.values(method, of).items() if seeds is None or seed in seeds]
+        return interval(values) if values else None
+
+    def common(self, methods: Sequence[str]) -> list[int]:
+        """The seeds that all of these methods were run with."""
+        return sorted(set.intersection(*(set(self.runs[method]) for method in methods)))
 
     def difference(self, method: str, of: Callable[[Record], float | None], *, to: str = "standard") -> Interval | None:
         """To another method, paired by seed."""
@@ -75,6 +81,11 @@ def score(name: str, *, when: str = "final") -> Callable[[Record], float | None]
 def mean_of(part: str, column: str) -> Callable[[Record], float | None]:
     """The mean over training of a column; None where a run has none."""
     return lambda record: fmean(record[part][column]) if record[part].get(column) else None
+
+
+def of_pair(angles: dict[str, list[float]], pair: str) -> list[float]:
+    """The angles of two components by decile, in whichever order they were written down."""
+    return angles[pair] if pair in angles else angles[", ".join(reversed(pair.split(", ")))]
 
 
 def load(folder: Path) -> list[Setting]:
