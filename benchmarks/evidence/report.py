@@ -44,7 +44,8 @@ def write(results: Path, docs: Path) -> None:
 def pages(settings: Sequence[Setting]) -> dict[str, str]:
     """What is generated of each page."""
     names = [*drawn(settings)]
-    parts = ["### Claim by claim", claims(settings), *(_image(name) for name in names if name == SUMMARY)]
+    rerun = "The command at the end of a task's section does the runs of its column again."
+    parts = ["### Claim by claim", rerun, claims(settings), *(_image(name) for name in names if name == SUMMARY)]
     if other := elsewhere(settings):
         parts += ["### In other settings", other]
     for setting in settings:
