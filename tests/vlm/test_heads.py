@@ -266,6 +266,9 @@ def test_a_view_without_gradients_is_a_constant_to_the_head_too(kind, padded):
         with torch.no_grad():
             text = of(model, batch, 3)
         components |= DecomposedDistillation(lam=0.0)(of(model, batch, 3), text, *teacher, MASK)
+        with pytest.raises(ValueError, match="student_text_BTV requires no grad"):
+            DecomposedDistillation(lam=1.0)(of(model, batch, 3), text, *teacher, MASK)
+    assert {key: loss.requires_grad for key, loss in found.items()} == {"std": True, "vis": True}
     parameters = [x for x in model.parameters() if x.requires_grad]
     for key in ("std", "vis"):
         pairs = (torch.autograd.grad(losses[key], parameters, retain_graph=True) for losses in (found, meant))
