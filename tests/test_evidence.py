@@ -240,25 +240,34 @@ def test_from_the_grid_to_the_page(cache, tmp_path, monkeypatch, capsys):
     assert "with other settings of the task (lr)" in capsys.readouterr().err
 
 
-def test_the_pages_are_those_of_the_committed_results():
-    settings = load(EVIDENCE)
-    for name, body in report.pages(settings).items():
+@pytest.fixture(scope="module")
+def committed():
+    return load(EVIDENCE)
+
+
+@pytest.fixture(scope="module")
+def pages(committed):
+    return report.pages(committed)
+
+
+def test_the_pages_are_those_of_the_committed_results(committed, pages):
+    for name, body in pages.items():
         assert f"{report.BEGIN}\n\n{body}\n\n{report.END}" in (DOCS / name).read_text(), "make the report again"
     images = {file.stem for file in (DOCS / "images").glob("evidence-*.png")}
-    assert images == set(report.drawn(settings))
+    assert images == set(report.drawn(committed))
 
 
 @pytest.mark.parametrize("name", ["docs/evidence.md", "docs/how-to-choose.md", "README.md", "examples/README.md"])
-def test_intervals_in_the_prose_are_those_of_the_tables(name):
-    tables = "".join(report.pages(load(EVIDENCE)).values())
+def test_intervals_in_the_prose_are_those_of_the_tables(name, pages):
+    tables = "".join(pages.values())
     prose = (DOCS.parent / name).read_text().replace("\N{MINUS SIGN}", "-")
     for shown in re.findall(r"[+-]\d+\.\d ± \d+\.\d", prose):
         assert shown in tables, f"{name}: {shown}"
 
 
-def test_the_verdicts_are_those_of_the_committed_results():
+def test_the_verdicts_are_those_of_the_committed_results(committed):
     frozen = "vgs,floor=1e-3,lam=0,prior=frozen"
-    tasks = {setting.task: setting for setting in load(EVIDENCE) if setting.name == "default"}
+    tasks = {setting.task: setting for setting in committed if setting.name == "default"}
 
     def sign(task, method, of="answer"):
         difference = tasks[task].difference(method, score(of))

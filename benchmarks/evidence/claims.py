@@ -38,7 +38,7 @@ def _angle(pair: str, *bins: int) -> Cell:
 
 
 def _difference(method: str, what: str = "answer") -> Cell:
-    return lambda setting: points(setting.difference(method, score(what))) if method in setting.runs else None
+    return lambda setting: points(setting.difference(method, score(what)))
 
 
 def _each(*methods: str) -> Cell:
@@ -83,7 +83,7 @@ def _unlearning(setting: Setting) -> str | None:
     strong = "vgs,floor=1e-3,lam=0.3,quantile=0"
     shown = []
     for method in ("standard", "vgs,lam=0", "vgs", strong):
-        if method in setting.runs and (found := setting.interval(method, growth)):
+        if found := setting.interval(method, growth):
             low, mean, high = (math.exp(found.mean + side * found.half) for side in (-1, 0, 1))
             shown.append(f"`{method}` × {mean:.2g} ({low:.2g} to {high:.2g})")
     return "; ".join(shown) or None

@@ -19,10 +19,11 @@ STYLES = ("-", "--", ":")
 PAIRS = ("lang, vis", "std, vis", "std, lang")
 
 
-def compared(settings: Sequence[Setting]) -> list[str]:
-    """The methods beside standard distillation that most tasks have."""
+def compared(settings: Sequence[Setting], *, least: int | None = None) -> list[str]:
+    """The methods beside standard distillation that ``least`` of the settings have; by default all but one."""
     counts = Counter(method for setting in settings for method in setting.runs if method != "standard")
-    return [method for method in counts if counts[method] >= max(2, len(settings) - 1)]
+    wanted = max(2, len(settings) - 1) if least is None else least
+    return [method for method in counts if counts[method] >= wanted]
 
 
 def summary(settings: Sequence[Setting]) -> Figure:
@@ -35,8 +36,8 @@ def summary(settings: Sequence[Setting]) -> Figure:
         for i, (of, label) in enumerate(
             ((score("answer"), "at the end"), (mean_of("examined", "answer"), "over training"))
         ):
-            found = {y: setting.difference(m, of) for y, m in enumerate(methods) if m in setting.runs}
-            rows = [(y - 0.12 + 0.24 * i, d) for y, d in found.items() if d is not None]
+            found = [setting.difference(method, of) for method in methods]
+            rows = [(y - 0.12 + 0.24 * i, d) for y, d in enumerate(found) if d is not None]
             axes.errorbar(
                 [100 * d.mean for _, d in rows],
                 [y for y, _ in rows],
@@ -132,7 +133,9 @@ def varied(setting: Setting) -> dict[str, Lines]:
     lines: dict[str, Lines] = {"gamma": {}, "lam": {}}
     for method in setting.runs:
         base, *changes = method.split(",")
-        for key in lines if base == "vgs" else ():
+        if base != "vgs":
+            continue
+        for key in lines:
             rest = ",".join([base, *(c for c in changes if not c.startswith(f"{key}="))])
             lines[key].setdefault(rest, []).append(method)
     kept = {key: {rest: methods for rest, methods in of.items() if len(methods) > 2} for key, of in lines.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -68,12 +67,13 @@ def fill(page: Path, body: str) -> None:
 def drawn(settings: Sequence[Setting]) -> dict[str, Callable[[], Figure]]:
     """The figures by name, still to be drawn."""
     own = [setting for setting in settings if setting.name == "default"]
+    compared = figures.compared(own)
     found: dict[str, Callable[[], Figure]] = {}
-    if figures.compared(own):
+    if compared:
         found[SUMMARY] = partial(figures.summary, own)
     for setting in settings:
         name = _name(setting)
-        wanted = [method for method in ("standard", *figures.compared(own)) if method in setting.runs]
+        wanted = [method for method in ("standard", *compared) if method in setting.runs]
         shown = (wanted if len(wanted) > 2 else [*setting.runs])[:MOST_LINES]
         some = Setting(setting.task, setting.name, {method: setting.runs[method] for method in shown})
         found[f"{name}-learning"] = partial(figures.learning, some)
@@ -107,23 +107,23 @@ def by_task(settings: Sequence[Setting]) -> str:
         rows.append([label, *(cell(value, digits=2) for value in found)])
     standard = (setting.interval("standard", score("answer")) for setting in own)
     rows.append(["`standard`, %", *(cell(value, scale=100) for value in standard)])
-    for method in figures.compared(own):
-        found = (setting.difference(method, score("answer")) if method in setting.runs else None for setting in own)
-        rows.append([f"`{method}`", *map(points, found)])
+    rows += [
+        [f"`{method}`", *(points(setting.difference(method, score("answer"))) for setting in own)]
+        for method in figures.compared(own)
+    ]
     return table(head, rows)
 
 
 def elsewhere(settings: Sequence[Setting]) -> str | None:
     """Right answers in settings that are not a task's own: longer, larger, faster; a row each."""
     own = [setting for setting in settings if setting.name != "default" and "standard" in setting.runs]
-    counts = Counter(method for setting in own for method in setting.runs if method != "standard")
-    methods = [method for method in counts if counts[method] > 1]
+    methods = figures.compared(own, least=2)
     head = ["task", "setting", "`standard`, %", *(f"`{method}`, points to it" for method in methods)]
     rows = []
     for setting in own:
-        found = (setting.difference(m, score("answer")) if m in setting.runs else None for m in methods)
         standard = cell(setting.interval("standard", score("answer")), scale=100)
-        rows.append([f"`{setting.task}`", _title(setting), standard, *map(points, found)])
+        differences = (points(setting.difference(method, score("answer"))) for method in methods)
+        rows.append([f"`{setting.task}`", _title(setting), standard, *differences])
     return table(head, rows) if rows else None
 
 

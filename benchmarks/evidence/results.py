@@ -33,8 +33,8 @@ class Setting:
         return next(iter(next(iter(self.runs.values())).values()))
 
     def values(self, method: str, of: Callable[[Record], float | None]) -> dict[int, float]:
-        """A number of every run of a method by seed, where the run has it."""
-        found = {seed: of(record) for seed, record in self.runs[method].items()}
+        """A number of every run of a method by seed, where the run has it; of none where the method was not run."""
+        found = {seed: of(record) for seed, record in self.runs.get(method, {}).items()}
         return {seed: value for seed, value in found.items() if value is not None}
 
     def interval(
@@ -48,8 +48,8 @@ class Setting:
         return sorted(set.intersection(*(set(self.runs[method]) for method in methods)))
 
     def difference(self, method: str, of: Callable[[Record], float | None], *, to: str = "standard") -> Interval | None:
-        """To another method, paired by seed."""
-        return paired(self.values(method, of), self.values(to, of)) if to in self.runs else None
+        """To another method, paired by seed; None where one of them was not run."""
+        return paired(self.values(method, of), self.values(to, of))
 
     def over_seeds(self, of: Callable[[Record], float | None]) -> Interval | None:
         """What does not depend on the method: one value for each seed."""
