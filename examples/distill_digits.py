@@ -66,7 +66,7 @@ class Settings:
     gamma: float = 2.0
     lam: float = 0.01  # of the paper's own form, vgs-paper
     floor: float = 1e-3  # of vgs
-    # For models 10,000 times smaller than the paper's, whose rate is 1e-6.
+    # For models tens of thousands of times smaller than the paper's, whose rate is 1e-6.
     lr: float = 1e-3
     weight_decay: float = 0.01
 

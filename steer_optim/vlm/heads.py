@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 # How a model type names the factor of its logits, and the exponent it is raised to: Granite divides by its own.
 _SCALES = {"logit_scale": 1, "logits_scaling": -1, "lm_head_multiplier": 1, "output_multiplier": 1}
-# The models of which a row was compared.
+# By model, what the heads consist of whose row was compared.
 _TRIED: weakref.WeakKeyDictionary[nn.Module, set[tuple[object, ...]]] = weakref.WeakKeyDictionary()
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
 _SHARDED = (
@@ -211,8 +211,7 @@ class HiddenStates:
     @property
     def requires_grad(self) -> bool:
         """Whether the states or a tensor of the head do."""
-        tensors = (self.hidden_BTd, *(x for x in vars(self.head).values() if isinstance(x, Tensor)))
-        return any(x.requires_grad for x in tensors)
+        return any(x.requires_grad for x in (self.hidden_BTd, *_tensors(self.head).values()))
 
     def __getitem__(self, index: Any) -> HiddenStates:
         return replace(self, hidden_BTd=self.hidden_BTd[index])
@@ -223,8 +222,8 @@ class HiddenStates:
 
     def detach(self) -> HiddenStates:
         """The same without gradients, to the states or to the head."""
-        tensors: dict[str, Any] = {name: x.detach() for name, x in vars(self.head).items() if isinstance(x, Tensor)}
-        return HiddenStates(self.hidden_BTd.detach(), replace(self.head, **tensors))
+        detached: dict[str, Any] = {name: x.detach() for name, x in _tensors(self.head).items()}
+        return HiddenStates(self.hidden_BTd.detach(), replace(self.head, **detached))
 
 
 def output_embeddings(model: nn.Module) -> tuple[nn.Module, Any]:
@@ -296,6 +295,10 @@ def states_before_head(model: nn.Module, forward: Callable[[], Tensor]) -> Hidde
         _TRIED[model].add(made_of)
     states = HiddenStates(taken[0], head)
     return states if torch.is_grad_enabled() else states.detach()
+
+
+def _tensors(head: Head) -> dict[str, Tensor]:
+    return {name: x for name, x in vars(head).items() if isinstance(x, Tensor)}
 
 
 def _is_fsdp2(module: nn.Module) -> bool:
