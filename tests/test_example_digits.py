@@ -151,14 +151,15 @@ def test_what_a_method_does_not_read_changes_none_of_its_gradients(name, tokeniz
 
 # The example, but for a signal to itself in place of one checkpoint: the steps since the last one are lost.
 INTERRUPTED = """
-import os, runpy, sys
+import os, runpy, signal, sys
 import digits_run
 
-phase, step, signal = sys.argv.pop(1), int(sys.argv.pop(1)), int(sys.argv.pop(1))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a suite in the background has inherited as ignored
+phase, step, number = sys.argv.pop(1), int(sys.argv.pop(1)), int(sys.argv.pop(1))
 save = digits_run.Steps._save
 
 def save_or_stop(self, at):
-    os.kill(os.getpid(), signal) if (self.phase, at) == (phase, step) else save(self, at)
+    os.kill(os.getpid(), number) if (self.phase, at) == (phase, step) else save(self, at)
 
 digits_run.Steps._save = save_or_stop
 runpy.run_path("distill_digits.py", run_name="__main__")
