@@ -3,5 +3,18 @@
 from steer_optim.gramian import Geometry, measure
 from steer_optim.optimizer import SteeredOptimizer
 from steer_optim.rules import PCD, VGS, GradVac, PCGrad, Steer, Sum, Weighting
+from steer_optim.steering import Steering
 
-__all__ = ["PCD", "VGS", "Geometry", "GradVac", "PCGrad", "Steer", "SteeredOptimizer", "Sum", "Weighting", "measure"]
+__all__ = [
+    "PCD",
+    "VGS",
+    "Geometry",
+    "GradVac",
+    "PCGrad",
+    "Steer",
+    "SteeredOptimizer",
+    "Steering",
+    "Sum",
+    "Weighting",
+    "measure",
+]

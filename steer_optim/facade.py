@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from typing import Any, overload
 
 from torch import Tensor
@@ -31,16 +33,32 @@ class OptimizerFacade(Optimizer):
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """A step of the inner optimizer between this one's step hooks; returns what the inner one returns."""
+        if not hasattr(type(self.inner).step, "hooked"):  # its step fires no hooks, not even torch's global ones
+            return self._step_between_hooks(closure)
+        args = () if closure is None else (closure,)
+        with ExitStack() as stack:
+            # In the inner step, so that the global hooks come first and last, as around any torch optimizer.
+            for hook in self._optimizer_step_pre_hooks.values():
+                stack.callback(self.inner.register_step_pre_hook(partial(self._pre, hook)).remove)
+            for hook in self._optimizer_step_post_hooks.values():
+                stack.callback(self.inner.register_step_post_hook(partial(self._post, hook)).remove)
+            return self.inner.step(*args)
+
+    def _pre(self, hook: Callable[..., Any], _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = hook(self, (self, *args[1:]), kwargs)
+        return result if result is None else ((self.inner, *result[0][1:]), result[1])
+
+    def _post(self, hook: Callable[..., Any], _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hook(self, (self, *args[1:]), kwargs)
+
+    def _step_between_hooks(self, closure: Callable[[], float] | None) -> float | None:
         args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
         kwargs: dict[str, Any] = {}
-        for pre_hook in self._optimizer_step_pre_hooks.values():
-            result = pre_hook(self, args, kwargs)
-            if result is not None:
-                args, kwargs = result
-        # Global step hooks fire in the inner step; firing them here too would count every step twice.
+        for pre in self._optimizer_step_pre_hooks.values():
+            args, kwargs = pre(self, args, kwargs) or (args, kwargs)
         loss: float | None = self.inner.step(*args[1:], **kwargs)
-        for post_hook in self._optimizer_step_post_hooks.values():
-            post_hook(self, args, kwargs)
+        for post in self._optimizer_step_post_hooks.values():
+            post(self, args, kwargs)
         return loss
 
     step.__dict__["hooked"] = True  # or torch wraps it in hooks of its own
@@ -65,7 +83,6 @@ class OptimizerFacade(Optimizer):
     # The argument is named as in torch: torch.distributed.checkpoint passes it by name.
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a saved state, between this optimizer's load-state-dict hooks."""
-        self._check_identity()
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
@@ -73,21 +90,21 @@ class OptimizerFacade(Optimizer):
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def _check_identity(self) -> None:
-        """Refuses an object that took on this class and is not the optimizer: nothing that it remembers is saved."""
-        # https://github.com/Lightning-AI/pytorch-lightning/blob/master/src/lightning/pytorch/core/optimizer.py
-        if "inner" not in vars(self):
-            raise RuntimeError(
-                f"this is a {type(self).__name__} that stands for the steered optimizer, and the memory of the rule "
-                "would stay with it and be lost to checkpoints. Call the optimizer itself: in a LightningModule, "
-                "self.optimizers(use_pl_optimizer=False)"
-            )
-
     def _export_state(self) -> dict[str, Any]:
         return self.inner.state_dict()
 
     def _import_state(self, state_dict: dict[str, Any]) -> None:
         self.inner.load_state_dict(state_dict)
+
+    @property
+    def train(self) -> Any:
+        """The inner optimizer's, where it has one (schedule-free ones do): ``hasattr`` tells."""
+        return self.inner.train  # type: ignore[attr-defined]
+
+    @property
+    def eval(self) -> Any:
+        """The inner optimizer's, where it has one."""
+        return self.inner.eval  # type: ignore[attr-defined]
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

@@ -1,29 +1,31 @@
 """Inner products of gradient sets, and what they say about the components: norms, angles, conflicts.
 
-A gradient set is a list of tensors, one per parameter and None where a component does not reach it. The k sets of
-a step have the Gramian ``G[i, j] = <g_i, g_j>``, which is all that any rule needs to know.
+The k sets of a step have the Gramian ``G[i, j] = <g_i, g_j>``, which is all that any rule needs to know.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import repeat
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from steer_optim.capture import Gradients, Losses, check_losses, evaluate, is_dtensor, refuse_unreached, take
+from steer_optim.capture import (
+    Losses,
+    capture_isolated,
+    check_losses,
+    evaluate,
+    is_dtensor,
+    refuse_unreached,
+)
+from steer_optim.holding import Held, Whole
+from steer_optim.products import inner_products, zeros
 
-# A float32 dot product over 2**16 elements is good to 1e-6, or 4e-6 where they have the few bits of bfloat16; over 1e8
-# a CPU loses 0.7 %. Partial sums are added up in float64. On an accelerator the reduction is a tree, and the chunk only
-# bounds the upcast copy.
-_CHUNK_CPU, _CHUNK_ACCELERATOR = 2**16, 2**24
-# Below this size the call costs more than the arithmetic: small tensors are laid end to end first.
-_SMALL = 2**12
-
-
-Row = list[Tensor | None]  # one parameter's gradient in each of the k sets
+# Where the squared volume that unit gradients span is below this, lengths of their sums may cancel to what float32
+# products are wrong by; where a squared norm is below this, they may have underflowed.
+_VOLUME, _TINY = 1e-3, 1e-25
 
 
 @dataclass(frozen=True)
@@ -31,15 +33,15 @@ class Geometry:
     """How the component gradients of one step lie to each other, and the weights that a rule gave them.
 
     Everything stays on the device; reading a number from it (``float``, ``.item()``, ``print``) is what
-    synchronises. With a scope other than the whole model every tensor has a leading dimension of ``S`` scopes.
+    synchronises. With a scope other than the whole model every tensor has a leading dimension of ``S`` scopes; what is
+    asked for by name is that of the whole gradients.
 
     Attributes:
         names: the ``k`` components.
-        G: Gramian ``(k, k)`` or ``(S, k, k)``, float64: the inner products of the gradients. NaN where one was not
-            taken, as with a preservation component of ``VGS`` in one process; what depends on it is NaN, too.
+        G: Gramian ``(k, k)`` or ``(S, k, k)``, float64: the inner products of the gradients.
         weights: ``(k,)`` or ``(S, k)``, float64; the update is ``sum_i weights[i] * g_i``.
-        losses: ``(k,)``, float64, the values of the components, summed over micro-batches; None where
-            they are not known.
+        losses: ``(k,)``, float64, the values of the components, summed over micro-batches; NaN for one that was
+            absent. None where they are not known.
         scopes: the names of the ``S`` scopes; empty for the whole model.
         age: how many steps ago ``G`` was taken. More than 0 where ``refresh_every`` let a step use the weights of an
             earlier one: ``G`` and ``weights`` are then those of that step, and ``losses`` are this step's.
@@ -94,21 +96,29 @@ class Geometry:
         w = self.weights
         return torch.einsum("...i,...ij,...j->...", w, self.G, w).clamp(min=0).sqrt()
 
+    @property
+    def whole(self) -> Geometry:
+        """The geometry of the whole gradients under every scope; its weights are means over the scopes."""
+        if not self.scopes:
+            return self
+        # The scopes divide the parameters among them: inner products of whole gradients are sums over scopes.
+        return replace(self, G=self.G.sum(0), weights=self.weights.mean(0), scopes=())
+
     def norm(self, name: str) -> Tensor:
-        """``(...)``: the norm of the gradient of component ``name``."""
-        return self.norms[..., self.index(name)]
+        """A scalar: the norm of the whole gradient of component ``name``, under every scope."""
+        return self.whole.norms[..., self.index(name)]
 
     def weight(self, name: str) -> Tensor:
         """``(...)``: the weight of component ``name`` in the update."""
         return self.weights[..., self.index(name)]
 
     def cosine(self, first: str, second: str) -> Tensor:
-        """``(...)``: the cosine between the gradients of two components."""
-        return self.cosines[..., self.index(first), self.index(second)]
+        """A scalar: the cosine between the whole gradients of two components, under every scope."""
+        return self.whole.cosines[..., self.index(first), self.index(second)]
 
     def angle(self, first: str, second: str) -> Tensor:
-        """``(...)``: the angle between the gradients of two components, in degrees."""
-        return self.angles[..., self.index(first), self.index(second)]
+        """A scalar: the angle between the whole gradients of two components, in degrees, under every scope."""
+        return self.whole.angles[..., self.index(first), self.index(second)]
 
     def index(self, name: str) -> int:
         """The row of component ``name`` in ``G``.
@@ -121,58 +131,43 @@ class Geometry:
         return self.names.index(name)
 
 
-def gramian(sets: Sequence[Gradients], parameters: Sequence[Tensor]) -> Tensor:
-    """``G[i, j] = <g_i, g_j>`` over the given parameters, without waiting for the device.
+def gramian(held: Held) -> Tensor:
+    """``G[i, j] = <g_i, g_j>`` of what is held here and elsewhere, without waiting for an accelerator.
 
-    Complex gradients count as pairs of real numbers; sparse ones are not densified. Half precision is multiplied and
-    summed in float32, float64 in float64.
-
-    Args:
-        sets: the ``k`` gradient sets. A parameter absent from one of them counts as zero there.
-        parameters: those of one scope; may lie on several devices.
+    Complex gradients count as pairs of real numbers; sparse ones are not densified. Products are those of float64,
+    except that a CPU tries float32 first, which takes half the time, and repeats in float64 where float32 could not
+    tell: gradients that nearly cancel, and lengths whose squares overflow or vanish.
 
     Returns:
-        ``(k, k)``, float64 (float32 where the device has none), on the device of the first parameter.
-
-    Raises:
-        TypeError: a gradient has a layout other than strided or sparse COO.
+        ``(S, k, k)``, float64 (float32 where the device has none), for ``S`` scopes.
     """
-    products = Products(len(sets))
-    for row in _pieces([s.get(p) for s in sets] for p in parameters):
-        products.add(row)
-    return products.total(parameters[0].device)
+    on_cpu = held.device.type == "cpu"
+    G = _everywhere(held, wide=not on_cpu)
+    return _everywhere(held, wide=True) if on_cpu and _cannot_tell(G) else G
 
 
-class Products:
-    """Inner products of ``k`` gradient sets, added up piece by piece."""
+def _everywhere(held: Held, *, wide: bool) -> Tensor:
+    total = None
+    for groups, rows in held.rows().items():
+        G = inner_products(rows, held.scopes, held.k, held.device, wide=wide)
+        # Over the dimensions that shard, not over those that replicate, which would count everything twice.
+        for group in groups:
+            dist.all_reduce(G, group=group)
+        total = G if total is None else total + G
+    return zeros(held.device, held.scopes, held.k, held.k) if total is None else total
 
-    def __init__(self, k: int) -> None:
-        self._partial: dict[tuple[int, int], list[Tensor]] = {(i, j): [] for i in range(k) for j in range(i, k)}
 
-    def add_gradients(self, row: Row) -> None:
-        """One parameter's gradient in each of the sets."""
-        # A short cut for small tensors, where the calls cost more than the arithmetic.
-        if all(g is None or (g.numel() < _SMALL and g.layout is torch.strided and not g.is_complex()) for g in row):
-            dtype = next(torch.promote_types(g.dtype, torch.float32) for g in row if g is not None)
-            self.add([None if g is None else g.reshape(-1).to(dtype) for g in row])
-        else:
-            for piece in _pieces([row]):
-                self.add(piece)
-
-    def add(self, row: Row) -> None:
-        """A row of :func:`_pieces`."""
-        dot = _sparse_dot if _has_sparse(row) else torch.dot
-        for (i, j), products in self._partial.items():
-            a, b = row[i], row[j]
-            if a is not None and b is not None:
-                products.append(dot(a, b))
-
-    def total(self, device: torch.device) -> Tensor:
-        """``(k, k)``, float64 (float32 where the device has none)."""
-        zero = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-        G = {pair: _total(products, zero) for pair, products in self._partial.items()}
-        k = 1 + max(i for i, _ in G)
-        return torch.stack([G[min(i, j), max(i, j)] for i in range(k) for j in range(k)]).view(k, k)
+def _cannot_tell(G: Tensor) -> bool:
+    """Whether any of some Gramians ``(S, k, k)`` on the CPU, from products in float32, may be too far off."""
+    squares = G.diagonal(dim1=-2, dim2=-1)
+    norms = squares.sqrt()
+    products = norms[:, :, None] * norms[:, None, :]
+    cosines = torch.where(products == 0, 0.0, G / products)
+    cosines.diagonal(dim1=-2, dim2=-1).fill_(1.0)
+    told: bool = (
+        (torch.linalg.det(cosines) > _VOLUME).all() & (squares > _TINY).all() & squares.isfinite().all()
+    ).tolist()
+    return not told
 
 
 def measure(losses: Losses, parameters: Iterable[Tensor], *, retain_graph: bool = True) -> Geometry:
@@ -215,100 +210,21 @@ def measure(losses: Losses, parameters: Iterable[Tensor], *, retain_graph: bool 
             "sharded parameters (DTensors) are measured in training only: read optimizer.geometry, with the rule Sum() "
             "where nothing is to be steered"
         )
-    sets: list[Gradients] = []
-    values: list[Tensor] = []
+    held = Whole(tuple(losses), [trainable])
+    values: list[Tensor | None] = []
     for name, loss, keep in evaluate(losses, retain_graph=retain_graph):
-        sets.append(take([loss], trainable, retain_graph=keep))
-        if not sets[-1]:
-            raise refuse_unreached(name)
-        values.append(loss.detach())
+        if loss is None:
+            held.take(name, None)
+        else:
+            held.take(name, capture_isolated([loss], None, trainable, {}, retain_graph=keep))
+            if not held.sets[name]:
+                raise refuse_unreached(name)
+        values.append(None if loss is None else loss.detach())
         del loss  # and its graph, before the next one is built
-    G = gramian(sets, trainable)
+    (G,) = gramian(held)
     return Geometry(tuple(losses), G, G.new_ones(len(losses)), stack_losses(values, G))
 
 
-def stack_losses(values: Iterable[Tensor], like: Tensor) -> Tensor:
-    """``(k,)``: the values of the components, side by side, on the device and in the dtype of ``like``."""
-    return torch.stack([value.reshape(()).to(like) for value in values])
-
-
-def _pieces(rows: Iterable[Row]) -> Iterator[Row]:
-    """The same rows, flat and real, in pieces of one length that are in the cache for all of their products.
-
-    Small ones are laid end to end with others of their dtype and device. Rows with a sparse gradient stay whole.
-    """
-    small: dict[tuple[torch.dtype, torch.device], list[Row]] = {}
-    for row in rows:
-        first = next((g for g in row if g is not None), None)
-        if first is None:
-            continue
-        row = _flat(row)
-        if _has_sparse(row):
-            yield row
-        elif first.numel() >= _SMALL:
-            yield from _cut(row)
-        else:
-            batch = small.setdefault((first.dtype, first.device), [])
-            batch.append(row)
-            if len(batch) == _CHUNK_CPU // _SMALL:
-                yield from _cut(_end_to_end(batch))
-                batch.clear()
-    for batch in small.values():
-        if batch:
-            yield from _cut(_end_to_end(batch))
-
-
-def _cut(row: Row) -> Iterator[Row]:
-    """Chunks of a flat row, in float32 or wider."""
-    first = next(g for g in row if g is not None)
-    chunk = _CHUNK_CPU if first.device.type == "cpu" else _CHUNK_ACCELERATOR
-    dtype = torch.promote_types(first.dtype, torch.float32)
-    for piece in zip(*(repeat(None) if g is None else g.split(chunk) for g in row), strict=False):
-        yield [None if g is None else g.to(dtype) for g in piece]
-
-
-def _end_to_end(rows: Sequence[Row]) -> Row:
-    if len(rows) == 1:
-        return rows[0]
-    zeros = [torch.zeros_like(next(g for g in row if g is not None)) for row in rows]
-    columns = zip(*rows, strict=True)
-    return [torch.cat([zero if g is None else g for g, zero in zip(column, zeros, strict=True)]) for column in columns]
-
-
-def _flat(row: Row) -> Row:
-    """Views of one dimension, in the same order of elements for all sets; sparse gradients keep their shape."""
-    for g in row:
-        if g is not None and g.layout not in (torch.strided, torch.sparse_coo):
-            raise TypeError(f"gradients are dense or sparse COO; got layout {g.layout} (shape {tuple(g.shape)})")
-    row = [torch.view_as_real(g.resolve_conj()) if g is not None and g.is_complex() else g for g in row]
-    if _has_sparse(row):
-        return row
-    strides = {g.stride() for g in row if g is not None}
-    if len(strides) == 1:
-        # autograd gives a gradient its parameter's strides: in the order of the strides, channels_last is flat too.
-        (stride,) = strides
-        order = sorted(range(len(stride)), key=lambda dim: -stride[dim])
-        row = [None if g is None else g.permute(order) for g in row]
-    return [None if g is None else g.reshape(-1).contiguous() for g in row]
-
-
-def _has_sparse(row: Row) -> bool:
-    return any(g is not None and g.is_sparse for g in row)
-
-
-def _sparse_dot(a: Tensor, b: Tensor) -> Tensor:
-    """``<a, b>`` of tensors of one shape, sparse or not."""
-    dtype = torch.promote_types(a.dtype, torch.float32)
-    a, b = a.to(dtype), b.to(dtype)
-    product = a * b if a.is_sparse else b * a  # torch multiplies a sparse tensor by a dense one
-    values = product.coalesce().values() if product.is_sparse else product
-    return values.sum(dtype=torch.promote_types(dtype, torch.float64))
-
-
-def _total(partial: Sequence[Tensor], zero: Tensor) -> Tensor:
-    """The sum of some scalars that may lie on several devices."""
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for value in partial:
-        by_device.setdefault(value.device, []).append(value)
-    sums = (torch.stack(values).to(zero.dtype).sum() for values in by_device.values())
-    return sum((s.to(zero.device) for s in sums), start=zero)
+def stack_losses(values: Iterable[Tensor | None], like: Tensor) -> Tensor:
+    """``(k,)``: the values of the components, side by side, like ``like``; NaN for one that is absent."""
+    return torch.stack([like.new_full((), torch.nan) if v is None else v.reshape(()).to(like) for v in values])

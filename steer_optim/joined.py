@@ -24,7 +24,7 @@ class _Join(torch.autograd.Function):
         ctx.steer = backward
         # Saved for its lifetime alone: autograd frees it with the graph, and then refuses a second backward pass.
         ctx.save_for_backward(anchor)
-        total = losses[0].detach().reshape(()).clone()
+        total = losses[0].detach().reshape(()).clone() if losses else torch.zeros(())
         for loss in losses[1:]:
             total += loss.detach().reshape(()).to(total)
         return total

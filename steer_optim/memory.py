@@ -1,79 +1,161 @@
-"""What steering remembers from step to step, as one JSON string in the first group of a state dict.
+"""What steering remembers from step to step, and how it travels in a state dict: as one JSON string.
 
-``torch.distributed.checkpoint`` drops unknown keys at the top level and keeps those of a group, but loads no leaf that
-a fresh optimizer does not have: so the memory is a single leaf, which is always there.
+``torch.distributed.checkpoint`` drops unknown keys at the top level of an optimizer's state dict and keeps those of a
+group, but loads no leaf that a fresh optimizer does not have: so the memory is a single leaf, which is always there.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from steer_optim.gramian import Geometry
-from steer_optim.rules.base import State
+from steer_optim.rules.base import Rule, State
 
 KEY = "steer_optim"
 
+# Weights are used again where they amplify no gradient by more than this, measured against the update and the largest
+# gradient, or where the gradient's norm is within the second number of what it was at the Gramian before.
+_AMPLIFIED, _STEADY = 10.0, 4.0
 
-def put(
-    state_dict: dict[str, Any],
-    *,
-    owner: str,
-    names: tuple[str, ...],
-    state: State,
-    last: tuple[str, Geometry] | None,
-) -> dict[str, Any]:
-    """A state dict with the memory in it.
 
-    Args:
-        state_dict: of the inner optimizer.
-        owner: whose memory it is: the rule and its scope.
-        names: the components, in the order of the rule's rows.
-        state: of the rule.
-        last: the geometry whose weights may be used again, and whose they are; None where none are.
+@dataclass(frozen=True)
+class Last:
+    """The last Gramian, whose weights the steps until the next one use again.
+
+    Attributes:
+        rule: the rule that gave the weights, hyperparameters included.
+        G: ``(k, k)``.
+        weights: ``(k,)``.
+        before: ``(k,)``, the norms at the Gramian before this one; 0 where there was none.
+        scale: what the losses were multiplied by on the way back.
+        age: how many steps ago it was taken.
     """
-    first, *others = state_dict["param_groups"]
-    record: dict[str, Any] = {"rule": owner, "names": names, "state": {k: _pack(v) for k, v in state.items()}}
-    if last is not None:
-        rule, geometry = last
-        tensors = {"G": _pack(geometry.G), "weights": _pack(geometry.weights)}
-        record["last"] = {"rule": rule, "age": geometry.age, **tensors}
-    return {**state_dict, "param_groups": [{**first, KEY: json.dumps(record)}, *others]}
+
+    rule: str
+    G: Tensor
+    weights: Tensor
+    before: Tensor
+    scale: Tensor
+    age: int = 0
+
+    def may_serve_again(self) -> Tensor:
+        """Whether the weights would still be good where the gradients have moved on; a bool on the device.
+
+        Weights that make much of a small gradient, as the projection on one that is nearly zero, would make far too
+        much of it once it is larger. They are good only where that gradient has been as small before.
+        """
+        norms = self.norms
+        amplified = self.weights.abs() * norms.max() > _AMPLIFIED * self.length
+        steady = (norms <= _STEADY * self.before) & (self.before <= _STEADY * norms)
+        return (norms.isfinite() & (norms > 0) & (steady | ~amplified)).all()
+
+    @property
+    def norms(self) -> Tensor:
+        """``(k,)``: the norms of the gradients."""
+        return self.G.diagonal().clamp(min=0).sqrt()
+
+    @property
+    def length(self) -> Tensor:
+        """The norm of the update."""
+        return (self.weights @ self.G @ self.weights).clamp(min=0).sqrt()
 
 
-def take(
-    state_dict: dict[str, Any], *, owner: str, device: torch.device
-) -> tuple[dict[str, Any], tuple[str, ...], State, tuple[str, Geometry] | None]:
-    """The inner state dict, names, rule state and last geometry that :func:`put` put together.
+@dataclass(frozen=True)
+class Memory:
+    """All that a step leaves to the next one."""
 
-    A plain state dict of the inner optimizer has no memory: steering then starts afresh.
+    names: tuple[str, ...] = ()
+    state: State = field(default_factory=dict)
+    last: Last | None = None
+    geometry: Geometry | None = None
+
+
+def pack(memory: Memory, *, owner: str, keep_last: bool) -> str:
+    """The memory as a string; ``owner`` says whose it is: the rule and its scope."""
+    state = {key: _pack(value) for key, value in memory.state.items()}
+    record: dict[str, Any] = {"rule": owner, "names": memory.names, "state": state}
+    if keep_last and memory.last is not None:
+        tensors = {key: _pack(getattr(memory.last, key)) for key in ("G", "weights", "before", "scale")}
+        record["last"] = {"rule": memory.last.rule, "age": memory.last.age, **tensors}
+    return json.dumps(record)
+
+
+def unpack(text: str, *, owner: str, rule: Rule, scopes: int, device: torch.device) -> Memory:
+    """The memory that :func:`pack` made a string of, checked.
 
     Raises:
-        ValueError: the memory is that of another rule or scope.
+        ValueError: the memory is that of another rule or scope, or damaged.
     """
-    first, *others = state_dict["param_groups"]
-    record = json.loads(first.get(KEY, '{"names": [], "state": {}}'))
-    names, last = tuple(record["names"]), None
-    if record["state"] and record["rule"] != owner:
+    return _guarded(lambda: _unpack_all(text, owner=owner, rule=rule, scopes=scopes, device=device))
+
+
+def _guarded(read: Callable[[], Memory]) -> Memory:
+    try:
+        return read()
+    except _OtherMemory:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RuntimeError, RecursionError) as error:
         raise ValueError(
-            f"the checkpoint holds the memory of {record['rule']} and this optimizer steers with {owner}: use the same "
-            f"rule and scope, or delete state_dict['param_groups'][0][{KEY!r}] to start this one afresh"
-        )
+            f"the memory of steering in the state dict, param_groups[0][{KEY!r}], is damaged ({error}): take an older "
+            "checkpoint, or delete it to start the rule afresh"
+        ) from error
+
+
+class _OtherMemory(ValueError):
+    pass
+
+
+def _unpack_all(text: str, *, owner: str, rule: Rule, scopes: int, device: torch.device) -> Memory:
+    record = json.loads(text)
+    names = tuple(record["names"])
+    if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        raise ValueError("names are different strings")
+    k = len(names)
+    state: State = {}
+    if record["state"]:
+        if record["rule"] != owner:
+            raise _OtherMemory(
+                f"the checkpoint holds the memory of {record['rule']} and this optimizer steers with {owner}: use the "
+                f"same rule and scope, or delete state_dict['param_groups'][0][{KEY!r}] to start this one afresh"
+            )
+        rule.check(names)
+        fresh = rule.init(torch.eye(k, dtype=torch.float64).expand(scopes, k, k), names)
+        if record["state"].keys() != fresh.keys():
+            raise ValueError(f"state is {', '.join(fresh)}; got {', '.join(record['state'])}")
+        for key, like in fresh.items():
+            state[key] = _unpack(key, record["state"][key], like.shape, rows=scopes)
+            if like.is_floating_point() and state[key].isnan().any() and not like.isnan().any():
+                raise ValueError(f"{key} is not a number")
+    last = None
     if "last" in record:
-        G, weights = (_unpack(record["last"][key]).to(device) for key in ("G", "weights"))
-        last = record["last"]["rule"], Geometry(names, G, weights, age=record["last"]["age"])
-    first = {key: value for key, value in first.items() if key != KEY}
-    state = {key: _unpack(value) for key, value in record["state"].items()}
-    return {**state_dict, "param_groups": [first, *others]}, names, state, last
+        shapes = {"G": (k, k), "weights": (k,), "before": (k,), "scale": ()}
+        tensors = {key: _unpack(key, record["last"][key], shape).to(device) for key, shape in shapes.items()}
+        if not all(t.isfinite().all() for t in tensors.values()):
+            raise ValueError("the last weights or their Gramian are not finite")
+        if not isinstance(record["last"]["rule"], str) or not isinstance(record["last"]["age"], int):
+            raise ValueError("the last weights belong to no rule")
+        last = Last(record["last"]["rule"], age=record["last"]["age"], **tensors)
+    return Memory(names if state or last else (), state, last)
 
 
 def _pack(value: Tensor) -> list[Any]:
     return [str(value.dtype), value.tolist()]
 
 
-def _unpack(packed: list[Any]) -> Tensor:
+def _unpack(name: str, packed: Any, shape: Sequence[int], rows: int | None = None) -> Tensor:
+    """A tensor of the given shape, or with up to ``rows`` rows of it, which is found out before it is made."""
     dtype, value = packed
-    return torch.tensor(value, dtype=getattr(torch, dtype.removeprefix("torch.")))
+    found, inner = [], value
+    while isinstance(inner, list):
+        found.append(len(inner))
+        inner = inner[0] if inner else None
+    fits = found == list(shape) if rows is None else found[1:] == list(shape[1:]) and found[:1] <= [rows]
+    if not fits:
+        raise ValueError(f"{name} has shape {tuple(found)}; it should be {tuple(shape)}")
+    return torch.tensor(value, dtype=getattr(torch, str(dtype).removeprefix("torch.")))

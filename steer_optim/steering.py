@@ -1,82 +1,122 @@
-"""How one backward pass over the components is steered: the part of the optimizer that does it, behind its public face.
+"""How one backward pass over the components is steered, whichever optimizers step on it.
 
-    losses -> capture -> (distributed mean) -> gramian -> rule -> combine -> .grad
+    losses -> capture -> holding -> gramian -> rule -> combine -> .grad
 
-Each arrow is a call in `_in_sets` and `_combine`; each step lives in a module of its own. Where weights, or their
-ratios, are known before the gradients are, `_again` and `_in_one_set` take a shorter way.
+Each arrow is a line of `Steering._steer`, and each room a module of its own. A step between two refreshes walks the
+same way with one set, that of the weighted sum.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from steer_optim import distributed, memory, processes
-from steer_optim.capture import Gradients, Losses, capture, check_losses, combine, is_dtensor, write
-from steer_optim.facade import OptimizerFacade
+from steer_optim import memory, processes
+from steer_optim.agreement import Agreement
+from steer_optim.capture import Losses, check_losses, check_parameters, evaluated
+from steer_optim.combining import combine, write
 from steer_optim.gramian import Geometry, gramian, stack_losses
-from steer_optim.rules.base import Rule, State, carry_over
-from steer_optim.single_set import capture_ratios, capture_weighted, rescale
+from steer_optim.holding import Held
+from steer_optim.joined import join
+from steer_optim.memory import Last, Memory
+from steer_optim.rules.base import Rule, carry_over
+from steer_optim.step import Pending, Step
 
 Scope = Literal["model", "group", "tensor"]
 
+BOUND = 3.0
+"""No update between two refreshes is longer than this many times the last one whose Gramian was taken."""
 
-@dataclass(frozen=True)
-class _Call:
-    """What a backward pass is asked for, and the parameters as they are now."""
-
-    losses: Losses
-    scale: Tensor | None
-    accumulate: bool
-    retain_graph: bool
-    groups: list[tuple[str, list[Tensor]]]
-    parameters: list[Tensor]
-    replicas: Any  # a process group, or None
-
-    @property
-    def scopes(self) -> list[list[Tensor]]:
-        return [group for _, group in self.groups]
-
-    @property
-    def isolate(self) -> bool:
-        return self.replicas is not None
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return {"scale": self.scale, "retain_graph": self.retain_graph}
+_ALIVE: weakref.WeakSet[Steering] = weakref.WeakSet()  # each leaves the others' parameters alone
 
 
-class Steering(OptimizerFacade):
-    """Steers by ``rule``, and remembers what that takes between backward passes; see ``SteeredOptimizer``."""
+class Steering:
+    """Steers the gradients of some parameters by a rule, whichever optimizers step on them.
+
+    For loops with several optimizers: one ``Steering`` over all parameters, whose optimizers step plainly. Where there
+    is one optimizer, :class:`SteeredOptimizer` owns a ``Steering`` and saves it with the optimizer's state.
+
+    Args:
+        parameters: tensors, ``(name, tensor)`` pairs or parameter groups, as a torch optimizer takes them; or an
+            optimizer, whose groups are read anew in every call.
+        rule: how the components are weighed; ``Weighting(f)`` takes any function of the Gramian. Another rule object
+            may be set at any time and starts without memory.
+        scope: over which parameters one Gramian is taken and one set of weights is found: the whole model, each
+            parameter group, or each tensor by itself.
+        data_parallel: what the processes are to each other, which cannot be seen from here. True under DDP: all are
+            replicas of one model, and the gradients of its components (not their losses) are averaged before the
+            Gramian is taken; a process group, if only its processes are (it cannot be pickled or deep-copied); False
+            if each trains by itself. Sharded parameters (FSDP2, tensor parallel) say so themselves.
+        refresh_every: take the Gramian in every so many steps only, a step being a call that does not accumulate. In
+            between the last weights are used, for which one backward pass of the weighted sum is enough;
+            ``geometry.age`` says how old they are. Such an update is at most three times as long as the last one whose
+            Gramian was taken. The step after one in which a component had no gradient, or one that is not finite, or a
+            small one that got a large weight, takes a Gramian too. For ``scope="model"``. May be changed at any time.
+
+    Raises:
+        TypeError: ``rule`` is not one, or ``parameters`` are none.
+        ValueError: there is no such scope; or ``refresh_every`` is not a positive integer, or more than 1 with a scope
+            other than the whole model, since one backward pass has one weight for each component.
+
+    Example:
+        >>> import torch
+        >>> from steer_optim import Steer, Steering
+        >>> model = torch.nn.Linear(2, 1)
+        >>> steering = Steering(model.parameters(), Steer(toward="main"))
+        >>> optimizers = torch.optim.SGD([model.weight], lr=0.1), torch.optim.AdamW([model.bias], lr=1e-3)
+        >>> steering.zero_grad()
+        >>> out = model(torch.ones(3, 2))
+        >>> geometry = steering.backward_components({"main": out.square().mean(), "side": -out.mean()})
+        >>> for optimizer in optimizers:
+        ...     optimizer.step()
+    """
 
     def __init__(
         self,
-        inner: Optimizer,
-        *,
+        parameters: Iterable[Any] | Optimizer,
         rule: Rule,
-        scope: Scope,
-        data_parallel: processes.DataParallel,
-        refresh_every: int,
+        *,
+        scope: Scope = "model",
+        data_parallel: processes.DataParallel = None,
+        refresh_every: int = 1,
     ) -> None:
-        super().__init__(inner)
-        self.rule = rule
+        if not isinstance(rule, Rule):
+            raise TypeError(f"rule must be a Rule; got {rule!r}. Wrap a function of the Gramian in Weighting(...)")
+        if scope not in ("model", "group", "tensor"):
+            raise ValueError(f"scope must be 'model', 'group' or 'tensor'; got {scope!r}")
+        # torch's own reading of parameters, groups and names, errors included.
+        self._source = parameters if isinstance(parameters, Optimizer) else Optimizer(parameters, {})
+        self._rule = rule
         self.scope = scope
         self.data_parallel = data_parallel
         self.refresh_every = refresh_every
-        self.geometry: Geometry | None = None
-        self._last_rule = ""  # whose weights the geometry has
         self._names: tuple[str, ...] = ()
-        self._rule_state: State = {}
-        # What micro-batches have accumulated: a set for each component, or one where the weights are known already.
-        self._pending: dict[str, Gradients] = {}
-        self._pending_update: Gradients = {}
-        self._pending_losses: dict[str, Tensor] = {}
+        self._memory = Memory()
+        self._pending: Pending | None = None
+        self._agreement = Agreement()
+        _ALIVE.add(self)
+
+    @property
+    def geometry(self) -> Geometry | None:
+        """The :class:`Geometry` of the last steered backward pass; None before the first."""
+        return self._memory.geometry
+
+    @property
+    def rule(self) -> Rule:
+        """The rule."""
+        return self._rule
+
+    @rule.setter
+    def rule(self, rule: Rule) -> None:
+        if rule is not self._rule:
+            self._rule, self._memory = rule, replace(self._memory, state={}, last=None)
 
     @property
     def refresh_every(self) -> int:
@@ -94,164 +134,292 @@ class Steering(OptimizerFacade):
             )
         self._refresh_every = steps
 
-    def _backward(
-        self, losses: Losses, *, scale: Tensor | None, accumulate: bool, retain_graph: bool
+    @overload
+    def backward_components(
+        self, losses: Losses, *, accumulate: Literal[False] = False, retain_graph: bool = False
+    ) -> Geometry: ...
+
+    @overload
+    def backward_components(
+        self, losses: Losses, *, accumulate: bool, retain_graph: bool = False
+    ) -> Geometry | None: ...
+
+    def backward_components(
+        self, losses: Losses, *, accumulate: bool = False, retain_graph: bool = False
     ) -> Geometry | None:
+        """Backpropagates every component, and adds the steered combination of their gradients to ``.grad``.
+
+        With gradients ``g_i`` of the components, ``G[i, j] = <g_i, g_j>`` and ``w = rule(G)``, every parameter gets
+        ``p.grad += sum_i w[i] * g_i``. As with ``loss.backward()``, an existing ``.grad`` is added to, and a parameter
+        that no component reaches keeps ``grad is None``.
+
+        Args:
+            losses: scalar losses by name, or callables that return one. Callables are evaluated one after another, so
+                that one graph is freed before the next is built; where they share a part of the graph, pass
+                ``retain_graph=True``. What a forward pass changes, such as the statistics of a BatchNorm, each of them
+                changes. None, or a known name left out, counts as a zero gradient: a task without samples. The names
+                of the first step are the ones that are known, and their order is that of ``Geometry`` from then on.
+            accumulate: add this micro-batch to what is pending and write nothing. The next plain call steers the
+                totals: N micro-batches equal one batch, which steering each by itself does not.
+            retain_graph: keep the graph of the components, as ``Tensor.backward`` does.
+
+        Returns:
+            The geometry of the (accumulated) gradients and the weights used, also kept as ``geometry``; None where
+            ``accumulate`` is true.
+
+        Raises:
+            TypeError, ValueError: no components; one that is not a scalar, or that reaches no parameter; a name that is
+                unknown, or names that the rule cannot weigh; replicas that differ.
+            RuntimeError: there are several processes and it was not said what they are to each other, or gradients
+                cannot be taken one component at a time.
+
+        After an error ``.grad`` is as before; if a backward pass had begun, what was pending is dropped.
+
+        Example:
+            >>> import torch
+            >>> from steer_optim import Sum, SteeredOptimizer
+            >>> x = torch.ones(1, requires_grad=True)
+            >>> optimizer = SteeredOptimizer(torch.optim.SGD([x], lr=0.1), Sum())
+            >>> optimizer.backward_components({"a": 2 * x, "b": 3 * x}, accumulate=True)
+            >>> x.grad is None
+            True
+            >>> geometry = optimizer.backward_components({"a": 2 * x, "b": None})
+            >>> x.grad
+            tensor([7.])
+        """
+        return self._steer(losses, scale=None, accumulate=accumulate, retain_graph=retain_graph)
+
+    def join(self, losses: Losses, *, accumulate: bool = False) -> Tensor:
+        """One scalar, equal to the sum of the components, whose backward pass steers.
+
+        For loops that call ``loss.backward()`` themselves. What comes in on the way back, from a gradient scaler or a
+        division by the number of micro-batches, multiplies every component alike, and with them the norms in
+        :attr:`geometry`. Nothing else flows through the scalar: its backward pass is
+        ``backward_components(losses, accumulate=accumulate)``, so that ``torch.autograd.grad`` and
+        ``backward(inputs=...)`` find no parameter behind it.
+
+        In one process another loss may be added and is not steered; in several, backpropagate it by itself before. As
+        with any loss, a second backward pass needs ``retain_graph=True`` in the first, and adds to ``.grad`` again; so
+        does an added loss that shares a part of the graph. Under ``torch.no_grad()`` this is only the plain sum.
+
+        Args:
+            losses: as for :meth:`backward_components`; callables are evaluated at once, since the sum is.
+            accumulate: as for :meth:`backward_components`: true for every micro-batch but the last.
+
+        Returns:
+            A scalar, on the device and in the dtype of the first component that is present; 0 where none is.
+
+        Raises:
+            TypeError, ValueError: as :meth:`backward_components`; names and shapes are checked here.
+
+        Example:
+            >>> import torch
+            >>> from steer_optim import Sum, SteeredOptimizer
+            >>> x = torch.ones(1, requires_grad=True)
+            >>> optimizer = SteeredOptimizer(torch.optim.SGD([x], lr=0.1), Sum())
+            >>> loss = optimizer.join({"a": x.sum(), "b": 2 * x.sum()})
+            >>> loss.item()
+            3.0
+            >>> (loss / 2).backward()
+            >>> x.grad
+            tensor([1.5000])
+        """
+        if torch.is_grad_enabled():
+            check_losses(losses)
+            self._check_names(losses, accumulate=accumulate)
+            values = {name: None if loss is None else evaluated(name, loss) for name, loss in losses.items()}
+        else:
+            values = {name: loss() if callable(loss) else loss for name, loss in losses.items()}
+
+        def backward(**options: Any) -> None:
+            self._steer(values, accumulate=accumulate, **options)
+            processes.guard(self.data_parallel, self._parameters())
+
+        return join([loss for loss in values.values() if loss is not None], backward)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears ``.grad`` of the parameters, and drops what is pending."""
+        self.drop_pending()
+        self._source.zero_grad(set_to_none)
+
+    def drop_pending(self) -> None:
+        """Drops what micro-batches have accumulated."""
+        self._pending = None
+
+    def refuse_pending(self) -> None:
+        """Refuses a step on gradients that lack what was accumulated.
+
+        Raises:
+            RuntimeError: micro-batches are pending.
+        """
+        if self._pending is not None:
+            raise RuntimeError(
+                f"components {sorted(self._pending.losses)} were accumulated and never steered, so that .grad lacks "
+                "them: call backward_components or join without accumulate=True for the last micro-batch of a step"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to continue bit for bit: the rule's memory and the weights in use, in one string."""
+        return {memory.KEY: memory.pack(self._memory, owner=self._owner(), keep_last=self.refresh_every > 1)}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Loads what :meth:`state_dict` returned, and drops what is pending; nothing starts the rule afresh.
+
+        Raises:
+            ValueError: the memory is that of another rule or scope, or damaged. Nothing is changed then.
+        """
+        self.adopt(self.read(state_dict))
+
+    def read(self, state_dict: Mapping[str, Any]) -> Memory:
+        """The checked memory in a state dict, for :meth:`adopt`."""
+        if memory.KEY not in state_dict:
+            return Memory()
+        device = self._source.param_groups[0]["params"][0].device
+        options = {"owner": self._owner(), "rule": self.rule, "scopes": len(self._scopes()), "device": device}
+        return memory.unpack(state_dict[memory.KEY], **options)
+
+    def adopt(self, memory: Memory) -> None:
+        """Continues from a memory that :meth:`read` returned."""
+        self._memory, self._names, self._agreement = memory, memory.names, Agreement()
+        self.drop_pending()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        _ALIVE.add(self)
+
+    def __repr__(self) -> str:
+        return f"Steering({self.rule!r}, scope={self.scope!r})"
+
+    def _steer(self, losses: Losses, *, scale: Tensor | None, accumulate: bool, retain_graph: bool) -> Geometry | None:
         check_losses(losses)
-        self._check_names(losses)
-        groups = self._scopes()
-        parameters = [p for _, group in groups for p in group if p.requires_grad]
+        self._check_names(losses, accumulate=accumulate)
+        step = self._step(scale, retain_graph)
+        # Out of sight until all went well: whatever happens from here on drops what was pending.
+        pending, self._pending = self._pending or Pending(self._reusable()), None
+        step.begin(pending)
+
+        held = pending if accumulate else self._hold(step)
+        for name, gradients in step.capture({name: losses.get(name) for name in self._names}, held):
+            held.take(name, gradients)
+        if isinstance(held, Pending):
+            self._pending = held
+            return None
+
+        held = step.average(held, self._agreement)
+        G = gramian(held)
+        weights, new = self._weigh(G, pending)
+        rows = [row for own in held.rows().values() for row in own]
+        update = held.gather(combine(rows, weights))
+        before, self._memory = self._memory, new
+        try:
+            write(update)
+        except BaseException:
+            self._memory = before
+            raise
+        return new.geometry
+
+    def _step(self, scale: Tensor | None, retain_graph: bool) -> Step:
+        """The parameters as they are now; groups may have been added since."""
+        scopes = [own for _, own in self._scopes()]
+        parameters = [p for own in scopes for p in own if p.requires_grad]
         if not parameters:
             raise ValueError("the optimizer has no parameter that requires grad")
+        check_parameters(parameters)
+        mine = {p for own in scopes for p in own}
+        others = [p for other in list(_ALIVE) if other is not self for p in other._parameters() if p not in mine]
         replicas = processes.replica_group(self.data_parallel, parameters)
-        call = _Call(losses, scale, accumulate, retain_graph, groups, parameters, replicas)
-        last = self._last_weights()
-        whole = not (accumulate or self._pending_losses or call.isolate or any(is_dtensor(p) for p in parameters))
-        ratios = self.rule.ratios(self._names) if whole else None
-        try:
-            if last is not None:
-                geometry = self._again(call, last)
-            elif ratios is not None:
-                geometry = self._in_one_set(call, ratios)
-            else:
-                geometry = self._in_sets(call)
-        except BaseException:
-            self._drop_pending()
-            raise
-        if geometry is not None:
-            self._drop_pending()
-            self.geometry = geometry
-        return geometry
+        averaged = replicas is not None and self._agreement.averages is not False
+        return Step(self._names, scopes, parameters, others, replicas, averaged, scale, retain_graph)
 
-    def _in_sets(self, call: _Call) -> Geometry | None:
-        """With a gradient set for each component."""
-        self._add_losses(capture(call.losses, call.parameters, self._pending, isolate=call.isolate, **call.options))
-        return None if call.accumulate else self._combine(call)
-
-    def _combine(self, call: _Call) -> Geometry:
-        """Writes the combination of the pending sets."""
-        view = distributed.share(self._names, [self._pending[name] for name in self._names], call.scopes, call.replicas)
-        G = view.total([gramian(view.sets, part.parameters) for part in view.parts])
-        before = carry_over(self._rule_state, self.rule.init(G, self._names))
-        weights, state = self.rule(G, self._names, before)
-        update: Gradients = {}
-        for part in view.parts:
-            update |= combine(view.sets, part.parameters, weights[part.scope])
-        write(view.gather(update))
-        self._rule_state = state
-        return self._geometry(call, G, weights)
-
-    def _in_one_set(self, call: _Call, ratios: Mapping[str, float]) -> Geometry:
-        """Of a rule whose weights have fixed ratios."""
-        values, G = capture_ratios(call.losses, ratios, call.scopes, self._pending, **call.options)
-        self._add_losses(values)
-        if G is None:
-            return self._combine(call)
-        (total,) = self._pending.values()
-        G, weights = rescale(total, self.rule, ratios, G, call.scopes, self._names)
-        write(total)
-        return self._geometry(call, G, weights)
-
-    def _again(self, call: _Call, last: Geometry) -> Geometry | None:
-        """With the weights of an earlier step."""
-        known, total = dict(zip(self._names, last.weights, strict=True)), self._pending_update
-        values = capture_weighted(call.losses, known, call.parameters, total, isolate=call.isolate, **call.options)
-        self._add_losses(values)
-        if call.accumulate:
-            return None
-        view = distributed.share([" + ".join(self._names)], [total], call.scopes, call.replicas)
-        write(view.gather(view.sets[0]))
-        return replace(last, losses=self._losses(last.weights), age=last.age + 1)
-
-    def _geometry(self, call: _Call, G: Tensor, weights: Tensor) -> Geometry:
-        """Of ``G`` ``(S, k, k)`` and weights ``(S, k)``, which may be used again."""
-        self._last_rule = self._rule_key(exactly=True)
-        if self.scope == "model":
-            return Geometry(self._names, G[0], weights[0], self._losses(weights))
-        return Geometry(self._names, G, weights, self._losses(weights), tuple(name for name, _ in call.groups))
-
-    def _last_weights(self) -> Geometry | None:
-        """The geometry whose weights this step uses again; None where it takes a Gramian of its own."""
-        last = self.geometry
-        if self._pending_losses:
-            return None if self._pending else last  # as the first micro-batch of the step
-        if last is None or last.names != self._names or last.age + 1 >= self.refresh_every:
-            return None
-        if self._last_rule != self._rule_key(exactly=True):
-            return None
-        if last.age:
-            return last
-        # One read in every so many steps: gradients that were zero or overflowed gave weights that nobody wants again.
-        ratios = self.rule.ratios(self._names)
-        decisive = self._names if ratios is None else [*ratios][:2]
-        norms = torch.stack([last.norm(name) for name in decisive])
-        return last if bool((norms.isfinite() & (norms > 0)).all()) else None
-
-    def _add_losses(self, values: Mapping[str, Tensor]) -> None:
-        for name, value in values.items():
-            before = self._pending_losses.get(name)
-            self._pending_losses[name] = value if before is None else before + value
-
-    def _losses(self, like: Tensor) -> Tensor:
-        return stack_losses((self._pending_losses[name] for name in self._names), like)
-
-    def _check_names(self, losses: Losses) -> None:
-        """Remembers the order of the components, and refuses a set of names that does not fit."""
-        self._check_identity()
-        names = tuple(losses)
-        if set(names) == set(self._names):
-            return
-        if self._pending_losses:
-            raise ValueError(
-                f"components {sorted(self._pending_losses)} are pending and this call has {sorted(names)}: pass the "
-                "same components in every micro-batch, or call zero_grad() to drop what is pending"
+    def _hold(self, step: Step) -> Held:
+        """What takes the sets of this step, once the replicas are known to be alike."""
+        if step.replicas is not None:
+            last = step.pending.last
+            remembered = [*self._memory.state.values(), *([] if last is None else [last.weights])]
+            step.first = self._agreement.check(
+                step.replicas, self._facts(step), remembered, step.parameters, read=step.isolated
             )
-        self.rule.check(names)
-        if self._rule_state:
+        return step.hold()
+
+    def _weigh(self, G: Tensor, pending: Pending) -> tuple[Tensor, Memory]:
+        """The weights ``(S, k)`` of the sets that are held, and what is remembered of the step."""
+        names, old, last = self._names, self._memory, pending.last
+        scale = torch.as_tensor(pending.scale, device=G.device, dtype=G.dtype)
+        losses = stack_losses([pending.losses.get(name) for name in names], G)
+        if last is None:
+            weights, state = self.rule(G, names, carry_over(old.state, self.rule.init(G, names)))
+            if self.scope != "model":
+                scopes = tuple(name for name, _ in self._scopes())
+                return weights, Memory(names, state, None, Geometry(names, G, weights, losses, scopes))
+            before = G.new_zeros(len(names)) if old.last is None else old.last.norms
+            now = Last(self._rule_key(), G[0], weights[0], before, scale)
+            return weights, Memory(names, state, now, Geometry(names, G[0], weights[0], losses))
+        length, most = G[:, 0].clamp(min=0).sqrt(), BOUND * last.length * scale / last.scale
+        factor = torch.where(length.isfinite() & (length > most), most / length, 1.0)
+        now = replace(last, age=last.age + 1)
+        geometry = Geometry(names, last.G, last.weights * factor[0], losses, age=now.age)
+        return factor, Memory(names, old.state, now, geometry)
+
+    def _reusable(self) -> Last | None:
+        """What this step uses the weights of; None where it takes a Gramian of its own."""
+        last = self._memory.last
+        if last is None or last.age + 1 >= self.refresh_every or last.rule != self._rule_key():
+            return None
+        # One read in every so many steps.
+        return last if last.age or bool(last.may_serve_again()) else None
+
+    def _facts(self, step: Step) -> dict[str, str]:
+        """What must be the same in all replicas, and how it is here."""
+        age = 0 if step.pending.last is None else step.pending.last.age + 1
+        return {
+            "their components, or the order of these": ", ".join(map(repr, self._names)),
+            "the number of their parameters": str(len(step.parameters)),
+            "the shapes, dtypes or names of their parameters": ", ".join(
+                f"{name} {tuple(p.shape)} {p.dtype}" for name, p in zip(self._labels(), self._parameters(), strict=True)
+            ),
+            "their rule or its hyperparameters": self._rule_key(),
+            "refresh_every, or in how old their weights are": f"refresh_every={self.refresh_every} and age {age}",
+        }
+
+    def _check_names(self, losses: Losses, *, accumulate: bool) -> None:
+        """Remembers the order of the components; refuses names that do not fit."""
+        unknown = [name for name in losses if name not in self._names]
+        if unknown and self._memory.names:
             raise ValueError(
-                f"{type(self.rule).__name__} remembers components {sorted(self._names)} and this call has "
-                f"{sorted(names)}: pass the same components in every step"
+                f"component {unknown[0]!r} is unknown: this steering has {', '.join(map(repr, self._names))}, the "
+                "components of its first step. Name all of them there, None for those that are absent"
             )
+        names = (*self._names, *unknown) if self._pending or self._memory.names else tuple(losses)
+        if not accumulate:
+            self.rule.check(names)
         self._names = names
 
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self._source.param_groups for p in group["params"]]
+
     def _scopes(self) -> list[tuple[str, list[Tensor]]]:
-        """The parameters of each scope, read anew: groups may have been added since.
+        """The parameters of each scope, read anew.
 
         Frozen ones are among them, so that a scope keeps its row in the rule's state when it thaws.
         """
-        groups = [(i, group) for i, group in enumerate(self.param_groups) if group["params"]]
+        groups = [(i, group) for i, group in enumerate(self._source.param_groups) if group["params"]]
         if self.scope == "model":
             return [("model", [p for _, group in groups for p in group["params"]])]
         if self.scope == "group":
             return [(f"group {i}", group["params"]) for i, group in groups]
+        return [(name, [p]) for name, p in zip(self._labels(), self._parameters(), strict=True)]
+
+    def _labels(self) -> list[str]:
         return [
-            (group["param_names"][j] if "param_names" in group else f"group {i} tensor {j}", [p])
-            for i, group in groups
-            for j, p in enumerate(group["params"])
+            group["param_names"][j] if "param_names" in group else f"group {i} tensor {j}"
+            for i, group in enumerate(self._source.param_groups)
+            for j in range(len(group["params"]))
         ]
 
-    def _drop_pending(self) -> None:
-        self._pending.clear()  # in place: Lightning calls zero_grad on an object that only refers to these
-        self._pending_update.clear()
-        self._pending_losses.clear()
+    def _owner(self) -> str:
+        """Whose memory it is: another rule, or the same one over other scopes, cannot read it."""
+        return f"{type(self.rule).__name__}, scope={self.scope!r}"
 
-    def _export_state(self) -> dict[str, Any]:
-        state_dict = super()._export_state()
-        last = (self._last_rule, self.geometry) if self.refresh_every > 1 and self.geometry is not None else None
-        return memory.put(state_dict, owner=self._rule_key(), names=self._names, state=self._rule_state, last=last)
-
-    def _import_state(self, state_dict: dict[str, Any]) -> None:
-        device = self.param_groups[0]["params"][0].device
-        inner, names, state, last = memory.take(state_dict, owner=self._rule_key(), device=device)
-        super()._import_state(inner)
-        self._names, self._rule_state = names, state
-        self._last_rule, self.geometry = ("", None) if last is None else last
-        self._drop_pending()
-
-    def _rule_key(self, *, exactly: bool = False) -> str:
-        """Whose memory it is: another rule, or the same one over other scopes, cannot read it.
-
-        Weights are only used again by ``exactly`` the same rule, hyperparameters included.
-        """
-        rule = re.sub(" at 0x[0-9a-f]+", "", repr(self.rule)) if exactly else type(self.rule).__name__
-        return f"{rule}, scope={self.scope!r}"
+    def _rule_key(self) -> str:
+        """The rule with its hyperparameters, as another process knows it, too."""
+        return f"{re.sub(' at 0x[0-9a-f]+', '', repr(self.rule))}, scope={self.scope!r}"

@@ -236,17 +236,18 @@ def test_lightning_refuses_a_step_without_the_micro_batch_left_over(lightning_fi
         lightning_fit(tmp_path)
 
 
-def test_lightnings_stand_in_is_refused_and_clears_what_is_pending(lightning_fit, tmp_path):
+def test_lightnings_stand_in_steers_as_the_optimizer_itself(lightning_fit, tmp_path):
     module, trainer = lightning_fit(tmp_path)
     stand_in, steered = module.optimizers(), steered_of(trainer)
-    losses = plain_loop.components(module.model(torch.ones(2, 3).double()), torch.zeros(2, 3).double())
-    with pytest.raises(RuntimeError, match="use_pl_optimizer=False"):
-        stand_in.join(losses)
-    with pytest.raises(RuntimeError, match="use_pl_optimizer=False"):
-        stand_in.backward_components(losses)
-    with pytest.raises(RuntimeError, match="use_pl_optimizer=False"):
-        stand_in.load_state_dict(steered.state_dict())
-    steered.backward_components(losses, accumulate=True)
+
+    def losses():
+        return plain_loop.components(module.model(torch.ones(2, 3).double()), torch.zeros(2, 3).double())
+
+    before = steered.geometry
+    stand_in.join(losses()).backward()
+    assert stand_in.geometry is steered.geometry is not before
+    stand_in.load_state_dict(steered.state_dict())
+    stand_in.backward_components(losses(), accumulate=True)
     with pytest.raises(RuntimeError, match="accumulated and never steered"):
         stand_in.step()
     stand_in.zero_grad()

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from steer_optim import Geometry, measure, reference
-from steer_optim.gramian import gramian
+from steer_optim.gramian import gramian as gramian_of
+from steer_optim.holding import Whole
 
 # What a dot product over 2**16 elements may lose, relative to the product of the norms. In float32 that is 1e-6 for
 # random elements, and ten times that where the roundings go to one side: elements repeat, or have few bits.
@@ -26,6 +27,14 @@ ACCURACY = {
 # Short ones are laid end to end, from 2**12 they are not, and beyond 2**16 they are cut up.
 SHAPES = [(), (0,), (1,), (3,), (2, 0, 3), (5, 7), (2, 3, 4, 5), (63, 65), (64, 64), (2, 3, 128, 128), (2**16 + 1,)]
 DTYPES = list(ACCURACY)
+
+
+def gramian(sets: list[dict[Tensor, Tensor]], parameters: list[Tensor]) -> Tensor:
+    held = Whole([str(i) for i in range(len(sets))], [parameters])
+    for i, gradients in enumerate(sets):
+        held.take(str(i), dict(gradients))
+    (G,) = gramian_of(held)
+    return G
 
 
 def contiguous(g: Tensor) -> Tensor:

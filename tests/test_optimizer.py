@@ -245,12 +245,12 @@ def test_hooks_of_the_wrapper_the_inner_optimizer_and_all_fire_once_and_in_order
             handle.remove()
     inner = optimizer.inner
     assert calls == [
-        ("pre", optimizer),
         ("global pre", inner),
         ("inner pre", inner),
+        ("pre", optimizer),
         ("inner post", inner),
-        ("global post", inner),
         ("post", optimizer),
+        ("global post", inner),
     ]
 
 

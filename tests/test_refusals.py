@@ -53,7 +53,7 @@ def test_bad_components_are_refused_and_leave_everything_as_it_was(losses, error
     if pending and losses is not REFUSED["another's"][0]:  # an earlier micro-batch did reach a parameter
         optimizer.backward_components({"std": X.sum(), "vis": X[0]}, accumulate=True)
     if given is evaluated and message.startswith("'std' must return"):
-        message = "'std' must be a tensor or a callable; got NoneType"
+        return  # None is no loss, and nothing wrong
     with pytest.raises(error, match=message):
         optimizer.backward_components(given(losses))
     assert X.grad is gradient
@@ -72,7 +72,7 @@ def test_bad_components_cannot_be_measured(losses, error, message):
 @EACH_REFUSAL
 def test_bad_components_cannot_be_joined(losses, error, message):
     optimizer = steered([X], Sum())
-    with pytest.raises(error, match=message.replace("must return a tensor", "must be a tensor or a callable")):
+    with pytest.raises(error, match=message):
         optimizer.join(losses).backward()
     assert X.grad is None
     assert_usable(optimizer)
@@ -125,22 +125,15 @@ def test_names_that_the_rule_does_not_know(rule, way):
 
 
 @pytest.mark.parametrize("way", ["backward_components", "join"])
-@pytest.mark.parametrize("names", [("std",), ("std", "aux"), ("std", "vis", "aux")])
-def test_names_that_changed_while_something_is_pending(names, way):
-    optimizer = steered([X], Sum())
-    optimizer.backward_components({"std": X.sum(), "vis": X[0]}, accumulate=True)
-    with pytest.raises(ValueError, match=r"\['std', 'vis'\] are pending.*zero_grad"):
-        getattr(optimizer, way)({name: X.sum() for name in names})
-    optimizer.backward_components({"vis": X[0], "std": X.sum()})
-    assert X.grad.tolist() == [4, 2]
-
-
-def test_names_that_changed_while_the_rule_remembers_them():
-    optimizer = steered([X], GradVac())
+@pytest.mark.parametrize("rule", [Sum(), GradVac(), Steer("vis")], ids=repr)
+def test_a_name_that_is_not_one_of_the_first_step(rule, way):
+    optimizer = steered([X], rule)
     optimizer.backward_components({"std": X.sum(), "vis": X[0]})
-    with pytest.raises(ValueError, match=r"GradVac remembers components \['std', 'vis'\].*\['std', 'text'\]"):
-        optimizer.backward_components({"std": X.sum(), "text": X[0]})
-    steered([X], Sum()).backward_components({"std": X.sum(), "text": X[0]})  # no memory, no objection
+    X.grad = None
+    with pytest.raises(ValueError, match=r"component 'viz' is unknown: this steering has 'std', 'vis'.*None for those"):
+        getattr(optimizer, way)({"std": X.sum(), "viz": X[0]})
+    assert X.grad is None
+    optimizer.backward_components({"vis": X[0], "std": X.sum()})
 
 
 def test_hooks_that_step_in_the_backward_pass():

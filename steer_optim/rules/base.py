@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias, final
+from typing import TypeAlias, final
 
 import torch
 from torch import Tensor
@@ -25,14 +25,14 @@ def carry_over(state: State, fresh: State) -> State:
     """``state`` with the rows of ``fresh`` for the scopes that are new.
 
     Raises:
-        ValueError: the state is that of another rule, or of more scopes.
+        ValueError: the state is that of more scopes.
     """
     if not state:
         return fresh
     if state.keys() != fresh.keys() or any(len(state[key]) > len(new) for key, new in fresh.items()):
         raise ValueError(
-            "the rule's memory is that of another rule, or of parameter groups that are gone: rule and scope are "
-            "fixed, and groups may be added but not removed. Make a new SteeredOptimizer around the inner optimizer"
+            "the rule's memory is that of parameter groups that are gone: groups may be added but not removed. Make a "
+            "new SteeredOptimizer around the inner optimizer"
         )
     return {key: torch.cat([state[key].to(new.device), new[len(state[key]) :]]) for key, new in fresh.items()}
 
@@ -40,8 +40,8 @@ def carry_over(state: State, fresh: State) -> State:
 class Rule(abc.ABC):
     """A map from the Gramian of the components to their weights.
 
-    A concrete rule overrides :meth:`update`; :meth:`init` where it has state; :meth:`check` where it needs certain
-    components; and :meth:`ratios` where those of its weights are fixed. The optimizer calls the rule itself
+    A concrete rule overrides :meth:`update`; :meth:`init` where it has state; and :meth:`check` where it needs certain
+    components. The optimizer calls the rule itself
     (``rule(G, names, state)``), which adds the one behaviour that all rules share: a Gramian that is not finite gives
     the plain sum and leaves the state as it was, so that a gradient scaler sees the overflow and skips the step.
 
@@ -49,28 +49,12 @@ class Rule(abc.ABC):
     symmetric and positive semidefinite up to rounding; weights are ``(S, k)`` of the same dtype and device.
     """
 
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        # Ratios are those of one `update`: a class with another one does not inherit them.
-        if "update" in vars(cls) and "ratios" not in vars(cls):
-            cls.ratios = Rule.ratios  # type: ignore[method-assign]
-
     def check(self, names: Sequence[str]) -> None:
         """Raises ValueError where the components ``names`` are not ones that this rule can weigh."""
 
     def init(self, G: Tensor, names: Sequence[str]) -> State:
         """The state before the first update, on the device of ``G``; empty for a rule without memory."""
         return {}
-
-    def ratios(self, names: Sequence[str]) -> Mapping[str, float] | None:
-        """The weights of the components up to a common factor, where they do not depend on ``G``; None where they do.
-
-        A rule that knows them is steered in one process without a second set of gradients. The first two components
-        are those whose Gramian decides the factor: :meth:`update` is then called with these two alone, and without
-        state. The first one's ratio is 1, and none is 0. Where the Gramian of the two is not finite the ratios are the
-        weights. A subclass that overrides :meth:`update` has no ratios unless it names its own.
-        """
-        return None
 
     @abc.abstractmethod
     def update(self, G: Tensor, names: Sequence[str], state: State) -> tuple[Tensor, State]:

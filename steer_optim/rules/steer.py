@@ -73,12 +73,6 @@ class Steer(Rule):
         if self.toward not in names:
             raise ValueError(f"Steer needs its component {self.toward!r}; got {', '.join(map(repr, names))}")
 
-    def ratios(self, names: Sequence[str]) -> dict[str, float] | None:
-        """1 for the other of two components that are never projected, ``1 + gain`` for ``toward``."""
-        if self.project != "never" or len(names) != 2:
-            return None
-        return {**{name: 1.0 for name in names if name != self.toward}, self.toward: 1.0 + self.gain}
-
     def update(self, G: Tensor, names: Sequence[str], state: State) -> tuple[Tensor, State]:
         """One for every other component and what the projections leave for ``toward``; no state."""
         v = names.index(self.toward)

@@ -65,12 +65,6 @@ class VGS(Rule):
                 f"{optional!r}; got {', '.join(map(repr, names))}. For other components use Steer"
             )
 
-    def ratios(self, names: Sequence[str]) -> dict[str, float] | None:
-        """1 for ``std``, ``gamma`` for the steered component, 1 for its preservation."""
-        if self.gamma == 0:
-            return None
-        return {"std": 1.0, self.toward: self.gamma, **dict.fromkeys(set(names) - {"std", self.toward}, 1.0)}
-
     def update(self, G: Tensor, names: Sequence[str], state: State) -> tuple[Tensor, State]:
         """``eta`` for every component, times ``gamma`` for the steered one; no state."""
         s, v = names.index("std"), names.index(self.toward)

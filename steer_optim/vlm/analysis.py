@@ -36,7 +36,7 @@ def angles_by_decile(
         bins: the number of groups; 10 for deciles.
 
     Returns:
-        A geometry whose scopes are the bins, from the least visual to the most: ``angle("lang", "vis")`` is
+        A geometry with a leading dimension of bins, from the least visual to the most: ``angle("lang", "vis")`` is
         ``(bins,)``, in degrees. Losses are None.
 
     Raises:
@@ -78,8 +78,5 @@ def angles_by_decile(
     groups = torch.tensor_split(vds_N.argsort(stable=True), bins)
     steps = [measure({name: loss_N[group].mean() for name, loss_N in losses_N.items()}, parameters) for group in groups]
     return Geometry(
-        tuple(losses_N),
-        torch.stack([step.G for step in steps]),
-        torch.stack([step.weights for step in steps]),
-        scopes=tuple(f"bin {i}" for i in range(bins)),
+        tuple(losses_N), torch.stack([step.G for step in steps]), torch.stack([step.weights for step in steps])
     )

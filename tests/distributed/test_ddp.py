@@ -1,12 +1,15 @@
 """DistributedDataParallel: replicas stay equal bit for bit and train as one process on the whole batch."""
 
 import contextlib
+import itertools
 import warnings
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 from launcher import processes
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -26,7 +29,7 @@ from training import (
     whole,
 )
 
-from steer_optim import VGS, GradVac, Steer, SteeredOptimizer, Sum, distributed
+from steer_optim import VGS, GradVac, Steer, SteeredOptimizer, Sum, holding
 from steer_optim.rules import Rule
 from steer_optim.vlm import DecomposedDistillation
 
@@ -118,7 +121,7 @@ def test_a_parameter_used_on_one_rank_only_is_zero_elsewhere_and_none_if_used_no
 
 @processes(2)
 def test_a_component_may_reach_nothing_here_if_it_does_elsewhere():
-    p, other = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+    p, other = nn.Parameter(torch.zeros(2)), torch.zeros(2, requires_grad=True)
     second = (p if dist.get_rank() == 1 else other).sum()
     geometry = sgd([p]).backward_components({"first": p[0], "second": second})
     assert p.grad.tolist() == [1.5, 0.5]
@@ -177,18 +180,38 @@ def test_more_replicas_than_elements(scope):
 
 @processes(2, chunk=[1, 7, 30], scope=["model", "tensor"])
 def test_a_model_larger_than_one_message(chunk, scope):
-    distributed._CHUNK = chunk
+    holding._SHORTEST = holding._LONGEST = chunk
     model = replicated()
     train(model, steered(model, scope=scope, data_parallel=True))
     assert_trained_alike(model, train_alone(scope=scope))
 
 
-def test_messages_are_of_one_dtype_and_up_to_a_size(monkeypatch):
-    monkeypatch.setattr(distributed, "_CHUNK", 8)
-    sizes = [4, 4, 3, 9, 1, 7, 2]
-    members = [(0, torch.empty(n)) for n in sizes] + [(0, torch.empty(5, dtype=torch.float64))]
-    chunks = [[p.numel() for _, p in chunk] for chunk in distributed._chunks(members)]
-    assert chunks == [[4, 4], [3], [9], [1, 7], [2], [5]]
+@given(
+    sizes=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9)), min_size=1, max_size=8),
+    replicas=st.integers(1, 4),
+    length=st.integers(1, 20),
+)
+def test_every_element_is_in_one_piece_of_one_replica_and_counts_to_its_scope(sizes, replicas, length):
+    members = [(scope, torch.empty(n)) for scope, n in sorted(sizes, key=lambda size: size[0])]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(holding, "_SHORTEST", length)
+        patch.setattr(holding, "_LONGEST", length)
+        line = holding._Line(members, replicas)
+    owner = [scope for scope, p in members for _ in range(p.numel())]
+    assert all(message % replicas == 0 for message in line.messages)
+    assert len(owner) <= sum(line.messages) < len(owner) + replicas
+    found = {}
+    for rank in range(replicas):
+        begins = iter(sum(line.messages[:i]) for i in range(len(line.messages)))
+        for scope, start, stop in line.parts(rank, replicas):
+            if start == 0:
+                begin = next(begins)
+                size = line.messages[[*itertools.accumulate(line.messages, initial=0)].index(begin)] // replicas
+            places = range(begin + rank * size + start, begin + rank * size + stop)
+            assert not found.keys() & set(places)
+            found |= dict.fromkeys(places, scope)
+    assert sorted(found) == list(range(sum(line.messages)))
+    assert [found[i] for i in range(len(owner))] == owner
 
 
 @processes(2)
@@ -264,11 +287,12 @@ def test_traffic_is_half_of_k_plus_one_all_reduces(k):
 
     p = nn.Parameter(torch.ones(4000))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distributed, "_reduce_scatter", counted(distributed._reduce_scatter, 1))
-        patch.setattr(distributed, "_all_gather", counted(distributed._all_gather, 1))
+        patch.setattr(holding, "_reduce_scatter", counted(holding._reduce_scatter, 1))
+        patch.setattr(holding, "_all_gather", counted(holding._all_gather, 1))
         patch.setattr(dist, "all_reduce", counted(dist.all_reduce, 2))
-        sgd([p]).backward_components({str(i): p.sum() for i in range(k)})
-    small = 2 * (16 + k + 8 * k * k)  # what must be alike, what is reached, the Gramian
+        sgd([p]).backward_components({str(i): p @ torch.randn(4000) for i in range(k)})
+    # What must be alike, the values of the one parameter, what is reached, the Gramian.
+    small = 2 * (8 * 2 * 9 + 8 * 2 * 1 + 4 * 3 * k + 8 * k * k)
     assert sum(sent) == (k + 1) / 2 * (2 * p.nbytes) + small
 
 

@@ -29,7 +29,7 @@ def test_each_bin_is_the_geometry_of_its_tokens():
     geometry = angles_by_decile(components, vds_BT, mask_BT, parameters)
     assert geometry.names == ("std", "vis", "lang")
     assert geometry.angle("std", "vis").shape == (10,)
-    assert len(geometry.scopes) == 10
+    assert len(geometry.G) == 10
     threshold = vds_BT[mask_BT].sort().values[::2]  # 20 tokens: two to a decile
     for i in range(10):
         chosen = mask_BT & (vds_BT >= threshold[i])

@@ -143,7 +143,9 @@ def test_a_student_like_its_teacher_has_nothing_to_learn():
     student, student_text, _, teacher_text = random_logits(3, 7)
     losses = token_losses(student, student_text, student.detach(), teacher_text)
     assert torch.equal(losses.std, torch.zeros(3, dtype=torch.float64))
-    assert_close(gradients(losses.std, student, student_text)[0], torch.zeros_like(student), rtol=0, atol=1e-16)
+    assert_close(
+        gradients(losses.std, student, student_text)[0], torch.zeros_like(student), rtol=0, atol=4e-16
+    )  # a few roundings of numbers near 1
 
 
 def test_a_teacher_that_ignores_the_image_pulls_vis_to_the_students_own_prior():

@@ -1,0 +1,134 @@
+"""Whether data-parallel replicas are alike: what makes them differ is refused on all of them, by name.
+
+Replicas that only look synchronised drift apart without an error. So every step begins with one message of a fixed
+size, a checksum of everything that must be the same; the host reads it in the steps that take a Gramian, and what went
+wrong between two of these is found at the second. The first step and one after a change compare the parameters, too.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_MASK = 2**31 - 1
+_SAMPLED = 8  # tensors of an update
+
+
+class Agreement:
+    """What the replicas know about each other.
+
+    Attributes:
+        averages: whether something else averages the gradients of a plain backward pass: the reducer of
+            ``DistributedDataParallel``. None where that has not been tried.
+    """
+
+    def __init__(self) -> None:
+        self.averages: bool | None = None
+        self._seen: tuple[int, ...] = ()
+        self._compared = False  # whether those parameters were
+        self._trouble: Tensor | None = None
+        self._update: Tensor | None = None
+
+    def check(
+        self,
+        group: dist.ProcessGroup,
+        facts: Mapping[str, str],
+        memory: Iterable[Tensor],
+        parameters: Sequence[Tensor],
+        *,
+        read: bool,
+    ) -> bool:
+        """Compares this replica with the others; collective.
+
+        Args:
+            group: the replicas.
+            facts: what must be the same, and how it is here.
+            memory: tensors that must be the same.
+            parameters: likewise, in the first call and wherever others come.
+            read: whether the host waits for the result. Otherwise the next call that reads finds it.
+
+        Returns:
+            Whether this was the first comparison of these parameters.
+
+        Raises:
+            ValueError: the replicas differ, on all of them.
+        """
+        now = tuple(map(id, parameters))
+        if now != self._seen:
+            self._seen, self._compared, self.averages = now, False, None
+        device = parameters[0].device
+        none = torch.zeros((), dtype=torch.int64, device=device)
+        sums = [int(not self._compared), *(zlib.crc32(fact.encode()) for fact in facts.values())]
+        digest = sum((_bits(t.to(device)) for t in memory), start=none) & _MASK
+        trouble = none if self._trouble is None else self._trouble
+        update = none if self._update is None else self._update
+        mine = torch.cat([torch.tensor(sums, device=device), torch.stack([digest, update, trouble])])
+        extremes = _extremes(mine, group)
+        if not read:
+            self._trouble = (extremes[0, 1:] != extremes[1, 1:]).any().to(torch.int64) | trouble
+            return False
+        self._trouble = self._update = None
+        highest, lowest = extremes.tolist()
+        for (what, fact), high, low in zip(facts.items(), highest[1:], lowest[1:], strict=False):
+            if high != low:
+                raise ValueError(f"the replicas differ in {what}; this one has {fact}. Make them the same on all")
+        if highest[-3] != lowest[-3]:
+            raise ValueError(
+                "the replicas differ in the memory of the rule, as where a checkpoint was loaded on some of them: load "
+                "the optimizer's state on all"
+            )
+        if highest[-2] != lowest[-2] or highest[-1]:
+            raise ValueError(
+                "the replicas differ in the update of a step between two refreshes: something that averaged the "
+                "gradients of a plain backward pass no longer does. Let DistributedDataParallel synchronize in the "
+                "last backward pass of every step, or set refresh_every=1"
+            )
+        if highest[0]:  # on any of them
+            differing = _differing([_bits(p) for p in parameters], group)
+            if differing:
+                shape = tuple(parameters[differing[0]].shape)
+                raise ValueError(
+                    f"the replicas differ in the order or the values of {len(differing)} parameters, first in number "
+                    f"{differing[0]} (here of shape {shape}): list them in one order on all (a set has none), and "
+                    "start from the same values"
+                )
+            self._compared = True
+        return bool(highest[0])
+
+    def try_averages(
+        self, group: dist.ProcessGroup, gradients: Mapping[Tensor, Tensor], parameters: Sequence[Tensor]
+    ) -> None:
+        """Finds out whether the gradients of a plain backward pass came out alike everywhere. The host reads it."""
+        none = torch.zeros((), dtype=torch.int64, device=parameters[0].device)
+        sums = [_bits(gradients[p]).to(none.device) if p in gradients else none for p in parameters]
+        self.averages = not _differing(sums, group)
+
+    def note(self, update: Sequence[Tensor]) -> None:
+        """Remembers a sample of an update for the next check."""
+        sample = update[:: max(1, len(update) // _SAMPLED)]
+        self._update = torch.stack([_bits(g.flatten()[:1024]).to(update[0].device) for g in sample]).sum() & _MASK
+
+
+def _extremes(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """``(2, n)``: the largest and the smallest of every number over the replicas."""
+    both = torch.stack([mine, -mine])
+    dist.all_reduce(both, dist.ReduceOp.MAX, group=group)
+    return torch.stack([both[0], -both[1]])
+
+
+def _differing(sums: Sequence[Tensor], group: dist.ProcessGroup) -> list[int]:
+    highest, lowest = _extremes(torch.stack(list(sums)) & _MASK, group).tolist()
+    return [i for i, (high, low) in enumerate(zip(highest, lowest, strict=True)) if high != low]
+
+
+def _bits(t: Tensor) -> Tensor:
+    """The sum of the bit patterns of a tensor: exact, so that it is the same on every device."""
+    t = t.detach()
+    t = torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
+    if t.dtype is not torch.bool:
+        t = t.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
+    return t.sum(dtype=torch.int64)

@@ -1,0 +1,127 @@
+"""The update ``sum_i w_i g_i``: combined in place on the gradient sets, and added to ``.grad``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steer_optim.capture import Gradients, is_dtensor, put_back
+from steer_optim.holding import Row
+
+_SMALL, _CHUNK, _CHUNK_ACCELERATOR = 2**16, 2**15, 2**22  # chunks of a CPU stay in its cache
+
+
+def combine(rows: Iterable[Row], weights: Tensor) -> list[Tensor]:
+    """``sum_i weights[scope, i] * g_i`` for every row, in place of the first gradient that it has; empties the rows.
+
+    Half precision is combined in float32 and rounded once. That rounding, 2^-9 of the update in bfloat16 and 2^-12 in
+    float16, is what a component much smaller than the update may drown in.
+
+    Args:
+        rows: the gradients in each of the ``k`` sets, and their scope.
+        weights: ``(S, k)``. The host reads them where they are on the CPU.
+    """
+    on_cpu = weights.device.type == "cpu"
+    table: list[Any] = weights.tolist() if on_cpu else [row.unbind() for row in weights.unbind()]
+    totals: list[Tensor] = []
+    together: dict[Any, list[tuple[int, list[tuple[Tensor, Any]]]]] = {}
+    for scope, row in rows:
+        terms = [(g, w) for g, w in zip(row, table[scope], strict=True) if g is not None]
+        row.clear()
+        total = terms[0][0]
+        cpu = on_cpu and total.device.type == "cpu"
+        if any(g.is_sparse for g, _ in terms):
+            total = _sum(terms)
+        elif total.dtype in (torch.bfloat16, torch.float16):
+            _combine_wide(terms)
+        elif cpu and total.numel() >= _SMALL:
+            _combine_in_cache(terms)
+        else:
+            together.setdefault((total.dtype, total.device, len(terms)), []).append((len(totals), terms))
+        totals.append(total)
+    for members in together.values():
+        _combine_together([terms for _, terms in members])
+    return totals
+
+
+def _sum(terms: Sequence[tuple[Tensor, Any]]) -> Tensor:
+    """Of gradients of which some are sparse."""
+    first, *others = (g * w if isinstance(w, float) else g * w.to(g.device, g.dtype) for g, w in terms)
+    for term in others:
+        first = add(first, term)
+    return first
+
+
+def add(a: Tensor, b: Tensor) -> Tensor:
+    """``a + b``: torch adds a sparse tensor to a dense one, not the other way around."""
+    return b + a if a.is_sparse else a + b
+
+
+def _combine_wide(terms: Sequence[tuple[Tensor, Any]]) -> None:
+    size = _CHUNK if terms[0][0].device.type == "cpu" else _CHUNK_ACCELERATOR
+    for pieces in _pieces([g for g, _ in terms], size):
+        wide = [piece.float() for piece in pieces]
+        _combine_together([list(zip(wide, [w for _, w in terms], strict=True))])
+        pieces[0].copy_(wide[0])
+
+
+def _combine_in_cache(terms: Sequence[tuple[Tensor, float]]) -> None:
+    """On a CPU, where the host knows the weights: each gradient is read once, and nothing is multiplied by one."""
+    (first, w), *others = terms
+    pieces = [(first, *(g for g, _ in others))] if w == 1 else _pieces([g for g, _ in terms], _CHUNK)
+    for total, *gradients in pieces:
+        if w != 1:
+            total.mul_(w)
+        for g, (_, v) in zip(gradients, others, strict=True):
+            total.add_(g, alpha=v)
+
+
+def _pieces(gradients: Sequence[Tensor], size: int) -> Iterable[Sequence[Tensor]]:
+    if all(g.is_contiguous() for g in gradients):
+        return zip(*(g.view(-1).split(size) for g in gradients), strict=True)
+    return [gradients]
+
+
+def _combine_together(members: Sequence[Sequence[tuple[Tensor, Any]]]) -> None:
+    """Many at a time, of one kind and with as many gradients each."""
+    totals: list[Tensor] = []
+    for column in zip(*members, strict=True):
+        gradients = [g for g, _ in column]
+        _scale(gradients, [w for _, w in column])
+        if totals:
+            torch._foreach_add_(totals, gradients)
+        else:
+            totals = gradients
+
+
+def _scale(gradients: list[Tensor], weights: list[Any]) -> None:
+    if isinstance(weights[0], float):
+        pairs = [(g, w) for g, w in zip(gradients, weights, strict=True) if w != 1]
+        if pairs:
+            torch._foreach_mul_([g for g, _ in pairs], [w for _, w in pairs])
+    elif all(w is weights[0] for w in weights):
+        torch._foreach_mul_(gradients, weights[0].to(gradients[0].device, gradients[0].dtype))
+    else:
+        torch._foreach_mul_(gradients, [w.to(gradients[0].device, gradients[0].dtype) for w in weights])
+
+
+def write(update: Gradients) -> None:
+    """Adds the update to ``.grad``, as autograd does; ``.grad`` is as before if this raises."""
+    existing = {p: p.grad for p in update if p.grad is not None}
+    kinds: dict[Any, list[Tensor]] = {}
+    for p, gradient in existing.items():
+        if update[p].is_sparse or gradient.is_sparse:
+            update[p] = add(gradient, update[p])
+        else:
+            kinds.setdefault((gradient.dtype, gradient.device, is_dtensor(gradient)), []).append(p)
+    for members in kinds.values():
+        torch._foreach_add_([update[p] for p in members], [existing[p] for p in members])
+    before = [(p, existing.get(p)) for p in update]
+    try:
+        put_back(update.items())
+    except BaseException:
+        put_back(before)
+        raise

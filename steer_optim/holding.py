@@ -1,0 +1,291 @@
+"""Where gradient sets are held between the backward passes and the update: whole, in shards, or in pieces of replicas.
+
+The Gramian under data parallelism must be that of the *averaged* gradients: averaging what every replica steered by
+itself is another update. So a replica keeps one piece of the mean of every component (a reduce-scatter, which runs
+beside the next backward pass); the inner products of the pieces are summed over the replicas, all combine their pieces
+with the same weights, and the update alone is gathered. That is ``(k + 1) / 2`` times the traffic of one all-reduce,
+where the obvious way takes k of them, and it leaves the replicas equal bit for bit. Sharded parameters (FSDP2, tensor
+parallel) are in pieces already.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from steer_optim.capture import Gradients, is_dtensor, refuse_unreached
+
+# Renamed in torch 2.13, where the old names warn; a torch built without distributed has neither.
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
+_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+
+# A message is a 64th of a set, so that little is held twice while it is packed, within what is worth a message.
+_MESSAGES, _SHORTEST, _LONGEST = 64, 2**15, 2**24
+
+Row: TypeAlias = tuple[int, list["Tensor | None"]]
+"""A scope, and what is held here of one parameter's gradient in each of the ``k`` sets."""
+
+Groups: TypeAlias = "tuple[dist.ProcessGroup, ...]"
+"""The groups of processes that hold the rest of something, one per dimension that shards it."""
+
+
+class Whole:
+    """Sets that this process can use as they are: one process, or sharded parameters.
+
+    Args:
+        names: the ``k`` components.
+        parameters: those of each scope.
+    """
+
+    def __init__(self, names: Sequence[str], parameters: Sequence[Sequence[Tensor]]) -> None:
+        self.names, self.k, self.scopes = names, len(names), len(parameters)
+        self.sets: dict[str, Gradients] = {}
+        self._members = [(scope, p) for scope, own in enumerate(parameters) for p in dict.fromkeys(own)]
+        self.device = self._members[0][1].device
+        self._rows: dict[Groups, list[tuple[Tensor, Row]]] | None = None
+
+    def take(self, name: str, gradients: Gradients | None) -> None:
+        """Takes the set of one component over; None for one that is absent."""
+        self.sets[name] = {} if gradients is None else gradients
+
+    def rows(self) -> dict[Groups, list[Row]]:
+        """What is held here of every parameter that a component reaches, by who holds the rest."""
+        if self._rows is None:
+            self._rows = {}
+            for scope, p in self._members:
+                found = [self.sets[name].pop(p, None) for name in self.names]
+                if any(g is not None for g in found):
+                    row = [None if g is None else _local(p, g) for g in found]
+                    self._rows.setdefault(_shard_groups(p), []).append((p, (scope, row)))
+        return {groups: [row for _, row in members] for groups, members in self._rows.items()}
+
+    def gather(self, update: Sequence[Tensor]) -> Gradients:
+        """The update of the parameters, from what was combined of each row."""
+        parameters = [p for members in (self._rows or {}).values() for p, _ in members]
+        return {p: _like(p, total) for p, total in zip(parameters, update, strict=True)}
+
+
+class Replicas:
+    """The mean of gradient sets over data-parallel replicas, of which this process keeps one piece.
+
+    Collective: every replica takes every component in the same order, whatever its own losses reach.
+
+    Args:
+        names: the ``k`` components.
+        parameters: those of each scope.
+        group: the replicas.
+    """
+
+    def __init__(self, names: Sequence[str], parameters: Sequence[Sequence[Tensor]], group: dist.ProcessGroup) -> None:
+        self.names, self.k, self.scopes = names, len(names), len(parameters)
+        self._group, self._size, self._rank = group, dist.get_world_size(group), dist.get_rank(group)
+        members = [(scope, p) for scope, own in enumerate(parameters) for p in dict.fromkeys(own)]
+        self._parameters = [p for _, p in members]
+        self.device = self._parameters[0].device
+        kinds: dict[Any, list[tuple[int, Tensor]]] = {}
+        for scope, p in members:
+            kinds.setdefault((p.dtype, p.device), []).append((scope, p))
+        self._lines = [_Line(own, self._size) for own in kinds.values()]
+        self._pieces: dict[str, list[Tensor]] = {name: [] for name in names}
+        self._flags: dict[str, list[int]] = {}
+        self._rows: list[Row] | None = None
+        self._reached: set[Tensor] = set()
+        self._whole = sum(p.nbytes for p in self._parameters)  # bytes of one set
+        self._alive = 0  # bytes of gradients that are not packed yet
+        self._flying: deque[tuple[int, Any]] = deque()  # messages on their way: bytes, and the work to wait for
+        self.outsiders: list[Tensor] = []
+
+    def arriving(self, gradient: Tensor) -> None:
+        """Makes room for a gradient of the next set: what is held and what is on its way stay one set together."""
+        self._alive += _bytes(gradient)
+        self._make_room(0)
+
+    def _make_room(self, more: int) -> None:
+        while self._flying and self._alive + sum(size for size, _ in self._flying) + more > self._whole:
+            self._flying.popleft()[1].wait()
+
+    def take(self, name: str, gradients: Gradients | None) -> None:
+        """Starts to average the set of one component, which it empties; None for one that is absent here."""
+        here = {} if gradients is None else gradients
+        flags = [0 if p not in here else 2 if here[p].is_sparse else 1 for p in self._parameters]
+        self._flags[name] = [*flags, int(gradients is not None)]
+        self._alive = sum(map(_bytes, here.values()))
+        for line in self._lines:
+            lengths = iter(line.messages)
+            message, filled = None, 0
+            for p in line.parameters:
+                gradient = here.pop(p, None)
+                source = None if gradient is None or gradient.is_sparse else _in_memory_order(p, gradient)
+                done = 0
+                while done < p.numel():
+                    if message is None:
+                        length = next(lengths)
+                        self._make_room(length * p.element_size())
+                        message, filled = p.new_zeros(length), 0
+                    count = min(p.numel() - done, len(message) - filled)
+                    if source is not None:
+                        message[filled : filled + count].copy_(source[done : done + count])
+                    done, filled = done + count, filled + count
+                    if filled == len(message):
+                        self._send(name, message)
+                        message = None
+                self._alive -= 0 if source is None else source.nbytes
+            if message is not None:
+                self._send(name, message)
+        self._alive = 0
+
+    def _send(self, name: str, message: Tensor) -> None:
+        piece = message.new_empty(len(message) // self._size)
+        message.div_(self._size)  # before the sum, which half precision could overflow
+        self._pieces[name].append(piece)
+        self._flying.append((message.nbytes, _reduce_scatter(piece, message, group=self._group, async_op=True)))
+
+    def rows(self) -> dict[Groups, list[Row]]:
+        """This replica's pieces, each of one scope; the other replicas hold the rest."""
+        if self._rows is None:
+            while self._flying:
+                self._flying.popleft()[1].wait()
+            self._reached = self._reached_anywhere()
+            self._rows = []
+            pieces = [iter(self._pieces[name]) for name in self.names]
+            for line in self._lines:
+                for scope, start, stop in line.parts(self._rank, self._size):
+                    if start == 0:
+                        row = [next(own) for own in pieces]
+                    self._rows.append((scope, [piece[start:stop] for piece in row]))
+        return {(self._group,): self._rows}
+
+    def _reached_anywhere(self) -> set[Tensor]:
+        """The parameters that some component reaches on some replica. The host reads it."""
+        table = [[*self._flags[name], len(self.outsiders)] for name in self.names]
+        anywhere = torch.tensor(table, dtype=torch.int32, device=self.device)
+        dist.all_reduce(anywhere, dist.ReduceOp.MAX, group=self._group)
+        reached: set[Tensor] = set()
+        for name, (*flags, present, outsiders) in zip(self.names, anywhere.tolist(), strict=True):
+            if present and not any(flags):
+                raise refuse_unreached(name)
+            if 2 in flags:
+                raise TypeError(
+                    f"component {name!r} has a sparse gradient (parameter of shape "
+                    f"{tuple(self._parameters[flags.index(2)].shape)}), and replicas average dense ones. Build the "
+                    "embedding with sparse=False"
+                )
+            reached.update(p for p, flag in zip(self._parameters, flags, strict=True) if flag)
+        if outsiders:
+            shapes = [tuple(p.shape) for p in self.outsiders] or "on another rank"
+            raise ValueError(_OUTSIDERS.format(shapes=shapes))
+        return reached
+
+    def gather(self, update: Sequence[Tensor]) -> Gradients:
+        """The update of the whole parameters, from what all replicas combined in place on their first pieces."""
+        pieces = iter(self._pieces[self.names[0]])
+        self._pieces, self._rows = {}, []
+        flats: list[Tensor] = []
+        works: list[Any] = []
+        for line in self._lines:
+            flats.append(line.parameters[0].new_empty(sum(line.messages)))
+            messages = flats[-1].split(line.messages) if line.messages else ()
+            works += [_all_gather(message, next(pieces), group=self._group, async_op=True) for message in messages]
+        for work in works:
+            work.wait()
+        return {
+            p: segment
+            for flat, line in zip(flats, self._lines, strict=True)
+            for p, segment in zip(line.parameters, _segments(flat, line.parameters), strict=True)
+            if p in self._reached
+        }
+
+
+_OUTSIDERS = (
+    "the components reach parameters that the optimizer does not have (shapes {shapes}), and under data_parallel they "
+    "would get no gradient. Give Steering(...) all parameters and step the optimizers plainly, or freeze these"
+)
+
+
+def _bytes(gradient: Tensor) -> int:
+    return 0 if gradient.is_sparse else gradient.nbytes
+
+
+class _Line:
+    """Parameters of one dtype and device, laid end to end and cut into messages."""
+
+    def __init__(self, members: Sequence[tuple[int, Tensor]], replicas: int) -> None:
+        self.parameters = [p for _, p in members]
+        total = sum(p.numel() for p in self.parameters)
+        length = min(max(total // _MESSAGES, _SHORTEST), _LONGEST)
+        length = -(-length // replicas) * replicas
+        full, rest = divmod(total, length)
+        self.messages = [length] * full + [-(-rest // replicas) * replicas] * (rest > 0)
+        self._scopes: list[tuple[int, int]] = []  # each scope and where it ends
+        position = 0
+        for scope, own in itertools.groupby(members, key=lambda member: member[0]):
+            position += sum(p.numel() for _, p in own)
+            self._scopes.append((scope, position))
+
+    def parts(self, rank: int, replicas: int) -> Iterator[tuple[int, int, int]]:
+        """The scopes within the pieces of one replica, message by message, as ranges within the piece."""
+        scopes, begin = deque(self._scopes), 0
+        for length in self.messages:
+            size = length // replicas
+            first = begin + rank * size
+            position = first
+            while position < first + size:
+                while len(scopes) > 1 and scopes[0][1] <= position:
+                    scopes.popleft()
+                scope, end = scopes[0]
+                # What pads the last message is zero, and counted to the last scope.
+                stop = first + size if len(scopes) == 1 else min(end, first + size)
+                yield scope, position - first, stop - first
+                position = stop
+            begin += length
+
+
+def _strides(p: Tensor) -> tuple[int, ...]:
+    """Those that autograd gives a gradient of ``p``."""
+    return p.stride() if p.is_contiguous() else torch.empty_like(p, device="meta").stride()
+
+
+def _in_memory_order(p: Tensor, gradient: Tensor) -> Tensor:
+    """The elements of a gradient in the order in which autograd lays out a gradient of ``p``."""
+    strides = _strides(p)
+    return gradient.permute(sorted(range(p.ndim), key=lambda dim: -strides[dim])).reshape(-1)
+
+
+def _segments(flat: Tensor, parameters: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The parts of ``flat`` that hold each parameter, in its shape and memory format."""
+    start = 0
+    for p in parameters:
+        # Fused kernels pair parameter and gradient in the order of memory.
+        yield flat[start : start + p.numel()].as_strided(p.shape, _strides(p))
+        start += p.numel()
+
+
+def _shard_groups(p: Any) -> Groups:
+    """The groups over which a DTensor is sharded, one per dimension of its mesh; none for a plain tensor."""
+    if not is_dtensor(p):
+        return ()
+    # Not is_shard(), which is false where FSDP2 shards what tensor parallelism has sharded along the same dimension.
+    return tuple(p.device_mesh.get_group(i) for i, place in enumerate(p.placements) if not place.is_replicate())
+
+
+def _local(p: Any, gradient: Any) -> Tensor:
+    """What this process holds of a gradient, placed as its parameter is: partial sums are summed first."""
+    local: Tensor = gradient.redistribute(p.device_mesh, p.placements).to_local() if is_dtensor(p) else gradient
+    return local
+
+
+def _like(p: Any, local: Tensor) -> Tensor:
+    """The gradient of ``p`` of which this process holds ``local``."""
+    if not is_dtensor(p):
+        return local
+    gradient: Tensor = type(p).from_local(local, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
+    return gradient
+
+
+Held: TypeAlias = "Whole | Replicas"

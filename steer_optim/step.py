@@ -1,0 +1,144 @@
+"""One step on its way: the micro-batches that it has seen, and how the gradient sets of the next one are taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steer_optim.agreement import Agreement
+from steer_optim.capture import (
+    Gradients,
+    capture,
+    capture_isolated,
+    evaluate,
+    graph,
+    refuse_unreached,
+    root_gradient,
+)
+from steer_optim.holding import Held, Replicas, Whole
+from steer_optim.memory import Last
+
+
+@dataclass
+class Pending:
+    """What micro-batches have accumulated: a set for each component, or one where the weights are known already."""
+
+    last: Last | None  # whose weights are used, if they are known already
+    sets: dict[str, Gradients] = field(default_factory=dict)
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    parameters: set[Tensor] = field(default_factory=set)  # that required grad in one of them
+    scale: Tensor | float = 0.0  # what the losses are multiplied by, summed over micro-batches
+
+    def take(self, name: str, gradients: Gradients | None) -> None:
+        """Keeps one set for the next micro-batch."""
+        if gradients is not None:
+            self.sets[name] = gradients
+
+
+@dataclass
+class Step:
+    """One call of a step, and the parameters as they are now."""
+
+    names: tuple[str, ...]
+    scopes: list[list[Tensor]]
+    parameters: list[Tensor]
+    others: list[Tensor]  # of other steerings
+    replicas: Any  # a process group, or None
+    averaged: bool  # whether a plain backward pass may be averaged over the replicas by a reducer
+    scale: Tensor | None
+    retain_graph: bool
+    first: bool = False  # whether the replicas compared their parameters in this call
+    pending: Pending = field(default_factory=lambda: Pending(None))
+
+    def begin(self, pending: Pending) -> None:
+        """Goes on from earlier micro-batches."""
+        self.pending = pending
+        pending.parameters.update(self.parameters)
+        pending.scale = pending.scale + (1.0 if self.scale is None else self.scale.detach())
+
+    @property
+    def isolated(self) -> bool:
+        """Whether the sets are averaged here, and taken past any reducer."""
+        return self.replicas is not None and not (self.pending.last is not None and self.averaged)
+
+    def hold(self) -> Held:
+        """What takes the sets of the step."""
+        names = self.names if self.pending.last is None else (" + ".join(self.names),)
+        parameters = [[p for p in own if p in self.pending.parameters] for own in self.scopes]
+        return Replicas(names, parameters, self.replicas) if self.isolated else Whole(names, parameters)
+
+    def capture(self, losses: Mapping[str, Any], held: Held | Pending) -> Iterator[tuple[str, Gradients | None]]:
+        """The set of each component, None for one that is absent; or the one set of their weighted sum."""
+        pending, last = self.pending, self.pending.last
+        if last is None:
+            for name, loss, keep in evaluate(losses, retain_graph=self.retain_graph):
+                own = pending.sets.pop(name, None)
+                if loss is not None:
+                    own = self._backpropagate({name: loss}, {}, own or {}, keep, held)
+                    del loss  # and its graph, before the next one is built
+                yield name, own
+            return
+        label, weights = " + ".join(self.names), dict(zip(self.names, last.weights, strict=True))
+        own = pending.sets.pop(label, {})
+        tensors = {name: loss for name, loss in losses.items() if isinstance(loss, Tensor)}
+        if tensors:
+            own = self._backpropagate(tensors, weights, own, self.retain_graph, held)
+        callables = {name: loss for name, loss in losses.items() if name not in tensors}
+        for name, loss, keep in evaluate(callables, retain_graph=self.retain_graph):
+            if loss is not None:
+                own = self._backpropagate({name: loss}, weights, own, keep, held)
+                del loss
+        yield label, own
+
+    def _backpropagate(
+        self,
+        losses: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor],
+        own: Gradients,
+        retain_graph: bool,
+        held: Held | Pending,
+    ) -> Gradients:
+        """One backward pass from some losses at once, each times its weight, added to the set ``own``."""
+        terms = list(losses.values())
+        roots = [root_gradient(loss, (weights.get(name), self.scale)) for name, loss in losses.items()]
+        for name, loss in losses.items():
+            before = self.pending.losses.get(name)
+            self.pending.losses[name] = loss.detach() if before is None else before + loss.detach()
+        if self.isolated:
+            arriving: Callable[[Tensor], None] | None = None
+            if isinstance(held, Replicas):
+                arriving = held.arriving
+                held.outsiders.extend(self._outsiders(terms) if self.first else ())
+            return capture_isolated(terms, roots, self.parameters, own, retain_graph=retain_graph, arriving=arriving)
+        reducer = self.replicas is not None
+        own = capture(
+            terms, roots, self.parameters, own, retain_graph=retain_graph, others=self.others, reducer=reducer
+        )
+        if not own and not reducer:
+            raise refuse_unreached(" + ".join(losses))
+        return own
+
+    def _outsiders(self, losses: Sequence[Tensor]) -> Iterable[Tensor]:
+        """Parameters that the losses reach and that no steering has."""
+        known = {*self.others, *(p for own in self.scopes for p in own)}
+        leaves = (getattr(node, "variable", None) for node in graph(losses))
+        return [p for p in leaves if isinstance(p, torch.nn.Parameter) and p not in known]
+
+    def average(self, held: Held, agreement: Agreement) -> Held:
+        """What is held, averaged over the replicas by now at the latest."""
+        if self.replicas is None or not isinstance(held, Whole):
+            return held
+        ((label, own),) = held.sets.items()
+        if agreement.averages is None:
+            agreement.try_averages(self.replicas, own, self.parameters)
+        if agreement.averages:
+            agreement.note([*own.values()])
+            return held
+        self.averaged = False
+        held = self.hold()
+        held.take(label, own)
+        return held
