@@ -219,27 +219,20 @@ def _unshared(gradients: Gradients) -> Gradients:
     After ``a.view(2, 2) + b.view(2, 2)`` autograd makes two views of one tensor the gradients of ``a`` and ``b``, and
     what is then done in place to either is done to both. A complex gradient may be a conjugate that is yet to be taken.
     """
-    seen: dict[int, list[Tensor]] = {}  # by storage
-    result: Gradients = {}
-    for p, gradient in gradients.items():
-        if gradient.layout is torch.strided and not is_dtensor(gradient):
-            gradient = gradient.resolve_conj().resolve_neg()
-            neighbours = seen.setdefault(gradient.untyped_storage().data_ptr(), [])
-            if any(_overlap(gradient, other) for other in neighbours):
-                gradient = gradient.clone()
-            neighbours.append(gradient)
-        result[p] = gradient
+    result = {p: g.resolve_conj().resolve_neg() if g.is_complex() or g.is_neg() else g for p, g in gradients.items()}
+    by_storage: dict[int, list[Tensor]] = {}
+    for p, g in result.items():
+        if g.layout is torch.strided and not is_dtensor(g):
+            by_storage.setdefault(g.untyped_storage().data_ptr(), []).append(p)
+    for members in by_storage.values():
+        reached = 0
+        for p in sorted(members, key=lambda p: result[p].data_ptr()) if len(members) > 1 else ():
+            g = result[p]
+            last = sum((size - 1) * stride for size, stride in zip(g.shape, g.stride(), strict=True))
+            if g.data_ptr() < reached:
+                result[p] = g.clone()
+            reached = max(reached, g.data_ptr() + (last + 1) * g.element_size())
     return result
-
-
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether the memory that two tensors span has a byte in common."""
-
-    def stop(t: Tensor) -> int:
-        last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-        return t.data_ptr() + (last + 1) * t.element_size()
-
-    return a.data_ptr() < stop(b) and b.data_ptr() < stop(a)
 
 
 def is_dtensor(tensor: Tensor) -> bool:

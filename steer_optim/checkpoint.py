@@ -7,10 +7,13 @@ optimizer, before anything is changed.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
+import re
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,14 +39,15 @@ def save(path: str | os.PathLike[str], optimizer: Optimizer, *, extra: Mapping[s
     hidden temporary file, which nothing reads. On several processes that hold the same state, one of them saves.
 
     Args:
-        path: of the file, by convention ``*.safetensors``; replaced if it exists.
+        path: of the file, by convention ``*.safetensors``; replaced if it exists, and keeps its mode then. Of a
+            symbolic link, the file that it points to.
         optimizer: any torch optimizer; of a ``SteeredOptimizer``, the state of the rule is saved too.
         extra: anything else that training needs to continue, so that all is of one step: the model, the step, random
             states, a ``Monitor.state_dict()``. Tensors, None, bool, int, float, str, and lists, tuples and dicts of
             them.
 
     Raises:
-        FileNotFoundError: there is no such directory.
+        OSError: the file could not be written: there is no such directory, no right to write there, no space.
         TypeError: a value of another type, a tensor that safetensors cannot hold, or a DTensor, which
             ``torch.distributed.checkpoint`` saves; the message says where it is.
 
@@ -73,18 +77,27 @@ def save(path: str | os.PathLike[str], optimizer: Optimizer, *, extra: Mapping[s
         "structure": structure,
         "sha256": _digest(structure, tensors),
     }
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no directory {path.parent} to save {path.name} in: make it first")
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
+        temporary.touch()  # with the mode that the umask leaves
+        mode = (path if path.exists() else temporary).stat().st_mode
         save_file(tensors, temporary, metadata)
+        temporary.chmod(mode & 0o7777)
         _flush(temporary, os.O_RDWR)
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError | SafetensorError):
+            found = re.search(r"(?:os error |code: )(\d+)", str(error))
+            number = getattr(error, "errno", None) or (int(found[1]) if found else None)
+            reason = os.strerror(number) if number else str(error)
+            raise OSError(number, f"could not save, and left what was there: {reason}", str(path)) from error
         raise
-    if os.name == "posix":  # elsewhere a directory cannot be opened, and a rename needs no flush
+    with contextlib.suppress(OSError):  # the file is there by now; and not every system can open a directory
         _flush(path.parent, os.O_RDONLY)
 
 
@@ -99,8 +112,10 @@ def load(path: str | os.PathLike[str], optimizer: Optimizer) -> dict[str, Any]:
     Returns:
         ``extra`` as it was saved, tensors on the CPU.
 
+    The checksum in the file finds damage. It is no signature: who can write the file can make it fit.
+
     Raises:
-        FileNotFoundError: there is no such file.
+        OSError: there is no such file, or no right to read it.
         ValueError: the file is truncated, damaged, of another kind or of a newer version, or does not fit the
             optimizer. The optimizer is then unchanged.
     """
@@ -108,14 +123,29 @@ def load(path: str | os.PathLike[str], optimizer: Optimizer) -> dict[str, Any]:
     content = _read(path)
     if content["class"] != _class(optimizer):
         raise ValueError(f"{path} holds the state of {content['class']}; the optimizer is {_class(optimizer)}")
-    _check_parameters(path, content["parameters"], _parameters(optimizer))
-    optimizer.load_state_dict(content["optimizer"])
+    try:
+        _check_parameters(path, content["parameters"], _parameters(optimizer))
+        optimizer.load_state_dict(content["optimizer"])
+    except (TypeError, KeyError, AttributeError, IndexError) as error:
+        raise ValueError(f"{path} was altered: {error!r}; take an older checkpoint") from error
     extra: dict[str, Any] = content["extra"]
     return extra
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The verified content of a file."""
+    """The verified content of a file, which another process may replace at any time: safetensors opens it twice."""
+    while True:
+        with path.open("rb") as file:  # whose errors tell a file that is missing from one that may not be read
+            before = os.fstat(file.fileno())
+        try:
+            return _read_once(path)
+        except ValueError:
+            now = path.stat()
+            if (now.st_ino, now.st_mtime_ns) == (before.st_ino, before.st_mtime_ns):
+                raise
+
+
+def _read_once(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -137,7 +167,11 @@ def _read(path: Path) -> dict[str, Any]:
     structure = metadata.get("structure", "")
     if _digest(structure, tensors) != metadata.get("sha256"):
         raise ValueError(f"{path} is damaged or was altered: its checksum is wrong; take an older checkpoint")
-    return {key: _decode(value, tensors) for key, value in json.loads(structure).items()}
+    try:
+        content = {key: _decode(value, tensors) for key, value in json.loads(structure).items()}
+        return {key: content[key] for key in ("class", "parameters", "optimizer", "extra")}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} was altered: {error!r}; take an older checkpoint") from error
 
 
 def _encode(value: Any, where: str, tensors: dict[str, Tensor]) -> object:
@@ -176,8 +210,13 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return tuple(_decode(content, tensors))
     if kind == "dict":
         return {_decode(key, tensors): _decode(item, tensors) for key, item in content}
+    if kind != "tensor":
+        raise ValueError(f"there is nothing like {kind!r}")
     name, stride = content
     tensor = tensors[name]  # may be a map of the file
+    steps = sorted((step, size) for step, size in zip(stride, tensor.shape, strict=True) if size != 1)
+    if any(step != math.prod(size for _, size in steps[:i]) for i, (step, _) in enumerate(steps)) and tensor.numel():
+        raise ValueError(f"strides {stride} of {name} do not fit its shape {tuple(tensor.shape)}")
     return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype).copy_(tensor)
 
 

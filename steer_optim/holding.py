@@ -167,7 +167,8 @@ class Replicas:
         anywhere = torch.tensor(table, dtype=torch.int32, device=self.device)
         dist.all_reduce(anywhere, dist.ReduceOp.MAX, group=self._group)
         reached: set[Tensor] = set()
-        for name, (*flags, present, outsiders) in zip(self.names, anywhere.tolist(), strict=True):
+        table = anywhere.tolist()
+        for name, (*flags, present, _) in zip(self.names, table, strict=True):
             if present and not any(flags):
                 raise refuse_unreached(name)
             if 2 in flags:
@@ -177,7 +178,7 @@ class Replicas:
                     "embedding with sparse=False"
                 )
             reached.update(p for p, flag in zip(self._parameters, flags, strict=True) if flag)
-        if outsiders:
+        if table[0][-1]:
             shapes = [tuple(p.shape) for p in self.outsiders] or "on another rank"
             raise ValueError(_OUTSIDERS.format(shapes=shapes))
         return reached
