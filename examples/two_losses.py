@@ -31,9 +31,9 @@ def losses(w):
     }
 
 
-def train(rule, *, steps=1200):
+def train(rule, *, steps=1200, refresh_every=1):
     w = torch.tensor(START, requires_grad=True)
-    optimizer = SteeredOptimizer(torch.optim.SGD([w], lr=0.004), rule)
+    optimizer = SteeredOptimizer(torch.optim.SGD([w], lr=0.004), rule, refresh_every=refresh_every)
     monitor, path = Monitor(), [w.tolist()]
     for _ in range(steps):
         optimizer.zero_grad()

@@ -66,7 +66,8 @@ class Agreement:
         digest = sum((_bits(t.to(device)) for t in memory), start=none) & _MASK
         trouble = none if self._trouble is None else self._trouble
         update = none if self._update is None else self._update
-        mine = torch.cat([torch.tensor(sums, device=device), torch.stack([digest, update, trouble])])
+        # Filled one by one: a tensor made from a list would be a copy from the host that the device waits for.
+        mine = torch.stack([*(none.new_full((), number) for number in sums), digest, update, trouble])
         extremes = _extremes(mine, group)
         if not read:
             self._trouble = (extremes[0, 1:] != extremes[1, 1:]).any().to(torch.int64) | trouble

@@ -344,7 +344,7 @@ class Steering:
     def _weigh(self, G: Tensor, pending: Pending) -> tuple[Tensor, Memory]:
         """The weights ``(S, k)`` of the sets that are held, and what is remembered of the step."""
         names, old, last = self._names, self._memory, pending.last
-        scale = torch.as_tensor(pending.scale, device=G.device, dtype=G.dtype)
+        scale = pending.scale.to(G) if isinstance(pending.scale, Tensor) else G.new_full((), pending.scale)
         losses = stack_losses([pending.losses.get(name) for name in names], G)
         if last is None:
             weights, state = self.rule(G, names, carry_over(old.state, self.rule.init(G, names)))

@@ -4,6 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from steer_optim import Steer
+from steer_optim.steering import BOUND
+
 pytest.importorskip("matplotlib")
 
 
@@ -63,3 +66,13 @@ def test_both_begin_as_one_and_the_side_loss_pays(runs):
     plain, steered = runs["plain sum"][0], runs["steered"][0]
     assert torch.equal(plain[:40], steered[:40])  # no conflict yet: steering changes nothing
     assert runs["steered"][1]["steer/loss/side"][-1] > runs["plain sum"][1]["steer/loss/side"][-1]
+
+
+def test_weights_of_earlier_steps_do_not_lead_astray(example):
+    """The default rule, whose target all but vanishes in the valley."""
+    exact, _ = example.train(Steer("main"))
+    path, _ = example.train(Steer("main"), refresh_every=10)
+    lengths = path.diff(dim=0).norm(dim=1) / 0.004
+    assert lengths.max() <= BOUND * (exact.diff(dim=0).norm(dim=1) / 0.004).max()
+    assert example.losses(path[-1])["main"] < 0.01  # the band of the picture
+    assert (path[-1] - exact[-1]).norm() < 0.05
