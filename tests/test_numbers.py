@@ -99,4 +99,5 @@ def test_float32_is_good_to_a_thousandth_at_any_angle(cosine, dtype, seed):
     geometry = SteeredOptimizer(torch.optim.SGD([p]), Steer("g0")).backward_components(linear(p, a, b))
     exact = (a.double() + b.double()).norm()
     clear([p])
-    assert abs(geometry.sum_norm - exact) <= 1e-3 * exact + 1e-12
+    # Down to a ten millionth of the parts, where the squares of float64 end.
+    assert abs(geometry.sum_norm - exact) <= 1e-3 * exact + 1e-7 * a.norm()
