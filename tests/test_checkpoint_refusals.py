@@ -2,14 +2,17 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from saving import assert_identical, snapshot, trained
 
@@ -166,3 +169,167 @@ def test_a_missing_directory_is_named(tmp_path):
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
     with pytest.raises(FileNotFoundError, match="no directory"):
         checkpoint.save(tmp_path / "missing" / "optimizer.safetensors", optimizer)
+
+
+# What other processes, the disk and other hands do to a file.
+
+
+def saving_forever(path, stop):
+    torch.manual_seed(1)
+    optimizer = trained()
+    while not stop.exists():
+        checkpoint.save(path, optimizer, extra={"step": time.time()})
+
+
+def test_a_load_while_another_process_saves_succeeds(tmp_path):
+    path, stop = tmp_path / "x", tmp_path / "stop"
+    checkpoint.save(path, trained(), extra={"step": 0.0})
+    saver = multiprocessing.get_context("spawn").Process(target=saving_forever, args=(path, stop))
+    saver.start()
+    try:
+        optimizer, steps, end = trained(), set(), time.time() + 8
+        while len(steps) < 150 and time.time() < end:
+            steps.add(checkpoint.load(path, optimizer)["step"])
+    finally:
+        stop.touch()
+        saver.join()
+    assert len(steps) > 10  # they are of many saves
+
+
+def test_a_file_that_is_replaced_between_two_looks_is_looked_at_again(tmp_path, monkeypatch):
+    path, optimizer = tmp_path / "x", trained()
+    checkpoint.save(path, optimizer, extra={"step": 1})
+    good, calls = path.read_bytes(), []
+    path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    read = checkpoint._read_once
+
+    def replaced(path):
+        calls.append(path)
+        try:
+            return read(path)
+        finally:
+            other = path.with_name("other")
+            other.write_bytes(good)
+            os.replace(other, path)
+
+    monkeypatch.setattr(checkpoint, "_read_once", replaced)
+    assert checkpoint.load(path, optimizer)["step"] == 1
+    assert len(calls) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs limits of a process")
+def test_a_disk_that_is_full_is_an_oserror_with_the_path(tmp_path):
+    path = tmp_path / "x"
+    checkpoint.save(path, trained(), extra={"step": 1})
+    before = path.read_bytes()
+    code = (
+        "import resource, signal, sys, torch\n"
+        "from steer_optim import checkpoint\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))\n"
+        "optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])\n"
+        "try:\n"
+        "    checkpoint.save(sys.argv[1], optimizer, extra={'large': torch.zeros(2**20)})\n"
+        "except OSError as error:\n"
+        "    assert error.filename == sys.argv[1], error\n"
+        "    print(error.errno, error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"{errno.EFBIG} "), done.stdout
+    assert "could not save, and left what was there" in done.stdout
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize(("text", "kind"), [("os error 28", OSError), ("os error 13", PermissionError)])
+def test_errors_of_safetensors_are_those_of_the_system(tmp_path, monkeypatch, text, kind):
+    def full(*_):
+        raise SafetensorError(f"Error while serializing: I/O error: something ({text})")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(kind, match="could not save") as raised:
+        checkpoint.save(tmp_path / "x", trained())
+    assert raised.value.errno == int(text.split()[-1])
+    assert raised.value.filename == str(tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_may_not_be_read_is_not_missing(tmp_path, monkeypatch):
+    path = tmp_path / "x"
+    checkpoint.save(path, trained())
+
+    def refused(self, *arguments):
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(type(path), "open", refused)
+    with pytest.raises(PermissionError):
+        checkpoint.load(path, trained())
+
+
+def test_saving_through_a_link_writes_its_target(tmp_path):
+    target, link = tmp_path / "target", tmp_path / "link"
+    link.symlink_to(target)
+    for step in range(2):
+        checkpoint.save(link, trained(), extra={"step": step})
+        assert link.is_symlink()
+        assert checkpoint.load(target, trained())["step"] == step
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_the_mode_is_that_of_the_umask_or_of_the_file_that_was_there(tmp_path, umask):
+    path, before = tmp_path / "x", os.umask(umask)
+    try:
+        checkpoint.save(path, trained())
+        assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+        path.chmod(0o640)
+        checkpoint.save(path, trained())
+        assert path.stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(before)
+
+
+def test_a_directory_that_cannot_be_flushed_is_no_failure(tmp_path, monkeypatch):
+    def fsync(descriptor):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    checkpoint.save(tmp_path / "x", trained(), extra={"step": 1})
+    assert checkpoint.load(tmp_path / "x", trained())["step"] == 1
+
+
+def signed_again(path, change):
+    """The file with another structure and a checksum that fits it."""
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    structure = change(metadata["structure"])
+    digest = checkpoint._digest(structure, tensors)
+    save_file(tensors, path, {**metadata, "structure": structure, "sha256": digest})
+
+
+SIGNED = {
+    "no optimizer": lambda s: json.dumps({k: v for k, v in json.loads(s).items() if k != "optimizer"}),
+    "an empty optimizer": lambda s: json.dumps({**json.loads(s), "optimizer": {"dict": []}}),
+    "no parameters": lambda s: json.dumps({**json.loads(s), "parameters": 7}),
+    "a tensor that is not there": lambda s: json.dumps(
+        with_tensors(json.loads(s), lambda n, strides: [n + "?", strides])
+    ),
+    "another kind": lambda s: s.replace('"tuple"', '"set"').replace('{"tensor"', '{"array"'),
+    "deep": lambda s: s[:-1] + ', "extra": ' + "[" * 10**5 + "]" * 10**5 + "}",
+    "no JSON": lambda s: s[:-1],
+    "huge strides": lambda s: json.dumps(with_tensors(json.loads(s), lambda n, strides: [n, [10**9] * len(strides)])),
+}
+
+
+def with_tensors(value, change):
+    if isinstance(value, dict):
+        return {key: change(*v) if key == "tensor" else with_tensors(v, change) for key, v in value.items()}
+    return [with_tensors(item, change) for item in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("change", SIGNED.values(), ids=SIGNED)
+def test_a_file_that_was_signed_again_after_tampering_is_a_valueerror(saved, tmp_path, change):
+    path = tmp_path / "x"
+    path.write_bytes(saved.read_bytes())
+    signed_again(path, change)
+    load_refused(path, trained(), "was altered|holds the state|sizes")

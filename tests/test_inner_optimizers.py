@@ -239,9 +239,7 @@ def test_memory_that_was_tampered_with_is_refused_before_anything_changes(change
     other = SteeredOptimizer(AdamW(model.parameters(), lr=0.1), **options)
     before = memory(other), copy.deepcopy(other.inner.state_dict())
     start = time.perf_counter()
-    with pytest.raises(
-        ValueError, match=r"param_groups\[0\]\['steer_optim'\], is damaged .*: take an older checkpoint"
-    ):
+    with pytest.raises(ValueError, match=r"param_groups\[0\]\['steer_optim'\], is damaged .*: take an older"):
         other.load_state_dict(bad)
     assert time.perf_counter() - start < 5  # seconds; a list of ten million numbers took 15
     assert (memory(other), other.inner.state_dict()) == before
