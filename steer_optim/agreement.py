@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_MASK = 2**31 - 1
+_ODD = 0x9E3779B97F4A7C15 - 2**64
 _SAMPLED = 8  # tensors of an update
 
 
@@ -63,7 +63,7 @@ class Agreement:
         device = parameters[0].device
         none = torch.zeros((), dtype=torch.int64, device=device)
         sums = [int(not self._compared), *(zlib.crc32(fact.encode()) for fact in facts.values())]
-        digest = sum((_bits(t.to(device)) for t in memory), start=none) & _MASK
+        digest = sum((_bits(t.to(device)) for t in memory), start=none)
         trouble = none if self._trouble is None else self._trouble
         update = none if self._update is None else self._update
         # Filled one by one: a tensor made from a list would be a copy from the host that the device waits for.
@@ -111,7 +111,7 @@ class Agreement:
     def note(self, update: Sequence[Tensor]) -> None:
         """Remembers a sample of an update for the next check."""
         sample = update[:: max(1, len(update) // _SAMPLED)]
-        self._update = torch.stack([_bits(g.flatten()[:1024]).to(update[0].device) for g in sample]).sum() & _MASK
+        self._update = torch.stack([_bits(g.flatten()[:1024]).to(update[0].device) for g in sample]).sum()
 
 
 def _extremes(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -122,7 +122,7 @@ def _extremes(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _differing(sums: Sequence[Tensor], group: dist.ProcessGroup) -> list[int]:
-    highest, lowest = _extremes(torch.stack(list(sums)) & _MASK, group).tolist()
+    highest, lowest = _extremes(torch.stack(list(sums)), group).tolist()
     return [i for i, (high, low) in enumerate(zip(highest, lowest, strict=True)) if high != low]
 
 
@@ -132,4 +132,5 @@ def _bits(t: Tensor) -> Tensor:
     t = torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
     if t.dtype is not torch.bool:
         t = t.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
-    return t.sum(dtype=torch.int64)
+    # A few random-looking bits of it, so that sums of several do not overflow: the upper ones of a product that wraps.
+    return (t.sum(dtype=torch.int64) * _ODD >> 32) & (2**31 - 1)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -25,8 +26,10 @@ from steer_optim.capture import Gradients, is_dtensor, refuse_unreached
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
-# A message is a 64th of a set, so that little is held twice while it is packed, within what is worth a message.
-_MESSAGES, _SHORTEST, _LONGEST = 64, 2**15, 2**24
+# A message is a 128th of a set, so that little is held twice while it is packed, within what is worth a message.
+_MESSAGES, _SHORTEST, _LONGEST = 128, 2**15, 2**24
+
+_COPYING = ("gloo",)  # backends whose reduce-scatter is an all-reduce of a copy
 
 Row: TypeAlias = tuple[int, list["Tensor | None"]]
 """A scope, and what is held here of one parameter's gradient in each of the ``k`` sets."""
@@ -97,18 +100,26 @@ class Replicas:
         self._rows: list[Row] | None = None
         self._reached: set[Tensor] = set()
         self._whole = sum(p.nbytes for p in self._parameters)  # bytes of one set
+        self._largest = max(p.nbytes for p in self._parameters)
         self._alive = 0  # bytes of gradients that are not packed yet
-        self._flying: deque[tuple[int, Any]] = deque()  # messages on their way: bytes, and the work to wait for
+        self._flying: deque[_Message] = deque()
+        # A thread of gloo may hold a message a little longer; what it frees is in no memory profile of this one.
+        self._landed: deque[_Message] = deque(maxlen=3)
+        self._in_place = dist.get_backend(group) in _COPYING
         self.outsiders: list[Tensor] = []
 
     def arriving(self, gradient: Tensor) -> None:
         """Makes room for a gradient of the next set: what is held and what is on its way stay one set together."""
         self._alive += _bytes(gradient)
-        self._make_room(0)
+        self._make_room(self._largest)  # for the one that follows, which is seen when it is there
 
     def _make_room(self, more: int) -> None:
-        while self._flying and self._alive + sum(size for size, _ in self._flying) + more > self._whole:
-            self._flying.popleft()[1].wait()
+        while self._flying and self._alive + sum(message.flat.nbytes for message in self._flying) + more > self._whole:
+            self._land()
+
+    def _land(self) -> None:
+        self._landed.append(self._flying.popleft())
+        self._landed[-1].land()
 
     def take(self, name: str, gradients: Gradients | None) -> None:
         """Starts to average the set of one component, which it empties; None for one that is absent here."""
@@ -140,17 +151,22 @@ class Replicas:
                 self._send(name, message)
         self._alive = 0
 
-    def _send(self, name: str, message: Tensor) -> None:
-        piece = message.new_empty(len(message) // self._size)
-        message.div_(self._size)  # before the sum, which half precision could overflow
+    def _send(self, name: str, flat: Tensor) -> None:
+        size = len(flat) // self._size
+        flat.div_(self._size)  # before the sum, which half precision could overflow
+        piece = flat.new_empty(size)
         self._pieces[name].append(piece)
-        self._flying.append((message.nbytes, _reduce_scatter(piece, message, group=self._group, async_op=True)))
+        if self._in_place:
+            work, own = dist.all_reduce(flat, group=self._group, async_op=True), flat.narrow(0, self._rank * size, size)
+        else:
+            work, own = _reduce_scatter(piece, flat, group=self._group, async_op=True), piece
+        self._flying.append(_Message(flat, work, piece, own))
 
     def rows(self) -> dict[Groups, list[Row]]:
         """This replica's pieces, each of one scope; the other replicas hold the rest."""
         if self._rows is None:
             while self._flying:
-                self._flying.popleft()[1].wait()
+                self._land()
             self._reached = self._reached_anywhere()
             self._rows = []
             pieces = [iter(self._pieces[name]) for name in self.names]
@@ -207,6 +223,21 @@ _OUTSIDERS = (
     "the components reach parameters that the optimizer does not have (shapes {shapes}), and under data_parallel they "
     "would get no gradient. Give Steering(...) all parameters and step the optimizers plainly, or freeze these"
 )
+
+
+@dataclass
+class _Message:
+    """A part of a set on its way, and where this replica's piece of the mean arrives."""
+
+    flat: Tensor
+    work: Any
+    piece: Tensor
+    arrived: Tensor
+
+    def land(self) -> None:
+        self.work.wait()
+        if self.arrived is not self.piece:
+            self.piece.copy_(self.arrived)
 
 
 def _bytes(gradient: Tensor) -> int:
