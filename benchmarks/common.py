@@ -119,17 +119,36 @@ def _processor() -> str:
     return names[0].split(":")[1].strip() if names else platform.processor() or platform.machine()
 
 
+class _Parser(argparse.ArgumentParser):
+    def parse_args(self, *arguments: Any) -> argparse.Namespace:  # type: ignore[override]
+        options = super().parse_args(*arguments)
+        options.partial = any(
+            value != self.get_default(key) for key, value in vars(options).items() if key != "results"
+        )
+        return options
+
+
 def parser(doc: str | None) -> argparse.ArgumentParser:
-    """A parser with the one option of every benchmark: where its result goes."""
-    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    """A parser with the one option of every benchmark: where its result goes.
+
+    ``options.partial`` says whether any other option is not at its default, so that the run is not the whole.
+    """
+    parser = _Parser(description=(doc or "").splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the dated result files")
     return parser
 
 
-def write(name: str, result: Mapping[str, Any], folder: Path) -> Path:
-    """Writes ``<name>-<date>.json`` with the facts of the machine."""
+def use_one_core() -> None:
+    """One thread, on one core for as long as the process lives: the last of those it may use, the least in demand."""
+    torch.set_num_threads(1)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+
+def write(name: str, result: Mapping[str, Any], folder: Path, *, partial: bool = False) -> Path:
+    """Writes ``<name>-<date>.json`` with the facts of the machine; a partial run under a name that no page reads."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}-{date.today().isoformat()}.json"
+    path = folder / f"{name}-{'partial-' * partial}{date.today().isoformat()}.json"
     path.write_text(json.dumps({"machine": machine(), **result}, indent=1) + "\n")
     print(f"written to {path}")
     return path

@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--eager-gib", type=float, default=16, help="memory up to which the eager form is run")
     parser.add_argument("--one", nargs=4, metavar=("N", "V", "HEAD", "WAY"), help="measure in this process")
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    common.use_one_core()
     if options.one:
         N, V, head, way = options.one
         print(json.dumps(measure_here(int(N), int(V), head, way)))
@@ -135,7 +135,7 @@ def main() -> None:
                 rows.append(measure(N, V, head, repeats=options.repeats, eager_gib=options.eager_gib))
                 print(rows[-1], flush=True)
     result = {"width": WIDTH, "repeats": options.repeats, "rows": rows}
-    common.write("losses_cost", result, options.results)
+    common.write("losses_cost", result, options.results, partial=options.partial)
     print(markdown(result))
 
 

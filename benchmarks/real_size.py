@@ -319,7 +319,7 @@ def main() -> None:
         "rows": measure(bench, repeats=options.repeats),
     }
     if not options.tiny:
-        common.write("real_size", result, options.results)
+        common.write("real_size", result, options.results, partial=options.partial)
     print(markdown(result))
 
 

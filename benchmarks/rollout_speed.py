@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import parser, quartiles, table, take_turns, write
+from benchmarks.common import parser, quartiles, table, take_turns, use_one_core, write
 from benchmarks.vlm_models import SETTINGS, Setting, make
 from steer_optim.vlm.rollout import rollout
 from steer_optim.vlm.views import image_ids
@@ -147,11 +147,11 @@ def main() -> None:
     arguments.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     arguments.add_argument("--repeats", type=int, default=5)
     options = arguments.parse_args()
-    torch.set_num_threads(1)
+    use_one_core()
     rows = [row for name in options.settings for row in measure(name, options.repeats)]
     settings = {name: make(name).describe() for name in options.settings}
     result = {"repeats": options.repeats, "settings": settings, "rows": rows}
-    write("rollout_speed", result, options.results)
+    write("rollout_speed", result, options.results, partial=options.partial)
     print(markdown(result))
 
 

@@ -13,25 +13,29 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-import torch
-
 from benchmarks import common, variants, workloads
-from benchmarks.variants import AUTOGRAM, BARE, FLATTENED, OWN_PCGRAD, PLAIN, STALE, STEER, TORCHJD
+from benchmarks.variants import AUTOGRAM, BARE, BY_TENSOR, FLATTENED, OWN_PCGRAD, PLAIN, STALE, STEER, TORCHJD
 
 REFRESH = (10, 50)
 DISJOINT = (PLAIN, STEER, *TORCHJD, FLATTENED)
+TINY = (PLAIN, BARE, STEER, BY_TENSOR, STALE)  # the others take minutes for a step of 20,000 tensors
 README = (PLAIN, BARE, STEER, OWN_PCGRAD, *(f"{STEER}, refresh_every={n}" for n in REFRESH), *TORCHJD, FLATTENED)
+
+
+SWEPT = ("transformer", "mlp", "adapters")  # the others are measured for two components of one graph
 
 
 def measure(model: str, k: int, *, disjoint: bool = False, repeats: int) -> list[dict[str, Any]]:
     """A row per variant."""
-    names = DISJOINT if disjoint else variants.EVERY
+    names = DISJOINT if disjoint else TINY if model == "tiny tensors" else variants.EVERY
     made = variants.make(workloads.make(model), k, names, disjoint=disjoint)
     times = common.take_turns({name: variant.step for name, variant in made.items()}, repeats=repeats)
     for n in REFRESH if STALE in times else ():
         pairs = zip(times[STEER], times[STALE], strict=True)
         times[f"{STEER}, refresh_every={n}"] = [(exact + (n - 1) * stale) / n for exact, stale in pairs]
     times.pop(STALE, None)
+    routes = [times[name] for name in (*TORCHJD, AUTOGRAM) if name in times]
+    best = min(routes, key=statistics.median, default=None)
     return [
         {
             "model": model,
@@ -42,6 +46,7 @@ def measure(model: str, k: int, *, disjoint: bool = False, repeats: int) -> list
             "ratio to plain": common.ratio(seconds, times[PLAIN]),
             "quartiles to plain": common.quartiles(seconds, times[PLAIN])[::2],
             **(_to_bare(seconds, times[BARE]) if BARE in times else {}),
+            **({"quartiles to TorchJD": common.quartiles(seconds, best)} if best and name == STEER else {}),
         }
         for name, seconds in times.items()
     ]
@@ -84,27 +89,22 @@ def table(
 
 def markdown(result: dict[str, Any]) -> str:
     """The table that the README quotes."""
-    columns = [(model, k) for model, k in settings(result, "one") if k < 4]
+    columns = [(model, k) for model, k in settings(result, "one") if k < 4 and model != "tiny tensors"]
     return table(result, README, columns, key="ratio to plain")
-
-
-def best_torchjd(result: dict[str, Any], model: str, k: int, *, graphs: str = "one") -> float:
-    """The step time over that of a plain step of whichever route of TorchJD is the fastest here."""
-    found = [value(result, model, k, name, "ratio to plain", graphs) for name in (*TORCHJD, AUTOGRAM)]
-    return min(x for x in found if x is not None)
 
 
 def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--models", nargs="+", default=list(workloads.MAKE), choices=list(workloads.MAKE))
     parser.add_argument("--components", nargs="+", type=int, default=[2, 3, 5], metavar="K")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    common.use_one_core()
 
     rows = []
     for model in options.models:
-        for k, disjoint in [*((k, False) for k in options.components), (2, True)]:
+        settings = [*((k, False) for k in options.components), (2, True)] if model in SWEPT else [(2, False)]
+        for k, disjoint in settings:
             for row in measure(model, k, disjoint=disjoint, repeats=options.repeats):
                 rows.append(row)
                 print(
@@ -114,7 +114,7 @@ def main() -> None:
                     flush=True,
                 )
     result = {"repeats": options.repeats, "rows": rows}
-    common.write("steering_cost", result, options.results)
+    common.write("steering_cost", result, options.results, partial=options.partial)
     print(markdown(result))
 
 

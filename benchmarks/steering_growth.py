@@ -53,14 +53,16 @@ def main() -> None:
     parser.add_argument("--sweeps", nargs="+", default=list(SWEEPS), choices=list(SWEEPS))
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    common.use_one_core()
 
     rows = []
     for sweep in options.sweeps:
         for x in SWEEPS[sweep][0]:
             rows.append(measure(sweep, x, repeats=options.repeats))
             print(*(f"{key} {value}" for key, value in rows[-1].items()), sep=", ", flush=True)
-    common.write("steering_growth", {"repeats": options.repeats, "rows": rows}, options.results)
+    common.write(
+        "steering_growth", {"repeats": options.repeats, "rows": rows}, options.results, partial=options.partial
+    )
     print(markdown({"rows": rows}))
 
 

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 
 from benchmarks import common, variants, workloads
-from benchmarks.variants import BARE, FLATTENED, OWN_PCGRAD, PEERS, PLAIN, STALE, STEER, TORCHJD, VGS_STEP
+from benchmarks.variants import BARE, FLATTENED, OWN_PCGRAD, PEERS, PLAIN, STALE, STEER, TORCHJD
 
-ONE = (PLAIN, BARE, STEER, OWN_PCGRAD, VGS_STEP, STALE, *PEERS)
+ONE = (PLAIN, BARE, STEER, OWN_PCGRAD, STALE, *PEERS)
 DISJOINT = (PLAIN, STEER, *TORCHJD, FLATTENED)
 COMPONENTS = (2, 3)
 
 
 def peak(model: str, k: int, variant: str, *, disjoint: bool) -> dict[str, int]:
-    """Bytes, in this process: the peak over what is resident before, one set of gradients, and the largest tensor."""
+    """Bytes, in this process: the peak over what is resident before, and one set of gradients."""
     workload = workloads.make(model)
     made = variants.make(
         workload, k, [variant], disjoint=disjoint, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e-6)
@@ -33,7 +33,6 @@ def peak(model: str, k: int, variant: str, *, disjoint: bool) -> dict[str, int]:
     return {
         "peak": common.peak_over_resident(made.backward),
         "set": workload.gradient_bytes,
-        "largest tensor": max(p.nbytes for p in workload.parameters),
     }
 
 
@@ -41,8 +40,6 @@ def measure(model: str, k: int, *, disjoint: bool, repeats: int) -> list[dict[st
     """A row per variant: the median of some processes, and how far they are apart."""
     rows = []
     for name in DISJOINT if disjoint else ONE:
-        if name == VGS_STEP and k != 2:
-            continue
         arguments = ("--one", model, str(k), name, "disjoint" if disjoint else "one")
         found = [common.in_child("benchmarks.steering_memory", *arguments, exact_peak=True) for _ in range(repeats)]
         peaks = sorted(f["peak"] for f in found)
@@ -98,7 +95,9 @@ def main() -> None:
                     f"  {row['sets over plain']:+.2f} sets",
                     flush=True,
                 )
-    common.write("steering_memory", {"repeats": options.repeats, "rows": rows}, options.results)
+    common.write(
+        "steering_memory", {"repeats": options.repeats, "rows": rows}, options.results, partial=options.partial
+    )
 
 
 if __name__ == "__main__":

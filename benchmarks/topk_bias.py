@@ -193,7 +193,7 @@ def main() -> None:
     rows = [row for seed in range(options.seeds) for row in measure(seed, options.tokens, options.k)]
     result = {"tokens": options.tokens, "seeds": options.seeds, "gamma": GAMMA, "shape": shape(0, CHUNK), "rows": rows}
     print(f"{markdown(result)}\n{time.perf_counter() - start:.0f} s")
-    common.write("topk_bias", result, options.results)
+    common.write("topk_bias", result, options.results, partial=options.partial)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.workloads import Workload
-from steer_optim import VGS, PCGrad, Steer, SteeredOptimizer
+from steer_optim import PCGrad, Steer, SteeredOptimizer
 
 PLAIN, BARE, STEER, STALE = "plain step", "k backward passes", "steer_optim Steer", "steer_optim Steer, stale step"
-VGS_STEP, OWN_PCGRAD = "steer_optim VGS", "steer_optim PCGrad"
+OWN_PCGRAD, BY_TENSOR = "steer_optim PCGrad", "steer_optim Steer, scope='tensor'"
 TORCHJD = ("TorchJD PCGrad", "TorchJD PCGrad, sequential", "TorchJD PCGrad, sequential, Gramian optimised")
 AUTOGRAM, FLATTENED = "TorchJD PCGrad, autogram", "Pytorch-PCGrad"
 PEERS = (*TORCHJD, AUTOGRAM, FLATTENED)
-EVERY = (PLAIN, BARE, STEER, STALE, OWN_PCGRAD, VGS_STEP, *PEERS)
+EVERY = (PLAIN, BARE, STEER, STALE, OWN_PCGRAD, *PEERS)
 
 Optimizer = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
 
@@ -71,19 +71,17 @@ def _make(name: str, workload: Workload, k: int, disjoint: bool, optimizer: Opti
         return Variant(inner, lambda: backward(losses()))
 
     def components() -> Mapping[str, Tensor | Callable[[], Tensor]]:
-        component_names = ("std", "vis") if name == VGS_STEP else [f"loss{i}" for i in range(k)]
-        return dict(zip(component_names, workload.disjoint(k) if disjoint else workload.losses(k), strict=True))
+        losses = workload.disjoint(k) if disjoint else workload.losses(k)
+        return {f"loss{i}": loss for i, loss in enumerate(losses)}
 
-    if name == VGS_STEP and k != 2:
-        return None
     if name == STALE:
         steered = SteeredOptimizer(inner, Steer(toward="loss0"), refresh_every=10**9)
         # The first step is exact whatever follows it; every later one is stale.
         steered.backward_components(components())
         steered.step()
     else:
-        rule = {STEER: Steer(toward="loss0"), OWN_PCGRAD: PCGrad(), VGS_STEP: VGS()}[name]
-        steered = SteeredOptimizer(inner, rule)
+        rule = PCGrad() if name == OWN_PCGRAD else Steer(toward="loss0")
+        steered = SteeredOptimizer(inner, rule, scope="tensor" if name == BY_TENSOR else "model")
     return Variant(steered, lambda: steered.backward_components(components()))
 
 

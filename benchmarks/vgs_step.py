@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from benchmarks.common import parser, quartiles, table, take_turns, write
+from benchmarks.common import parser, quartiles, table, take_turns, use_one_core, write
 from benchmarks.vlm_models import SETTINGS, Setting, make
 from steer_optim import SteeredOptimizer
 from steer_optim.vlm import DecomposedDistillation, response_states
@@ -188,14 +188,14 @@ def main() -> None:
     arguments.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     arguments.add_argument("--repeats", type=int, default=9)
     options = arguments.parse_args()
-    torch.set_num_threads(1)
+    use_one_core()
     result = {
         "repeats": options.repeats,
         "settings": {name: make(name).describe() for name in options.settings},
         "rows": [row for name in options.settings for row in measure(name, options.repeats)],
         "teacher": [teacher_passes(name, options.repeats) for name in options.settings],
     }
-    write("vgs_step", result, options.results)
+    write("vgs_step", result, options.results, partial=options.partial)
     print(markdown(result))
 
 

@@ -94,10 +94,6 @@ def test_every_variant_makes_a_step(disjoint):
         assert made[variants.STEER].optimizer.geometry.age == 0
 
 
-def test_the_variants_of_vgs_exist_for_two_components_only(workload):
-    assert list(variants.make(workload, 3, [variants.VGS_STEP, variants.PLAIN])) == [variants.PLAIN]
-
-
 def test_variants_take_turns():
     calls = []
     steps = {name: lambda name=name: calls.append(name) for name in "ab"}
@@ -134,14 +130,26 @@ def test_memory_is_measured_in_a_process_of_its_own():
         common.in_child("benchmarks.missing")
 
 
+def test_a_partial_run_does_not_become_the_published_result(tmp_path, monkeypatch):
+    parser = common.parser("Measures.")
+    parser.add_argument("--repeats", type=int, default=5)
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    for arguments, partial in (([], False), (["--repeats", "5"], False), (["--repeats", "1"], True)):
+        options = parser.parse_args([*arguments, "--results", str(tmp_path)])
+        assert options.partial is partial
+        common.write("it", {"of": arguments}, options.results, partial=options.partial)
+    assert common.newest("it")["of"] == ["--repeats", "5"]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 @pytest.fixture(scope="module")
 def small_results(tmp_path_factory):
     """Results of the real programs, tiny."""
     folder = tmp_path_factory.mktemp("results")
-    peaks = {variants.PLAIN: 100, variants.BARE: 150, variants.STEER: 204, variants.VGS_STEP: 160}
+    peaks = {variants.PLAIN: 100, variants.BARE: 150, variants.STEER: 204}
 
     def peak(_, *arguments, exact_peak):
-        return {"peak": peaks.get(arguments[3], 300), "set": 100, "largest tensor": 10}
+        return {"peak": peaks.get(arguments[3], 300), "set": 100}
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(workloads.MAKE, "mlp", lambda: Workload(workloads.MLP(8), 4))
@@ -173,7 +181,6 @@ def test_results_become_tables_and_budgets(results):
         assert re.search(rf"\| {name} \| \d+\.\d\d \|", filled), name
     rows = {budget: (measured, met) for budget, measured, _, met in budgets.every_budget()}
     assert rows["memory of exact steering: (k − 1) sets of gradients + 5 %"] == ("mlp (k = 2) +1.04", True)
-    assert rows["memory of VGS over its bare backward passes: the largest single tensor"] == ("mlp +1.00 of it", True)
     assert rows["their peak memory below a plain step's"] == ("mlp 2.04 ×", False)
     assert rows["no host syncs of a step on a GPU"] == (budgets.NOT_MEASURED, None)
     assert steering_growth.markdown(common.newest("steering_growth")).count("\n") == 3

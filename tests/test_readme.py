@@ -101,8 +101,7 @@ def test_the_links_and_pictures_exist():
 
 
 def test_the_costs_are_those_of_the_newest_result():
-    newest = max((ROOT / "benchmarks" / "results").glob("steering_cost-*.json"))
-    assert steering_cost.markdown(json.loads(newest.read_text())) in README
+    assert steering_cost.markdown(common.newest("steering_cost")) in README
 
 
 def test_the_snippets_of_the_documentation_are_lines_of_the_examples():

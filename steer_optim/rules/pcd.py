@@ -31,6 +31,12 @@ class PCD(Rule):
     For more the KKT system is solved on every working set of constraints, and the set that violates nothing is
     taken.
 
+    Two consequences of the formula. Where a secondary all but opposes the primary,
+    :math:`\tilde g_2 \approx -\tilde g_1`, it gives :math:`d \approx -\tau \tilde g_1`, and the update is
+    :math:`-g_1` at full length: the primary gets worse for that step. And a parameter that only a secondary reaches,
+    such as an auxiliary head, gets a gradient of exactly zero while its constraint does not bind: give such heads an
+    optimizer of their own.
+
     The update is zero where :math:`g_1` is, or where the constraints leave only :math:`d = 0` (less than a
     thousandth of the parts that it is the sum of). Constraints that
     no direction meets (two antiparallel secondaries) are dropped, and the update is :math:`g_1`.
