@@ -314,10 +314,10 @@ ways below. The parameters are compared bit for bit.
   it does, to the bit.
 - **train/eval**: the wrapper has both methods where the optimizer inside has them, and they reach it; {modes} do.
 
-Arguments are the defaults, but for what an optimizer requires and what makes it move this model in {steps} steps. The
-8-bit optimizers of bitsandbytes keep 8-bit state (`min_8bit_size=1`), and heavyball does not compile. Where an optimizer
-goes around another one, both nestings are listed; `ScheduleFreeWrapper` of schedulefree is no `torch.optim.Optimizer`,
-so that only what is inside it can be steered.
+Arguments are the defaults, but for those that an optimizer requires and those that make it move this model in {steps}
+steps. The 8-bit optimizers of bitsandbytes keep 8-bit state (`min_8bit_size=1`), and heavyball does not compile. Every
+step begins with the same random seed. Where an optimizer goes around another one, both nestings are listed. The
+`ScheduleFreeWrapper` of schedulefree is no `torch.optim.Optimizer`, so that only what is inside it can be steered.
 
 | package | version | optimizer | plain | steered | resumed | train/eval | remark |
 | --- | --- | --- | --- | --- | --- | --- | --- |

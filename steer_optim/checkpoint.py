@@ -158,7 +158,7 @@ def _read_once(path: Path) -> dict[str, Any]:
                     "it was written by a newer one; upgrade steer_optim"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+    except (SafetensorError, RuntimeError) as error:  # the second is of a map that is longer than the file is by now
         with path.open("rb") as raw:
             head = raw.read(9)  # the length of the header in 8 bytes, and its first character
         if len(head) < 9 or head[8:] == b"{":

@@ -274,7 +274,7 @@ class Steering:
         """The checked memory in a state dict, for :meth:`adopt`."""
         if memory.KEY not in state_dict:
             return Memory()
-        device = self._source.param_groups[0]["params"][0].device
+        device = self._parameters()[0].device
         options = {"owner": self._owner(), "rule": self.rule, "scopes": len(self._scopes()), "device": device}
         return memory.unpack(state_dict[memory.KEY], **options)
 
