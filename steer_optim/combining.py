@@ -27,23 +27,20 @@ def combine(rows: Iterable[Row], weights: Tensor) -> list[Tensor]:
     on_cpu = weights.device.type == "cpu"
     table: list[Any] = weights.tolist() if on_cpu else [row.unbind() for row in weights.unbind()]
     totals: list[Tensor] = []
-    together: dict[Any, list[tuple[int, list[tuple[Tensor, Any]]]]] = {}
+    together: dict[Any, list[list[tuple[Tensor, Any]]]] = {}
     for scope, row in rows:
         terms = [(g, w) for g, w in zip(row, table[scope], strict=True) if g is not None]
         row.clear()
         total = terms[0][0]
-        cpu = on_cpu and total.device.type == "cpu"
         if any(g.is_sparse for g, _ in terms):
             total = _sum(terms)
-        elif total.dtype in (torch.bfloat16, torch.float16):
-            _combine_wide(terms)
-        elif cpu and total.numel() >= _SMALL:
-            _combine_in_cache(terms)
+        elif total.dtype.itemsize == 2 or (on_cpu and total.device.type == "cpu" and total.numel() >= _SMALL):
+            _combine_in_pieces(terms)
         else:
-            together.setdefault((total.dtype, total.device, len(terms)), []).append((len(totals), terms))
+            together.setdefault((total.dtype, total.device, len(terms)), []).append(terms)
         totals.append(total)
     for members in together.values():
-        _combine_together([terms for _, terms in members])
+        _combine_together(members)
     return totals
 
 
@@ -60,29 +57,23 @@ def add(a: Tensor, b: Tensor) -> Tensor:
     return b + a if a.is_sparse else a + b
 
 
-def _combine_wide(terms: Sequence[tuple[Tensor, Any]]) -> None:
-    size = _CHUNK if terms[0][0].device.type == "cpu" else _CHUNK_ACCELERATOR
-    for pieces in _pieces([g for g, _ in terms], size):
-        wide = [piece.float() for piece in pieces]
-        _combine_together([list(zip(wide, [w for _, w in terms], strict=True))])
-        pieces[0].copy_(wide[0])
-
-
-def _combine_in_cache(terms: Sequence[tuple[Tensor, float]]) -> None:
-    """On a CPU, where the host knows the weights: each gradient is read once, and nothing is multiplied by one."""
-    (first, w), *others = terms
-    pieces = [(first, *(g for g, _ in others))] if w == 1 else _pieces([g for g, _ in terms], _CHUNK)
-    for total, *gradients in pieces:
-        if w != 1:
-            total.mul_(w)
-        for g, (_, v) in zip(gradients, others, strict=True):
-            total.add_(g, alpha=v)
-
-
-def _pieces(gradients: Sequence[Tensor], size: int) -> Iterable[Sequence[Tensor]]:
-    if all(g.is_contiguous() for g in gradients):
-        return zip(*(g.view(-1).split(size) for g in gradients), strict=True)
-    return [gradients]
+def _combine_in_pieces(terms: Sequence[tuple[Tensor, Any]]) -> None:
+    """One after another, in pieces that stay in a CPU's cache; half precision in float32."""
+    gradients, weights = zip(*terms, strict=True)
+    pieces: Iterable[Sequence[Tensor]] = [gradients]
+    if all(g.is_contiguous() for g in gradients) and (weights[0] != 1 or gradients[0].dtype.itemsize == 2):
+        size = _CHUNK if gradients[0].device.type == "cpu" else _CHUNK_ACCELERATOR
+        pieces = zip(*(g.view(-1).split(size) for g in gradients), strict=True)
+    for piece, *others in pieces:
+        total = piece.float() if piece.dtype.itemsize == 2 else piece
+        _scale([total], [weights[0]])
+        for g, w in zip(others, weights[1:], strict=True):
+            if isinstance(w, float):
+                total.add_(g, alpha=w)
+            else:
+                total.addcmul_(g.to(total.dtype), w.to(total.device, total.dtype))
+        if total is not piece:
+            piece.copy_(total)
 
 
 def _combine_together(members: Sequence[Sequence[tuple[Tensor, Any]]]) -> None:

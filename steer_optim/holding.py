@@ -13,7 +13,6 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -102,9 +101,10 @@ class Replicas:
         self._whole = sum(p.nbytes for p in self._parameters)  # bytes of one set
         self._largest = max(p.nbytes for p in self._parameters)
         self._alive = 0  # bytes of gradients that are not packed yet
-        self._flying: deque[_Message] = deque()
+        # Messages on their way, what to wait for, this replica's piece of the mean, and where it arrives.
+        self._flying: deque[tuple[Tensor, Any, Tensor, Tensor]] = deque()
         # A thread of gloo may hold a message a little longer; what it frees is in no memory profile of this one.
-        self._landed: deque[_Message] = deque(maxlen=3)
+        self._landed: deque[Tensor] = deque(maxlen=3)
         self._in_place = dist.get_backend(group) in _COPYING
         self.outsiders: list[Tensor] = []
 
@@ -114,12 +114,15 @@ class Replicas:
         self._make_room(self._largest)  # for the one that follows, which is seen when it is there
 
     def _make_room(self, more: int) -> None:
-        while self._flying and self._alive + sum(message.flat.nbytes for message in self._flying) + more > self._whole:
+        while self._flying and self._alive + sum(flat.nbytes for flat, *_ in self._flying) + more > self._whole:
             self._land()
 
     def _land(self) -> None:
-        self._landed.append(self._flying.popleft())
-        self._landed[-1].land()
+        flat, work, piece, own = self._flying.popleft()
+        work.wait()
+        if own is not piece:
+            piece.copy_(own)
+        self._landed.append(flat)
 
     def take(self, name: str, gradients: Gradients | None) -> None:
         """Starts to average the set of one component, which it empties; None for one that is absent here."""
@@ -129,38 +132,33 @@ class Replicas:
         self._alive = sum(map(_bytes, here.values()))
         for line in self._lines:
             lengths = iter(line.messages)
-            message, filled = None, 0
+            room = next(lengths, 0)
+            parts: list[Tensor] = []
             for p in line.parameters:
                 gradient = here.pop(p, None)
-                source = None if gradient is None or gradient.is_sparse else _in_memory_order(p, gradient)
-                done = 0
-                while done < p.numel():
-                    if message is None:
-                        length = next(lengths)
-                        self._make_room(length * p.element_size())
-                        message, filled = p.new_zeros(length), 0
-                    count = min(p.numel() - done, len(message) - filled)
-                    if source is not None:
-                        message[filled : filled + count].copy_(source[done : done + count])
-                    done, filled = done + count, filled + count
-                    if filled == len(message):
-                        self._send(name, message)
-                        message = None
-                self._alive -= 0 if source is None else source.nbytes
-            if message is not None:
-                self._send(name, message)
+                dense = p.new_zeros(()).expand(p.shape) if gradient is None or gradient.is_sparse else gradient
+                rest = _in_memory_order(p, dense)
+                while room and len(rest) >= room:
+                    self._send(name, [*parts, rest[:room]])
+                    parts, rest, room = [], rest[room:], next(lengths, 0)
+                parts.append(rest)
+                room -= len(rest)
+                self._alive -= dense.nbytes if dense is gradient else 0
+            if room:
+                self._send(name, [*parts, line.parameters[0].new_zeros(room)])
         self._alive = 0
 
-    def _send(self, name: str, flat: Tensor) -> None:
+    def _send(self, name: str, parts: Sequence[Tensor]) -> None:
+        self._make_room(sum(part.nbytes for part in parts))
+        flat = torch.cat(list(parts)).div_(self._size)  # before the sum, which half precision could overflow
         size = len(flat) // self._size
-        flat.div_(self._size)  # before the sum, which half precision could overflow
         piece = flat.new_empty(size)
         self._pieces[name].append(piece)
         if self._in_place:
             work, own = dist.all_reduce(flat, group=self._group, async_op=True), flat.narrow(0, self._rank * size, size)
         else:
             work, own = _reduce_scatter(piece, flat, group=self._group, async_op=True), piece
-        self._flying.append(_Message(flat, work, piece, own))
+        self._flying.append((flat, work, piece, own))
 
     def rows(self) -> dict[Groups, list[Row]]:
         """This replica's pieces, each of one scope; the other replicas hold the rest."""
@@ -223,21 +221,6 @@ _OUTSIDERS = (
     "the components reach parameters that the optimizer does not have (shapes {shapes}), and under data_parallel they "
     "would get no gradient. Give Steering(...) all parameters and step the optimizers plainly, or freeze these"
 )
-
-
-@dataclass
-class _Message:
-    """A part of a set on its way, and where this replica's piece of the mean arrives."""
-
-    flat: Tensor
-    work: Any
-    piece: Tensor
-    arrived: Tensor
-
-    def land(self) -> None:
-        self.work.wait()
-        if self.arrived is not self.piece:
-            self.piece.copy_(self.arrived)
 
 
 def _bytes(gradient: Tensor) -> int:

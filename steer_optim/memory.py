@@ -7,7 +7,7 @@ group, but loads no leaf that a fresh optimizer does not have: so the memory is 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,38 +92,29 @@ def unpack(text: str, *, owner: str, rule: Rule, scopes: int, device: torch.devi
     Raises:
         ValueError: the memory is that of another rule or scope, or damaged.
     """
-    return _guarded(lambda: _unpack_all(text, owner=owner, rule=rule, scopes=scopes, device=device))
-
-
-def _guarded(read: Callable[[], Memory]) -> Memory:
     try:
-        return read()
-    except _OtherMemory:
-        raise
+        record = json.loads(text)
+        theirs = record["rule"] if record["state"] else owner
+        if theirs == owner:
+            return _checked(record, rule, scopes, device)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RuntimeError, RecursionError) as error:
         raise ValueError(
             f"the memory of steering in the state dict, param_groups[0][{KEY!r}], is damaged ({error}): take an older "
             "checkpoint, or delete it to start the rule afresh"
         ) from error
+    raise ValueError(
+        f"the checkpoint holds the memory of {theirs} and this optimizer steers with {owner}: use the same rule and "
+        f"scope, or delete state_dict['param_groups'][0][{KEY!r}] to start this one afresh"
+    )
 
 
-class _OtherMemory(ValueError):
-    pass
-
-
-def _unpack_all(text: str, *, owner: str, rule: Rule, scopes: int, device: torch.device) -> Memory:
-    record = json.loads(text)
+def _checked(record: dict[str, Any], rule: Rule, scopes: int, device: torch.device) -> Memory:
     names = tuple(record["names"])
     if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
         raise ValueError("names are different strings")
     k = len(names)
     state: State = {}
     if record["state"]:
-        if record["rule"] != owner:
-            raise _OtherMemory(
-                f"the checkpoint holds the memory of {record['rule']} and this optimizer steers with {owner}: use the "
-                f"same rule and scope, or delete state_dict['param_groups'][0][{KEY!r}] to start this one afresh"
-            )
         rule.check(names)
         fresh = rule.init(torch.eye(k, dtype=torch.float64).expand(scopes, k, k), names)
         if record["state"].keys() != fresh.keys():

@@ -162,11 +162,9 @@ def _row(geometry: Geometry) -> tuple[Keys, Tensor]:
     add("weight", geometry.weights.reshape(-1, k).mean(0))
     if geometry.age:
         return tuple(numbers), torch.stack(list(numbers.values()))
-    scopes = geometry.G.reshape(-1, k, k)
-    # The scopes divide the parameters among them: inner products of whole gradients are sums over scopes.
-    whole = Geometry(names, scopes.sum(0), geometry.weights)
+    whole = geometry.whole
     add("norm", whole.norms)
-    conflicts = torch.where(scopes.isnan(), torch.nan, (scopes < 0).to(scopes.dtype)).mean(0)
+    conflicts = geometry.conflicts.reshape(-1, k, k).to(whole.G.dtype).mean(0)
     update_norm = geometry.update_norm.square().sum().sqrt()
     cosines, angles = whole.cosines, whole.angles
 

@@ -274,9 +274,8 @@ class Steering:
         """The checked memory in a state dict, for :meth:`adopt`."""
         if memory.KEY not in state_dict:
             return Memory()
-        device = self._parameters()[0].device
-        options = {"owner": self._owner(), "rule": self.rule, "scopes": len(self._scopes()), "device": device}
-        return memory.unpack(state_dict[memory.KEY], **options)
+        text, device = state_dict[memory.KEY], self._parameters()[0].device
+        return memory.unpack(text, owner=self._owner(), rule=self.rule, scopes=len(self._scopes()), device=device)
 
     def adopt(self, memory: Memory) -> None:
         """Continues from a memory that :meth:`read` returned."""
