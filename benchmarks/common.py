@@ -78,6 +78,18 @@ def peak_over_resident(run: Callable[[], object]) -> int:
     return peak
 
 
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most memory of the CPU that was in use at a time beyond what was before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    used = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        used += event.nbytes()
+        peak = max(peak, used)
+    return peak
+
+
 def _status(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     (value,) = (line.split()[1] for line in lines if line.startswith(f"{field}:"))

@@ -30,7 +30,7 @@ ALT = {
     "passes over the number of parameters and the rows of a batch",
     "figure of losses_cost": "Peak memory of the losses over the number of tokens, eager and chunked",
 }
-OF_OTHERS = ("host_reads", "vgs_step", "rollout_speed", "topk_bias", "real_size")
+OF_OTHERS = ("replica_memory", "host_reads", "vgs_step", "rollout_speed", "topk_bias", "real_size")
 
 
 def fill(page: str) -> str:

@@ -8,6 +8,7 @@ from properties import RULES, names_for
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.common import peak_bytes as peak_bytes
 from benchmarks.host_reads import is_read
 from steer_optim import SteeredOptimizer, reference
 from steer_optim.rules import Rule
@@ -77,18 +78,6 @@ def assert_close(found: Tensor, expected: Tensor, tolerance: float = 1e-13) -> N
     """Equal up to an error relative to the norm; 1e-13 is a few hundred roundings of float64."""
     assert expected.norm() > 0
     assert (found - expected).norm() <= tolerance * expected.norm()
-
-
-def peak_bytes(work: Callable[[], object]) -> int:
-    """The most memory of the CPU that was in use at a time beyond what was before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        work()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    used = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        used += event.nbytes()
-        peak = max(peak, used)
-    return peak
 
 
 class NoHostRead(TorchDispatchMode):

@@ -2,7 +2,6 @@
 
 import os
 
-import pytest
 from fuzzing import Program, Run, programs
 from hypothesis import HealthCheck, given, settings
 

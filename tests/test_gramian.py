@@ -1,5 +1,7 @@
 """Inner products against the dense float64 product: dtypes, strides, absences, lengths; and what `measure` leaves."""
 
+from threading import Thread
+
 import pytest
 import torch
 from hypothesis import given
@@ -230,6 +232,20 @@ def test_measure_refuses_a_reentrant_checkpoint_and_names_the_remedy():
     loss = checkpoint(model, batch, use_reentrant=True).sum()
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
         measure({"a": loss}, model.parameters())
+
+
+def test_measuring_in_another_thread_during_a_step():
+    model, batch = network(), torch.randn(8, 4).double()
+    measured = []
+
+    def late() -> Tensor:
+        thread = Thread(target=lambda: measured.append(measure(conflicting(model(batch)), model.parameters())))
+        thread.start()
+        thread.join()
+        return conflicting(model(batch))["vis"]
+
+    stepped = steered(model.parameters()).backward_components({"std": conflicting(model(batch))["std"], "vis": late})
+    assert_close(measured[0].G[:2, :2], stepped.G)
 
 
 def test_measure_refuses_sharded_parameters():

@@ -6,7 +6,7 @@ from properties import RULES
 from steering import EACH_RULE, STEER, assert_close, clear, conflicting, dense_gradients, flat_grad, network
 from torch import nn
 
-from steer_optim import PCD, GradVac, Steer, SteeredOptimizer, reference
+from steer_optim import PCD, GradVac, Steer, SteeredOptimizer, measure, reference
 from steer_optim.rules import Rule
 
 
@@ -126,6 +126,19 @@ def test_a_scope_keeps_its_memory_while_an_earlier_one_is_frozen(scope):
     assert torch.equal(targets[1][first], targets[0][first])  # nothing seen, nothing learnt
     assert not torch.equal(targets[2][first], targets[1][first])
     assert not torch.equal(targets[1][last], targets[0][last])
+
+
+@pytest.mark.parametrize("scope", ["model", "group", "tensor"])
+def test_named_numbers_are_of_the_whole_gradients_under_every_scope(scope):
+    """So that the line that the README prints works under each."""
+    model, batch = network(), torch.randn(8, 4).double()
+    geometry = optimizer_of(groups_of(model), STEER, scope).backward_components(conflicting(model(batch)))
+    whole = measure(conflicting(model(batch)), model.parameters())
+    assert f"{geometry.angle('std', 'vis'):.3f}" == f"{whole.angle('std', 'vis'):.3f}"
+    for name in geometry.names:
+        assert_close(geometry.norm(name), whole.norm(name))
+    assert_close(geometry.whole.sum_norm, whole.sum_norm)
+    assert geometry.weight("vis").shape == geometry.weights.shape[:-1]
 
 
 def test_tensors_that_steer_by_themselves_do_not_conflict_by_themselves():

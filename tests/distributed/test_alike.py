@@ -25,6 +25,7 @@ from training import (
     whole,
 )
 
+from benchmarks.replica_memory import measure
 from steer_optim import VGS, GradVac, PCGrad, Steer, SteeredOptimizer, Steering, Sum
 
 
@@ -384,28 +385,8 @@ def test_a_step_of_four_replicas_holds_one_set_and_its_pieces(k):
 
 def assert_held(k: int) -> None:
     """By allocator events, against a plain backward pass, which holds one set."""
-    from steering import peak_bytes
-
-    torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(16)))
-    one_set = sum(p.nbytes for p in model.parameters())
-    steering = Steering(model.parameters(), Sum(), data_parallel=True)
-    rows = torch.randn(2, 512)
-
-    def losses():
-        out = model(rows)
-        return {str(i): out[:, i].sum() for i in range(k)}
-
-    steering.backward_components(losses())
-    steering.zero_grad()
-    plain = peak_bytes(lambda: sum(losses().values()).backward())
-    extras = []
-    for _ in range(3):  # a profile misses what a thread of gloo frees: the least is nearest to what was held
-        steering.zero_grad()
-        extras.append(peak_bytes(lambda: steering.backward_components(losses())) - plain)
-    extra = min(extras)
-    assert plain >= one_set
-    assert extra <= (k / dist.get_world_size() + 0.05) * one_set, f"{extra / one_set:.3f} sets"
+    found = measure(k)
+    assert found["sets over plain"] <= found["k/R"] + 0.05
 
 
 @processes(2)
