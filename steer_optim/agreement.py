@@ -1,8 +1,8 @@
 """Whether data-parallel replicas are alike: what makes them differ is refused on all of them, by name.
 
-Replicas that only look synchronised drift apart without an error. So every step begins with one message of a fixed
-size, a checksum of everything that must be the same; the host reads it in the steps that take a Gramian, and what went
-wrong between two of these is found at the second. The first step and one after a change compare the parameters, too.
+Replicas that are not synchronized drift apart without an error. So every step begins with one all-reduce of a fixed
+size, over checksums of all that must be the same. The host reads the result in steps that take a Gramian, which also
+report a difference from the steps before. The first step, and one after a change, compare the parameters too.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ _SAMPLED = 8  # tensors of an update
 
 
 class Agreement:
-    """What the replicas know about each other.
+    """Check that the replicas are alike, and remember the outcome.
 
     Attributes:
-        averages: whether something else averages the gradients of a plain backward pass: the reducer of
-            ``DistributedDataParallel``. None where that has not been tried.
+        averages: whether a reducer, that of ``DistributedDataParallel``, averages the gradients of a plain backward
+            pass. None until it has been tried.
     """
 
     def __init__(self) -> None:
         self.averages: bool | None = None
         self._seen: tuple[int, ...] = ()
-        self._compared = False  # whether those parameters were
+        self._compared = False  # whether the values of the parameters in _seen were compared
         self._trouble: Tensor | None = None
         self._update: Tensor | None = None
 
@@ -42,20 +42,20 @@ class Agreement:
         *,
         read: bool,
     ) -> bool:
-        """Compares this replica with the others; collective.
+        """Compare this replica with the others; collective.
 
         Args:
             group: the replicas.
             facts: what must be the same, and how it is here.
             memory: tensors that must be the same.
-            parameters: likewise, in the first call and wherever others come.
+            parameters: compared in the first call and after they changed.
             read: whether the host waits for the result. Otherwise the next call that reads finds it.
 
         Returns:
             Whether this was the first comparison of these parameters.
 
         Raises:
-            ValueError: the replicas differ, on all of them.
+            ValueError: on every replica, if they differ.
         """
         now = tuple(map(id, parameters))
         if now != self._seen:
@@ -66,7 +66,7 @@ class Agreement:
         digest = sum((_bits(t.to(device)) for t in memory), start=none)
         trouble = none if self._trouble is None else self._trouble
         update = none if self._update is None else self._update
-        # Filled one by one: a tensor made from a list would be a copy from the host that the device waits for.
+        # Filled one by one: torch.tensor(list, device=...) copies from the host, which synchronizes.
         mine = torch.stack([*(none.new_full((), number) for number in sums), digest, update, trouble])
         extremes = _extremes(mine, group)
         if not read:
@@ -103,13 +103,13 @@ class Agreement:
     def try_averages(
         self, group: dist.ProcessGroup, gradients: Mapping[Tensor, Tensor], parameters: Sequence[Tensor]
     ) -> None:
-        """Finds out whether the gradients of a plain backward pass came out alike everywhere. The host reads it."""
+        """Find out whether a plain backward pass gave all replicas the same gradients; synchronizes."""
         none = torch.zeros((), dtype=torch.int64, device=parameters[0].device)
         sums = [_bits(gradients[p]).to(none.device) if p in gradients else none for p in parameters]
         self.averages = not _differing(sums, group)
 
     def note(self, update: Sequence[Tensor]) -> None:
-        """Remembers a sample of an update for the next check."""
+        """Remember a sample of an update for the next check."""
         sample = update[:: max(1, len(update) // _SAMPLED)]
         self._update = torch.stack([_bits(g.flatten()[:1024]).to(update[0].device) for g in sample]).sum()
 
@@ -127,10 +127,10 @@ def _differing(sums: Sequence[Tensor], group: dist.ProcessGroup) -> list[int]:
 
 
 def _bits(t: Tensor) -> Tensor:
-    """The sum of the bit patterns of a tensor: exact, so that it is the same on every device."""
+    """Return a 31-bit hash of the sum of a tensor's bit patterns: exact, so the same on every device."""
     t = t.detach()
     t = torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
     if t.dtype is not torch.bool:
         t = t.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
-    # A few random-looking bits of it, so that sums of several do not overflow: the upper ones of a product that wraps.
+    # Upper bits of a product that wraps: multiplicative hashing. 31 of them, so that sums of hashes do not overflow.
     return (t.sum(dtype=torch.int64) * _ODD >> 32) & (2**31 - 1)

@@ -1,9 +1,8 @@
 """One backward pass gives one gradient set: the gradients of a component, by parameter.
 
-In one process and over shards the pass runs while every ``.grad`` is set aside by pointer, so that autograd itself
-accumulates into the set: no copies, and exact wherever ``backward()`` is, reentrant checkpointing included. Under data
-parallelism ``torch.autograd.grad`` takes the gradients past the reducer, which averages the first of several backward
-passes only.
+In one process and over shards, each ``.grad`` points to the set during the pass, so that autograd accumulates into it:
+no copies, and exact wherever ``backward()`` is, reentrant checkpointing included. Under DDP a step that takes a Gramian
+uses ``torch.autograd.grad``, which bypasses the reducer: that would average only the first of several passes.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ Gradients: TypeAlias = dict[Tensor, Tensor]
 
 
 def check_losses(losses: Losses) -> None:
-    """Refuses what can be refused before anything runs: no components, bad names, bad losses."""
+    """Raise, before anything runs, if there are no components, or a name or loss is invalid."""
     if not isinstance(losses, Mapping):
         raise TypeError(f"components come as a mapping from names to scalar losses; got {type(losses).__name__}")
     if not losses:
@@ -37,7 +36,7 @@ def check_losses(losses: Losses) -> None:
 
 
 def check_loss(name: str, loss: Tensor) -> None:
-    """Refuses, by name, a component that is not one number or that no gradient can flow from."""
+    """Raise if a component is not a scalar tensor that requires grad; the error names it."""
     if not isinstance(loss, Tensor):
         raise TypeError(f"the callable of component {name!r} must return a tensor; got {type(loss).__name__}")
     if loss.numel() != 1:
@@ -50,10 +49,10 @@ def check_loss(name: str, loss: Tensor) -> None:
 
 
 def evaluate(losses: Losses, *, retain_graph: bool) -> Iterator[tuple[str, Tensor | None, bool]]:
-    """Each component's name and loss when its turn comes, and whether its backward pass is to keep the graph.
+    """Yield each component's name and loss in turn, and whether its backward pass must keep the graph.
 
-    Tensors may share a graph, which only the last of them frees; that of a callable is its own. Nothing of a loss is
-    held here, so its graph goes before the next callable runs if the caller lets go of it by then.
+    Tensors may share a graph, which only the last of them frees; a callable has its own. No loss is kept here: its
+    graph is freed before the next callable runs, if the caller deletes the loss by then.
     """
     graphs = [isinstance(loss, Tensor) for loss in losses.values()]
     for i, (name, loss) in enumerate(losses.items()):
@@ -62,7 +61,7 @@ def evaluate(losses: Losses, *, retain_graph: bool) -> Iterator[tuple[str, Tenso
 
 
 def evaluated(name: str, loss: Tensor | Callable[[], Tensor]) -> Tensor:
-    """A component as a tensor; refused if it is none."""
+    """Return a component as a tensor, called if callable; raise if it is invalid."""
     with torch.enable_grad():
         value = loss if isinstance(loss, Tensor) else loss()
     check_loss(name, value)
@@ -70,7 +69,7 @@ def evaluated(name: str, loss: Tensor | Callable[[], Tensor]) -> Tensor:
 
 
 def refuse_unreached(name: str) -> ValueError:
-    """The error for a component whose backward pass reaches no parameter."""
+    """Return the error for a component whose backward pass reaches no parameter."""
     return ValueError(
         f"component {name!r} is detached from every parameter of the optimizer: its backward pass reaches none of "
         "them. Pass None for it, or give the optimizer the parameters that it depends on"
@@ -78,7 +77,7 @@ def refuse_unreached(name: str) -> ValueError:
 
 
 def root_gradient(loss: Tensor, factors: Iterable[Tensor | None]) -> Tensor | None:
-    """What comes in at ``loss`` to multiply its gradients by some factors; None for none."""
+    """Return the product of some factors as the ``grad_tensor`` of ``loss``; None without factors."""
     root = None
     for factor in factors:
         if factor is not None:
@@ -97,7 +96,7 @@ def capture(
     others: Sequence[Tensor] = (),
     reducer: bool = False,
 ) -> Gradients:
-    """Backpropagates some losses at once, through whatever hangs on the parameters.
+    """Backpropagate some losses in one pass; hooks and reducers on the parameters run.
 
     Args:
         losses: scalars.
@@ -107,8 +106,7 @@ def capture(
         own: the gradient set that the new gradients are added to, in place.
         retain_graph: whether the graph is kept.
         others: parameters whose gradients are dropped and whose ``.grad`` is as before, too.
-        reducer: a reducer of data parallelism may be among what hangs on the parameters, and may write to the memory
-            of an old ``.grad``.
+        reducer: whether DDP's reducer may run, and may write to the memory of an old ``.grad``.
 
     Returns:
         The gradient set.
@@ -129,7 +127,7 @@ def capture(
 
 
 def put_back(gradients: Iterable[tuple[Tensor, Tensor | None]]) -> None:
-    """Points every ``.grad`` to the given tensor."""
+    """Set every ``.grad`` to the given tensor."""
     for p, gradient in gradients:
         p.grad = gradient
 
@@ -171,14 +169,14 @@ def capture_isolated(
         for handle in handles:  # once more, if the first time was interrupted
             handle.remove()
     if any(g is None for g in taken) and any(node.name() == "CheckpointFunctionBackward" for node in graph(losses)):
-        # autograd went around it without a word where nothing before it has parameters.
+        # torch.autograd.grad skips it without an error where no parameter is upstream of it.
         raise RuntimeError(_REMEDIES["use_reentrant=True"])
     new = {p: g for p, g in zip(parameters, taken, strict=True) if g is not None}
     return own | {p: own[p] + g if p in own else g for p, g in new.items()}
 
 
 def graph(losses: Iterable[Tensor]) -> Iterator[Any]:
-    """Every node of the graph of some losses."""
+    """Yield every node of the graph of some losses."""
     nodes = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
     seen = set(nodes)
     for node in nodes:
@@ -192,8 +190,8 @@ _REMEDIES = {
     "donated buffer": "a compiled graph gave its buffers away after one backward pass, and several components need it. "
     "Set torch._functorch.config.donated_buffer = False before the first backward pass, or pass the components as "
     "callables, each with a forward pass of its own",
-    "use_reentrant=True": "the model is checkpointed reentrantly, and such a part has no gradient with respect to "
-    "given parameters, which data_parallel and measure need. Checkpoint with use_reentrant=False (transformers: "
+    "use_reentrant=True": "the model uses reentrant checkpointing, which does not support torch.autograd.grad, "
+    "which data_parallel and measure need. Checkpoint with use_reentrant=False (transformers: "
     'gradient_checkpointing_enable({"use_reentrant": False}))',
     "Untracked tensor": "activations were offloaded, and can be brought back for one backward pass only. Pass the "
     "components as callables, each with a forward pass of its own, or switch offloading off",
@@ -203,7 +201,7 @@ _REMEDIES = {
 
 
 def _explained(run: Callable[[], Any]) -> Any:
-    """Adds the remedy to torch's refusal of a second backward pass, or of a reentrant one."""
+    """Run a backward pass; replace torch's error by one with the remedy, where there is one."""
     try:
         return run()
     except Exception as error:
@@ -236,18 +234,18 @@ def _unshared(gradients: Gradients) -> Gradients:
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Whether a tensor is sharded or replicated over a mesh of processes."""
+    """Return whether a tensor is a DTensor: sharded or replicated over a mesh of processes."""
     # By name: importing DTensor costs half a second, and whoever holds one has imported it.
     return type(tensor).__name__ == "DTensor"
 
 
 def check_parameters(parameters: Sequence[Tensor]) -> None:
-    """Refuses parameters whose gradients cannot be taken one component at a time."""
+    """Raise if the gradients of a parameter cannot be taken one component at a time."""
     for i, p in enumerate(parameters):
         if p.layout not in (torch.strided, torch.sparse_coo):
             raise TypeError(
-                f"parameter {i} of the optimizer (shape {tuple(p.shape)}) has layout {p.layout}, and gradients are "
-                "combined where they are dense or sparse COO. Convert it, or leave it to an optimizer of its own"
+                f"parameter {i} of the optimizer (shape {tuple(p.shape)}) has layout {p.layout}; only dense and sparse "
+                "COO gradients can be combined. Convert it, or leave it to an optimizer of its own"
             )
         if getattr(p, "_post_accumulate_grad_hooks", None):
             raise RuntimeError(

@@ -33,15 +33,15 @@ _VERSION = 1
 
 
 def save(path: str | os.PathLike[str], optimizer: Optimizer, *, extra: Mapping[str, Any] | None = None) -> None:
-    """Writes the state of an optimizer, and whatever goes with it, to one file.
+    """Write the state of an optimizer, and ``extra``, to one file.
 
     A save that fails leaves the file that was there, and nothing else; a process that is killed may also leave a
     hidden temporary file, which nothing reads. On several processes that hold the same state, one of them saves.
 
     Args:
-        path: of the file, by convention ``*.safetensors``; replaced if it exists, and keeps its mode then. Of a
-            symbolic link, the file that it points to.
-        optimizer: any torch optimizer; of a ``SteeredOptimizer``, the state of the rule is saved too.
+        path: of the file, by convention ``*.safetensors``. An existing file is replaced and keeps its mode; a symbolic
+            link is followed.
+        optimizer: any torch optimizer; a ``SteeredOptimizer`` saves the memory of its rule, too.
         extra: anything else that training needs to continue, so that all is of one step: the model, the step, random
             states, a ``Monitor.state_dict()``. Tensors, None, bool, int, float, str, and lists, tuples and dicts of
             them.
@@ -102,7 +102,7 @@ def save(path: str | os.PathLike[str], optimizer: Optimizer, *, extra: Mapping[s
 
 
 def load(path: str | os.PathLike[str], optimizer: Optimizer) -> dict[str, Any]:
-    """Loads what :func:`save` wrote into an optimizer; training then continues bit for bit.
+    """Load into an optimizer what :func:`save` wrote; training then continues bit for bit.
 
     Args:
         path: of the file.
@@ -112,7 +112,7 @@ def load(path: str | os.PathLike[str], optimizer: Optimizer) -> dict[str, Any]:
     Returns:
         ``extra`` as it was saved, tensors on the CPU.
 
-    The checksum in the file finds damage. It is no signature: who can write the file can make it fit.
+    The checksum detects damage, not tampering: whoever can write the file can also change the checksum.
 
     Raises:
         OSError: there is no such file, or no right to read it.
@@ -133,9 +133,9 @@ def load(path: str | os.PathLike[str], optimizer: Optimizer) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The verified content of a file, which another process may replace at any time: safetensors opens it twice."""
+    """Return the verified content; read again if another process replaced the file between safetensors' two opens."""
     while True:
-        with path.open("rb") as file:  # whose errors tell a file that is missing from one that may not be read
+        with path.open("rb") as file:  # tells a missing file from one without read permission
             before = os.fstat(file.fileno())
         try:
             return _read_once(path)
@@ -158,7 +158,7 @@ def _read_once(path: Path) -> dict[str, Any]:
                     "it was written by a newer one; upgrade steer_optim"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, RuntimeError) as error:  # the second is of a map that is longer than the file is by now
+    except (SafetensorError, RuntimeError) as error:  # RuntimeError: the file shrank below the size of its memory map
         with path.open("rb") as raw:
             head = raw.read(9)  # the length of the header in 8 bytes, and its first character
         if len(head) < 9 or head[8:] == b"{":
@@ -195,8 +195,8 @@ def _encode(value: Any, where: str, tensors: dict[str, Tensor]) -> object:
             "sharded training with torch.distributed.checkpoint, or pass full_tensor() of it"
         )
     raise TypeError(
-        f"a checkpoint holds tensors, None, bool, int, float, str, list, tuple and dict; {where} is a "
-        f"{kind.__module__}.{kind.__qualname__}: convert it to one of these"
+        f"{where} is a {kind.__module__}.{kind.__qualname__}, which a checkpoint cannot hold: convert it to a tensor, "
+        "None, bool, int, float, str, list, tuple or dict"
     )
 
 
@@ -211,7 +211,7 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if kind == "dict":
         return {_decode(key, tensors): _decode(item, tensors) for key, item in content}
     if kind != "tensor":
-        raise ValueError(f"there is nothing like {kind!r}")
+        raise ValueError(f"{kind!r} is not a known type")
     name, stride = content
     tensor = tensors[name]  # may be a map of the file
     steps = sorted((step, size) for step, size in zip(stride, tensor.shape, strict=True) if size != 1)

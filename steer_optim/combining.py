@@ -15,14 +15,14 @@ _SMALL, _CHUNK, _CHUNK_ACCELERATOR = 2**16, 2**15, 2**22  # chunks of a CPU stay
 
 
 def combine(rows: Iterable[Row], weights: Tensor) -> list[Tensor]:
-    """``sum_i weights[scope, i] * g_i`` for every row, in place of the first gradient that it has; empties the rows.
+    """Return ``sum_i weights[scope, i] * g_i`` for every row, in place of its first gradient; empty the rows.
 
-    Half precision is combined in float32 and rounded once. That rounding, 2^-9 of the update in bfloat16 and 2^-12 in
-    float16, is what a component much smaller than the update may drown in.
+    Half precision is combined in float32 and rounded once. A component smaller than that rounding, 2^-9 of the update
+    in bfloat16 and 2^-12 in float16, may be lost.
 
     Args:
         rows: the gradients in each of the ``k`` sets, and their scope.
-        weights: ``(S, k)``. The host reads them where they are on the CPU.
+        weights: ``(S, k)``. Read on the host if they are on the CPU, else used on their device.
     """
     on_cpu = weights.device.type == "cpu"
     table: list[Any] = weights.tolist() if on_cpu else [row.unbind() for row in weights.unbind()]
@@ -45,7 +45,7 @@ def combine(rows: Iterable[Row], weights: Tensor) -> list[Tensor]:
 
 
 def _sum(terms: Sequence[tuple[Tensor, Any]]) -> Tensor:
-    """Of gradients of which some are sparse."""
+    """Return the weighted sum of gradients of which some are sparse."""
     first, *others = (g * w if isinstance(w, float) else g * w.to(g.device, g.dtype) for g, w in terms)
     for term in others:
         first = add(first, term)
@@ -53,12 +53,12 @@ def _sum(terms: Sequence[tuple[Tensor, Any]]) -> Tensor:
 
 
 def add(a: Tensor, b: Tensor) -> Tensor:
-    """``a + b``: torch adds a sparse tensor to a dense one, not the other way around."""
+    """Return ``a + b``: torch adds a sparse tensor to a dense one, not the other way around."""
     return b + a if a.is_sparse else a + b
 
 
 def _combine_in_pieces(terms: Sequence[tuple[Tensor, Any]]) -> None:
-    """One after another, in pieces that stay in a CPU's cache; half precision in float32."""
+    """Combine one row in place, in pieces that stay in a CPU's cache; half precision in float32."""
     gradients, weights = zip(*terms, strict=True)
     pieces: Iterable[Sequence[Tensor]] = [gradients]
     if all(g.is_contiguous() for g in gradients) and (weights[0] != 1 or gradients[0].dtype.itemsize == 2):
@@ -77,7 +77,7 @@ def _combine_in_pieces(terms: Sequence[tuple[Tensor, Any]]) -> None:
 
 
 def _combine_together(members: Sequence[Sequence[tuple[Tensor, Any]]]) -> None:
-    """Many at a time, of one kind and with as many gradients each."""
+    """Combine many rows in place with foreach kernels: one dtype, device and number of gradients."""
     totals: list[Tensor] = []
     for column in zip(*members, strict=True):
         gradients = [g for g, _ in column]
@@ -100,7 +100,7 @@ def _scale(gradients: list[Tensor], weights: list[Any]) -> None:
 
 
 def write(update: Gradients) -> None:
-    """Adds the update to ``.grad``, as autograd does; ``.grad`` is as before if this raises."""
+    """Add the update to ``.grad``, as autograd does; ``.grad`` is as before if this raises."""
     existing = {p: p.grad for p in update if p.grad is not None}
     kinds: dict[Any, list[Tensor]] = {}
     for p, gradient in existing.items():

@@ -1,9 +1,9 @@
-"""A torch optimizer that is another one, seen from outside: the part of the wrapper that knows nothing of steering.
+"""A torch optimizer that behaves as another one: the part of the wrapper that does not know about steering.
 
 `param_groups`, `state` and `defaults` are the inner optimizer's own, through properties: aliases of the objects go
-stale when `load_state_dict` rebinds them. `Optimizer.__init__` is not called, since it would make a second set, and no
-other attribute is forwarded: `_step_supports_amp_scaling` of a fused optimizer, leaked to a gradient scaler, makes it
-step on inf.
+stale when `load_state_dict` rebinds them. `Optimizer.__init__` is not called: it would make new ones. Besides
+these only `train` and `eval` are forwarded: a gradient scaler that sees `_step_supports_amp_scaling` of a fused
+optimizer would step on inf.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 
 class OptimizerFacade(Optimizer):
-    """Behaves as ``inner`` towards schedulers, gradient scalers, checkpoints and loops, with hooks of its own."""
+    """Behave as ``inner`` towards schedulers, gradient scalers, checkpoints and loops, with hooks of its own."""
 
     def __init__(self, inner: Optimizer) -> None:
         self.inner = inner
@@ -32,12 +32,12 @@ class OptimizerFacade(Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """A step of the inner optimizer between this one's step hooks; returns what the inner one returns."""
+        """Step the inner optimizer between this one's step hooks, and return what it returns."""
         if not hasattr(type(self.inner).step, "hooked"):  # its step fires no hooks, not even torch's global ones
             return self._step_between_hooks(closure)
         args = () if closure is None else (closure,)
         with ExitStack() as stack:
-            # In the inner step, so that the global hooks come first and last, as around any torch optimizer.
+            # On the inner optimizer, so that global hooks run first and last, as around any torch optimizer.
             for hook in self._optimizer_step_pre_hooks.values():
                 stack.callback(self.inner.register_step_pre_hook(partial(self._pre, hook)).remove)
             for hook in self._optimizer_step_post_hooks.values():
@@ -64,15 +64,15 @@ class OptimizerFacade(Optimizer):
     step.__dict__["hooked"] = True  # or torch wraps it in hooks of its own
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group to the inner optimizer; read anew at every call."""
+        """Add a group to the inner optimizer; steering reads the groups anew in every call."""
         self.inner.add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears ``.grad`` as the inner optimizer does."""
+        """Clear ``.grad`` as the inner optimizer does."""
         self.inner.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state to save, between this optimizer's state-dict hooks."""
+        """Return the state to save, between this optimizer's state-dict hooks."""
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict = self._export_state()
@@ -82,7 +82,7 @@ class OptimizerFacade(Optimizer):
 
     # The argument is named as in torch: torch.distributed.checkpoint passes it by name.
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a saved state, between this optimizer's load-state-dict hooks."""
+        """Load a saved state, between this optimizer's load-state-dict hooks."""
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
@@ -98,12 +98,12 @@ class OptimizerFacade(Optimizer):
 
     @property
     def train(self) -> Any:
-        """The inner optimizer's, where it has one (schedule-free ones do): ``hasattr`` tells."""
+        """The inner optimizer's ``train``; AttributeError if it has none, so ``hasattr`` works."""
         return self.inner.train  # type: ignore[attr-defined]
 
     @property
     def eval(self) -> Any:
-        """The inner optimizer's, where it has one."""
+        """The inner optimizer's ``eval``; AttributeError if it has none."""
         return self.inner.eval  # type: ignore[attr-defined]
 
     @property

@@ -23,18 +23,18 @@ from steer_optim.capture import (
 from steer_optim.holding import Held, Whole
 from steer_optim.products import inner_products, zeros
 
-# Where the squared volume that unit gradients span is below this, lengths of their sums may cancel to what float32
-# products are wrong by; where a squared norm is below this, they may have underflowed.
+# If the determinant of the cosines is below _VOLUME, norms of sums may cancel to the error of float32 products; a
+# squared norm below _TINY may have underflowed.
 _VOLUME, _TINY = 1e-3, 1e-25
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """How the component gradients of one step lie to each other, and the weights that a rule gave them.
+    """Describe the component gradients of one step: their Gramian, and the weights that a rule gave them.
 
-    Everything stays on the device; reading a number from it (``float``, ``.item()``, ``print``) is what
-    synchronises. With a scope other than the whole model every tensor has a leading dimension of ``S`` scopes; what is
-    asked for by name is that of the whole gradients.
+    Everything stays on the device; only reading a number (``float``, ``.item()``, ``print``) synchronizes. Unless the
+    scope is the model, ``G``, ``weights`` and what is computed from them have a leading dimension of ``S`` scopes;
+    :meth:`norm`, :meth:`cosine` and :meth:`angle` are over all parameters under any scope.
 
     Attributes:
         names: the ``k`` components.
@@ -43,8 +43,8 @@ class Geometry:
         losses: ``(k,)``, float64, the values of the components, summed over micro-batches; NaN for one that was
             absent. None where they are not known.
         scopes: the names of the ``S`` scopes; empty for the whole model.
-        age: how many steps ago ``G`` was taken. More than 0 where ``refresh_every`` let a step use the weights of an
-            earlier one: ``G`` and ``weights`` are then those of that step, and ``losses`` are this step's.
+        age: how many steps ago ``G`` was taken; more than 0 where ``refresh_every`` let a step reuse weights. ``G`` is
+            then of the earlier step, ``weights`` too (smaller if the update was too long), ``losses`` of this one.
 
     Example:
         >>> import torch
@@ -98,30 +98,30 @@ class Geometry:
 
     @property
     def whole(self) -> Geometry:
-        """The geometry of the whole gradients under every scope; its weights are means over the scopes."""
+        """The geometry over all parameters. Its weights are means over scopes: do not use its ``update_norm``."""
         if not self.scopes:
             return self
-        # The scopes divide the parameters among them: inner products of whole gradients are sums over scopes.
+        # The scopes are disjoint, so inner products over all parameters are sums over scopes.
         return replace(self, G=self.G.sum(0), weights=self.weights.mean(0), scopes=())
 
     def norm(self, name: str) -> Tensor:
-        """A scalar: the norm of the whole gradient of component ``name``, under every scope."""
+        """Return a scalar: the gradient norm of component ``name``, over all parameters."""
         return self.whole.norms[..., self.index(name)]
 
     def weight(self, name: str) -> Tensor:
-        """``(...)``: the weight of component ``name`` in the update."""
+        """Return the weight of component ``name`` in the update, ``(...)``."""
         return self.weights[..., self.index(name)]
 
     def cosine(self, first: str, second: str) -> Tensor:
-        """A scalar: the cosine between the whole gradients of two components, under every scope."""
+        """Return a scalar: the cosine between two components' gradients, over all parameters."""
         return self.whole.cosines[..., self.index(first), self.index(second)]
 
     def angle(self, first: str, second: str) -> Tensor:
-        """A scalar: the angle between the whole gradients of two components, in degrees, under every scope."""
+        """Return a scalar: the angle between two components' gradients over all parameters, in degrees."""
         return self.whole.angles[..., self.index(first), self.index(second)]
 
     def index(self, name: str) -> int:
-        """The row of component ``name`` in ``G``.
+        """Return the row of component ``name`` in ``G``.
 
         Raises:
             KeyError: there is no such component.
@@ -132,11 +132,11 @@ class Geometry:
 
 
 def gramian(held: Held) -> Tensor:
-    """``G[i, j] = <g_i, g_j>`` of what is held here and elsewhere, without waiting for an accelerator.
+    """Return ``G[i, j] = <g_i, g_j>`` over all processes. Under DDP this synchronizes with the device once.
 
     Complex gradients count as pairs of real numbers; sparse ones are not densified. Products are those of float64,
-    except that a CPU tries float32 first, which takes half the time, and repeats in float64 where float32 could not
-    tell: gradients that nearly cancel, and lengths whose squares overflow or vanish.
+    except that a CPU tries float32 first, which takes half the time, and repeats in float64 where float32 is not
+    accurate enough: gradients that nearly cancel, and norms whose squares overflow or underflow.
 
     Returns:
         ``(S, k, k)``, float64 (float32 where the device has none), for ``S`` scopes.
@@ -158,7 +158,7 @@ def _everywhere(held: Held, *, wide: bool) -> Tensor:
 
 
 def _cannot_tell(G: Tensor) -> bool:
-    """Whether any of some Gramians ``(S, k, k)`` on the CPU, from products in float32, may be too far off."""
+    """Return whether one of the Gramians ``(S, k, k)``, from float32 products on the CPU, may be inaccurate."""
     squares = G.diagonal(dim1=-2, dim2=-1)
     norms = squares.sqrt()
     products = norms[:, :, None] * norms[:, None, :]
@@ -171,7 +171,7 @@ def _cannot_tell(G: Tensor) -> bool:
 
 
 def measure(losses: Losses, parameters: Iterable[Tensor], *, retain_graph: bool = True) -> Geometry:
-    """The geometry of some losses, for analysis: nothing is written, no ``.grad`` is touched.
+    """Measure the geometry of some losses, for analysis; no ``.grad`` is touched.
 
     It is that of this process alone, in several processes too.
 
@@ -226,5 +226,5 @@ def measure(losses: Losses, parameters: Iterable[Tensor], *, retain_graph: bool 
 
 
 def stack_losses(values: Iterable[Tensor | None], like: Tensor) -> Tensor:
-    """``(k,)``: the values of the components, side by side, like ``like``; NaN for one that is absent."""
+    """Stack the component values into ``(k,)``, on the device and in the dtype of ``like``; NaN if absent."""
     return torch.stack([like.new_full((), torch.nan) if v is None else v.reshape(()).to(like) for v in values])

@@ -1,11 +1,11 @@
-"""Where gradient sets are held between the backward passes and the update: whole, in shards, or in pieces of replicas.
+"""Where gradient sets are held from the backward passes to the update: here, or 1/R of their mean on each replica.
 
 The Gramian under data parallelism must be that of the *averaged* gradients: averaging what every replica steered by
 itself is another update. So a replica keeps one piece of the mean of every component (a reduce-scatter, which runs
-beside the next backward pass); the inner products of the pieces are summed over the replicas, all combine their pieces
-with the same weights, and the update alone is gathered. That is ``(k + 1) / 2`` times the traffic of one all-reduce,
-where the obvious way takes k of them, and it leaves the replicas equal bit for bit. Sharded parameters (FSDP2, tensor
-parallel) are in pieces already.
+during the next backward pass). The inner products of the pieces are all-reduced, every replica combines its pieces with
+the same weights, and only the update is all-gathered. That is ``(k + 1) / 2`` times the traffic of one all-reduce,
+instead of k all-reduces, and it leaves the replicas equal bit for bit. Sharded parameters (FSDP2, tensor parallel) are
+in pieces already.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from steer_optim.capture import Gradients, is_dtensor, refuse_unreached
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
-# A message is a 128th of a set, so that little is held twice while it is packed, within what is worth a message.
+# Elements per message: a 128th of a set, so that packing copies little at once, but not too few and not too many.
 _MESSAGES, _SHORTEST, _LONGEST = 128, 2**15, 2**24
 
 _COPYING = ("gloo",)  # backends whose reduce-scatter is an all-reduce of a copy
@@ -34,11 +34,11 @@ Row: TypeAlias = tuple[int, list["Tensor | None"]]
 """A scope, and what is held here of one parameter's gradient in each of the ``k`` sets."""
 
 Groups: TypeAlias = "tuple[dist.ProcessGroup, ...]"
-"""The groups of processes that hold the rest of something, one per dimension that shards it."""
+"""The process groups that hold the other shards of a parameter, one per mesh dimension that shards it."""
 
 
 class Whole:
-    """Sets that this process can use as they are: one process, or sharded parameters.
+    """Hold sets that need no averaging here: one process, sharded parameters, or DDP's reducer averages.
 
     Args:
         names: the ``k`` components.
@@ -53,11 +53,11 @@ class Whole:
         self._rows: dict[Groups, list[tuple[Tensor, Row]]] | None = None
 
     def take(self, name: str, gradients: Gradients | None) -> None:
-        """Takes the set of one component over; None for one that is absent."""
+        """Take over the set of one component; None for one that is absent."""
         self.sets[name] = {} if gradients is None else gradients
 
     def rows(self) -> dict[Groups, list[Row]]:
-        """What is held here of every parameter that a component reaches, by who holds the rest."""
+        """Return the rows of every parameter that a component reaches, by the groups that hold the rest."""
         if self._rows is None:
             self._rows = {}
             for scope, p in self._members:
@@ -68,13 +68,13 @@ class Whole:
         return {groups: [row for _, row in members] for groups, members in self._rows.items()}
 
     def gather(self, update: Sequence[Tensor]) -> Gradients:
-        """The update of the parameters, from what was combined of each row."""
+        """Return the update by parameter, from the combined rows."""
         parameters = [p for members in (self._rows or {}).values() for p, _ in members]
         return {p: _like(p, total) for p, total in zip(parameters, update, strict=True)}
 
 
 class Replicas:
-    """The mean of gradient sets over data-parallel replicas, of which this process keeps one piece.
+    """Hold this process's piece of the mean of each gradient set over data-parallel replicas.
 
     Collective: every replica takes every component in the same order, whatever its own losses reach.
 
@@ -101,17 +101,17 @@ class Replicas:
         self._whole = sum(p.nbytes for p in self._parameters)  # bytes of one set
         self._largest = max(p.nbytes for p in self._parameters)
         self._alive = 0  # bytes of gradients that are not packed yet
-        # Messages on their way, what to wait for, this replica's piece of the mean, and where it arrives.
+        # Messages in flight: (message, work handle, this replica's piece of the mean, where it arrives).
         self._flying: deque[tuple[Tensor, Any, Tensor, Tensor]] = deque()
-        # A thread of gloo may hold a message a little longer; what it frees is in no memory profile of this one.
+        # gloo's thread may hold a message longer; kept here, it is freed by this thread, where memory profiles see it.
         self._landed: deque[Tensor] = deque(maxlen=3)
         self._in_place = dist.get_backend(group) in _COPYING
         self.outsiders: list[Tensor] = []
 
     def arriving(self, gradient: Tensor) -> None:
-        """Makes room for a gradient of the next set: what is held and what is on its way stay one set together."""
+        """Wait until the gradients held and the messages in flight fit into the memory of one set."""
         self._alive += _bytes(gradient)
-        self._make_room(self._largest)  # for the one that follows, which is seen when it is there
+        self._make_room(self._largest)  # room for the next gradient, whose size is not known yet
 
     def _make_room(self, more: int) -> None:
         while self._flying and self._alive + sum(flat.nbytes for flat, *_ in self._flying) + more > self._whole:
@@ -125,8 +125,9 @@ class Replicas:
         self._landed.append(flat)
 
     def take(self, name: str, gradients: Gradients | None) -> None:
-        """Starts to average the set of one component, which it empties; None for one that is absent here."""
+        """Start to average the set of one component, and empty it; None for one that is absent here."""
         here = {} if gradients is None else gradients
+        # 0: not reached, 1: dense, 2: sparse; and last, whether the component is present.
         flags = [0 if p not in here else 2 if here[p].is_sparse else 1 for p in self._parameters]
         self._flags[name] = [*flags, int(gradients is not None)]
         self._alive = sum(map(_bytes, here.values()))
@@ -161,7 +162,7 @@ class Replicas:
         self._flying.append((flat, work, piece, own))
 
     def rows(self) -> dict[Groups, list[Row]]:
-        """This replica's pieces, each of one scope; the other replicas hold the rest."""
+        """Return this replica's pieces, each of one scope; the other replicas hold the rest."""
         if self._rows is None:
             while self._flying:
                 self._land()
@@ -176,7 +177,7 @@ class Replicas:
         return {(self._group,): self._rows}
 
     def _reached_anywhere(self) -> set[Tensor]:
-        """The parameters that some component reaches on some replica. The host reads it."""
+        """Return the parameters that some component reaches on some replica; synchronizes."""
         table = [[*self._flags[name], len(self.outsiders)] for name in self.names]
         anywhere = torch.tensor(table, dtype=torch.int32, device=self.device)
         dist.all_reduce(anywhere, dist.ReduceOp.MAX, group=self._group)
@@ -198,7 +199,7 @@ class Replicas:
         return reached
 
     def gather(self, update: Sequence[Tensor]) -> Gradients:
-        """The update of the whole parameters, from what all replicas combined in place on their first pieces."""
+        """All-gather the update: each replica combined it in place, on its pieces of the first component."""
         pieces = iter(self._pieces[self.names[0]])
         self._pieces, self._rows = {}, []
         flats: list[Tensor] = []
@@ -254,7 +255,7 @@ class _Line:
                 while len(scopes) > 1 and scopes[0][1] <= position:
                     scopes.popleft()
                 scope, end = scopes[0]
-                # What pads the last message is zero, and counted to the last scope.
+                # The padding of the last message is zero; it goes to the last scope.
                 stop = first + size if len(scopes) == 1 else min(end, first + size)
                 yield scope, position - first, stop - first
                 position = stop
@@ -262,7 +263,7 @@ class _Line:
 
 
 def _strides(p: Tensor) -> tuple[int, ...]:
-    """Those that autograd gives a gradient of ``p``."""
+    """Return the strides that autograd gives a gradient of ``p``."""
     return p.stride() if p.is_contiguous() else torch.empty_like(p, device="meta").stride()
 
 
@@ -296,7 +297,7 @@ def _local(p: Any, gradient: Any) -> Tensor:
 
 
 def _like(p: Any, local: Tensor) -> Tensor:
-    """The gradient of ``p`` of which this process holds ``local``."""
+    """Return ``local``, this process's part of a gradient of ``p``, as a DTensor if ``p`` is one."""
     if not is_dtensor(p):
         return local
     gradient: Tensor = type(p).from_local(local, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())

@@ -10,19 +10,19 @@ from torch import Tensor
 
 
 def join(losses: Sequence[Tensor], backward: Callable[..., object]) -> Tensor:
-    """The sum of some losses, whose backward pass is ``backward(scale=..., retain_graph=...)`` instead."""
+    """Return the sum of some losses; its backward pass calls ``backward(scale=..., retain_graph=...)``."""
     apply: Callable[..., Tensor] = _Join.apply
     return apply(torch.zeros((), requires_grad=torch.is_grad_enabled()), losses, backward)
 
 
 class _Join(torch.autograd.Function):
-    """Cuts the sum off from the graphs of the losses, which are walked one by one instead."""
+    """Detach the sum from the graphs of the losses, which are backpropagated one by one instead."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, losses: Sequence[Tensor], backward: Callable[..., object]) -> Tensor:
         """The sum; ``anchor`` only makes it require grad."""
         ctx.steer = backward
-        # Saved for its lifetime alone: autograd frees it with the graph, and then refuses a second backward pass.
+        # Saved only because autograd frees it with the graph, so that a second backward pass raises.
         ctx.save_for_backward(anchor)
         total = losses[0].detach().reshape(()).clone() if losses else torch.zeros(())
         for loss in losses[1:]:

@@ -1,4 +1,4 @@
-"""What steering remembers from step to step, and how it travels in a state dict: as one JSON string.
+"""The memory of steering from step to step, and its form in a state dict: one JSON string.
 
 ``torch.distributed.checkpoint`` drops unknown keys at the top level of an optimizer's state dict and keeps those of a
 group, but loads no leaf that a fresh optimizer does not have: so the memory is a single leaf, which is always there.
@@ -19,21 +19,21 @@ from steer_optim.rules.base import Rule, State
 
 KEY = "steer_optim"
 
-# Weights are used again where they amplify no gradient by more than this, measured against the update and the largest
-# gradient, or where the gradient's norm is within the second number of what it was at the Gramian before.
+# Weights are reused if for each gradient |w_i| max_j ||g_j|| <= _AMPLIFIED ||update||, or its norm changed by at most a
+# factor _STEADY since the previous Gramian.
 _AMPLIFIED, _STEADY = 10.0, 4.0
 
 
 @dataclass(frozen=True)
 class Last:
-    """The last Gramian, whose weights the steps until the next one use again.
+    """The last Gramian and its weights, which the steps until the next Gramian reuse.
 
     Attributes:
         rule: the rule that gave the weights, hyperparameters included.
         G: ``(k, k)``.
         weights: ``(k,)``.
         before: ``(k,)``, the norms at the Gramian before this one; 0 where there was none.
-        scale: what the losses were multiplied by on the way back.
+        scale: the factor on the losses (gradient scaler, division), summed over micro-batches.
         age: how many steps ago it was taken.
     """
 
@@ -45,10 +45,10 @@ class Last:
     age: int = 0
 
     def may_serve_again(self) -> Tensor:
-        """Whether the weights would still be good where the gradients have moved on; a bool on the device.
+        """Return whether later steps may reuse the weights; a bool on the device.
 
-        Weights that make much of a small gradient, as the projection on one that is nearly zero, would make far too
-        much of it once it is larger. They are good only where that gradient has been as small before.
+        A large weight on a small gradient, as from a projection on one that is nearly zero, would be far too large once
+        that gradient grows. It is reused only if the norm was about the same at the previous Gramian.
         """
         norms = self.norms
         amplified = self.weights.abs() * norms.max() > _AMPLIFIED * self.length
@@ -68,7 +68,7 @@ class Last:
 
 @dataclass(frozen=True)
 class Memory:
-    """All that a step leaves to the next one."""
+    """All that one step passes to the next."""
 
     names: tuple[str, ...] = ()
     state: State = field(default_factory=dict)
@@ -77,7 +77,7 @@ class Memory:
 
 
 def pack(memory: Memory, *, owner: str, keep_last: bool) -> str:
-    """The memory as a string; ``owner`` says whose it is: the rule and its scope."""
+    """Return the memory as a string; ``owner`` names the rule and its scope."""
     state = {key: _pack(value) for key, value in memory.state.items()}
     record: dict[str, Any] = {"rule": owner, "names": memory.names, "state": state}
     if keep_last and memory.last is not None:
@@ -87,7 +87,7 @@ def pack(memory: Memory, *, owner: str, keep_last: bool) -> str:
 
 
 def unpack(text: str, *, owner: str, rule: Rule, scopes: int, device: torch.device) -> Memory:
-    """The memory that :func:`pack` made a string of, checked.
+    """Return the memory from a string of :func:`pack`, checked.
 
     Raises:
         ValueError: the memory is that of another rule or scope, or damaged.
@@ -99,30 +99,30 @@ def unpack(text: str, *, owner: str, rule: Rule, scopes: int, device: torch.devi
             return _checked(record, rule, scopes, device)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RuntimeError, RecursionError) as error:
         raise ValueError(
-            f"the memory of steering in the state dict, param_groups[0][{KEY!r}], is damaged ({error}): take an older "
-            "checkpoint, or delete it to start the rule afresh"
+            f"the memory in the state dict, [{KEY!r}] or param_groups[0][{KEY!r}], is damaged ({error}): take an older "
+            "checkpoint, or delete this entry to start the rule afresh"
         ) from error
     raise ValueError(
-        f"the checkpoint holds the memory of {theirs} and this optimizer steers with {owner}: use the same rule and "
-        f"scope, or delete state_dict['param_groups'][0][{KEY!r}] to start this one afresh"
+        f"the state dict holds the memory of {theirs}, but the rule here is {owner}: use the same rule and scope, or "
+        f"delete [{KEY!r}] from it or from its param_groups[0] to start afresh"
     )
 
 
 def _checked(record: dict[str, Any], rule: Rule, scopes: int, device: torch.device) -> Memory:
     names = tuple(record["names"])
     if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
-        raise ValueError("names are different strings")
+        raise ValueError("names must be distinct strings")
     k = len(names)
     state: State = {}
     if record["state"]:
         rule.check(names)
         fresh = rule.init(torch.eye(k, dtype=torch.float64).expand(scopes, k, k), names)
         if record["state"].keys() != fresh.keys():
-            raise ValueError(f"state is {', '.join(fresh)}; got {', '.join(record['state'])}")
+            raise ValueError(f"state must be {', '.join(fresh)}; got {', '.join(record['state'])}")
         for key, like in fresh.items():
             state[key] = _unpack(key, record["state"][key], like.shape, rows=scopes)
             if like.is_floating_point() and state[key].isnan().any() and not like.isnan().any():
-                raise ValueError(f"{key} is not a number")
+                raise ValueError(f"{key} contains NaN")
     last = None
     if "last" in record:
         shapes = {"G": (k, k), "weights": (k,), "before": (k,), "scale": ()}
@@ -130,7 +130,7 @@ def _checked(record: dict[str, Any], rule: Rule, scopes: int, device: torch.devi
         if not all(t.isfinite().all() for t in tensors.values()):
             raise ValueError("the last weights or their Gramian are not finite")
         if not isinstance(record["last"]["rule"], str) or not isinstance(record["last"]["age"], int):
-            raise ValueError("the last weights belong to no rule")
+            raise ValueError("the last weights need a rule (str) and an age (int)")
         last = Last(record["last"]["rule"], age=record["last"]["age"], **tensors)
     return Memory(names if state or last else (), state, last)
 
@@ -140,7 +140,7 @@ def _pack(value: Tensor) -> list[Any]:
 
 
 def _unpack(name: str, packed: Any, shape: Sequence[int], rows: int | None = None) -> Tensor:
-    """A tensor of the given shape, or with up to ``rows`` rows of it, which is found out before it is made."""
+    """Return a tensor of this shape (with ``rows``: of at most so many rows), checked before it is made."""
     dtype, value = packed
     found, inner = [], value
     while isinstance(inner, list):

@@ -1,4 +1,4 @@
-"""What steering did over training: the numbers of each step's geometry, for any logger and for plots.
+"""Record what steering did over training: the numbers of each step's geometry, for any logger and for plots.
 
 One vocabulary serves both: :func:`scalars` names the numbers of one step for a logger, and :class:`Monitor`
 keeps the same numbers over training, under the same names. For components ``lang`` and ``vis`` these are
@@ -14,9 +14,8 @@ keeps the same numbers over training, under the same names. For components ``lan
 ``steer/update_norm_ratio`` the same, divided by the norm of the plain sum
 =========================== ==========================================================================
 
-Norms, cosines and angles are those of the whole gradients under every scope, so that runs compare. What a step did not
-measure is left out: inner products that it did not take, and everything but losses and weights where these are of an
-earlier step (``geometry.age``).
+Norms, cosines and angles are over all parameters under any scope, so that runs compare. A step that reused weights
+(``geometry.age > 0``) has losses and weights only. NaN is kept for losses, norms and weights, and left out otherwise.
 """
 
 from __future__ import annotations
@@ -33,14 +32,14 @@ from steer_optim.gramian import Geometry
 
 Keys = tuple[str, ...]
 
-# What every step measures but for norms of an earlier one, so that NaN is news.
+# Kept even if NaN, which tells of an absent component or an overflow; others are then left out.
 _ALWAYS = ("steer/loss/", "steer/norm/", "steer/weight/")
-# Rows that gather on the device before they move to the host: one synchronisation in so many steps.
+# Rows kept on the device before they are copied to the host: one synchronization per so many steps.
 _BATCH = 256
 
 
 def scalars(geometry: Geometry) -> dict[str, float]:
-    """The numbers of one step by name, read from the device in one transfer.
+    """Return the numbers of one step by name, read from the device in one transfer.
 
     Args:
         geometry: of the step, for the whole model or scoped.
@@ -64,7 +63,7 @@ def scalars(geometry: Geometry) -> dict[str, float]:
 
 
 class Monitor:
-    """The numbers of every recorded step, by name.
+    """Record the numbers of steps, by name.
 
     Recording waits for the device only once in 256 steps, when the rows move to the host. Steps may have
     different components (``lp`` is absent where no token is visual enough): what a step does not have is NaN.
@@ -92,7 +91,7 @@ class Monitor:
         return len(self._steps)
 
     def record(self, geometry: Geometry, *, step: int | None = None) -> None:
-        """Keeps the numbers of one step.
+        """Record the numbers of one step.
 
         Args:
             geometry: what ``backward_components`` returned, or ``optimizer.geometry``.
@@ -106,7 +105,7 @@ class Monitor:
             self._move_to_host()
 
     def history(self) -> dict[str, Tensor]:
-        """All recorded numbers over training.
+        """Return all recorded numbers over training.
 
         Returns:
             ``"step"``, ``(n,)`` int64, and each name in the header of this module that ever occurred, ``(n,)``
@@ -123,7 +122,7 @@ class Monitor:
         return {"step": torch.tensor(self._steps, dtype=torch.int64), **known}
 
     def state_dict(self) -> dict[str, Any]:
-        """The record so far: tensors, lists and strings, fit for any checkpoint."""
+        """Return the record so far: tensors, lists and strings, fit for any checkpoint."""
         self._move_to_host()
         return {
             "steps": torch.tensor(self._steps, dtype=torch.int64),
@@ -133,7 +132,7 @@ class Monitor:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continues from a record; what was recorded here before is dropped."""
+        """Continue from a record; drop what was recorded here before."""
         self._steps = state_dict["steps"].tolist()
         self._pending = []
         self._blocks = [(tuple(block["keys"]), block["places"], block["values"]) for block in state_dict["blocks"]]

@@ -2,7 +2,7 @@
 
     losses -> capture -> holding -> gramian -> rule -> combine -> .grad -> inner.step()
 
-Seen from outside it is the inner optimizer (`facade.py`); what leads to ``.grad`` is in the `Steering` that it owns.
+It behaves as the inner optimizer (`facade.py`); the `Steering` that it owns computes ``.grad``.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from steer_optim.steering import Scope, Steering
 
 
 class SteeredOptimizer(OptimizerFacade):
-    """Wraps a torch optimizer and steers its update by a rule over the gradients of named loss components.
+    """Wrap a torch optimizer, and steer its update by a rule over the gradients of named loss components.
 
     Call :meth:`backward_components` instead of ``loss.backward()``, or ``backward()`` on what :meth:`join` returns. The
     rest of the loop stays as it is. For several optimizers over one loss use one :class:`Steering`.
 
     Args:
         optimizer: any ``torch.optim.Optimizer``. It keeps its state, groups and hooks.
-        rule: as of :class:`Steering`.
-        scope: as of :class:`Steering`.
-        data_parallel: as of :class:`Steering`; True under DDP.
-        refresh_every: as of :class:`Steering`.
+        rule: see :class:`Steering`.
+        scope: see :class:`Steering`.
+        data_parallel: see :class:`Steering`; True under DDP.
+        refresh_every: see :class:`Steering`.
 
     Attributes:
         inner: the wrapped optimizer.
-        steering: what steers, over the parameters of the inner optimizer.
+        steering: the :class:`Steering` over the parameters of the inner optimizer.
 
     Raises:
-        TypeError: ``optimizer`` or ``rule`` is not one, or ``optimizer`` is steered already.
+        TypeError: ``optimizer`` is no torch optimizer or is steered already, or ``rule`` is no rule.
         ValueError: as :class:`Steering`.
 
     Example:
@@ -92,14 +92,14 @@ class SteeredOptimizer(OptimizerFacade):
     def backward_components(
         self, losses: Losses, *, accumulate: bool = False, retain_graph: bool = False
     ) -> Geometry | None:
-        """Backpropagates every component, and adds the steered update to ``.grad``.
+        """Backpropagate every component, and add the steered update to ``.grad``.
 
         See :meth:`Steering.backward_components`.
         """
         return self.steering.backward_components(losses, accumulate=accumulate, retain_graph=retain_graph)
 
     def join(self, losses: Losses, *, accumulate: bool = False) -> Tensor:
-        """One scalar, equal to the sum of the components, whose backward pass steers; see :meth:`Steering.join`."""
+        """Return one scalar, the sum of the components, whose backward pass steers; see :meth:`Steering.join`."""
         return self.steering.join(losses, accumulate=accumulate)
 
     @property
@@ -118,7 +118,7 @@ class SteeredOptimizer(OptimizerFacade):
 
     @property
     def refresh_every(self) -> int:
-        """In every how many steps a Gramian is taken."""
+        """The number of steps from one Gramian to the next."""
         return self.steering.refresh_every
 
     @refresh_every.setter
@@ -132,7 +132,7 @@ class SteeredOptimizer(OptimizerFacade):
     def step(self, closure: Callable[[], float]) -> float: ...
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """A step of the inner optimizer on ``.grad``, as it is; nothing is steered here.
+        """Step the inner optimizer on ``.grad`` as it is; nothing is steered here.
 
         Args:
             closure: evaluates the model again and returns the loss; it may call :meth:`backward_components`.
@@ -148,8 +148,8 @@ class SteeredOptimizer(OptimizerFacade):
             return super().step()
         if not isinstance(self.rule, Sum) and any(group.get("line_search_fn") for group in self.param_groups):
             warnings.warn(
-                "a line search compares losses along the update with their gradient, and a steered gradient is not "
-                "that of any loss: it may stall. Use LBFGS(line_search_fn=None), or Sum()",
+                "a line search needs the gradient of the loss, and a steered gradient is another: it may stall. Use "
+                "LBFGS(line_search_fn=None), or Sum()",
                 stacklevel=2,
             )
 
@@ -163,7 +163,7 @@ class SteeredOptimizer(OptimizerFacade):
     step.__dict__["hooked"] = True  # torch must not wrap it in hooks of its own
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears ``.grad`` as the inner optimizer does, and drops what is pending."""
+        """Clear ``.grad`` as the inner optimizer does, and drop pending micro-batches."""
         self.steering.drop_pending()
         super().zero_grad(set_to_none)
 
@@ -178,7 +178,7 @@ class SteeredOptimizer(OptimizerFacade):
         return {**state_dict, "param_groups": [{**first, **memory}, *others]}
 
     def _import_state(self, state_dict: dict[str, Any]) -> None:
-        """Loads both, or neither: a plain state dict of the inner optimizer starts the rule afresh."""
+        """Load the inner state and the rule's memory, or neither; a plain inner state dict starts the rule afresh."""
         place = state_dict["param_groups"][0] if _has_groups(state_dict) else state_dict
         memory = self.steering.read({KEY: place[KEY]} if KEY in place else {})
         rest = {key: value for key, value in place.items() if key != KEY}

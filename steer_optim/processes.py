@@ -1,7 +1,7 @@
-"""What the processes are to each other, and the refusal of what cannot be steered in several of them.
+"""The meaning of `data_parallel`, and the refusal of parallel setups that cannot be steered.
 
-The optimizer cannot see whether processes train one model, so it is told, and asks rather than guesses: replicas that
-only look synchronised drift apart without an error.
+The optimizer cannot see whether the processes train one model, so `data_parallel` must say so. A guess could be wrong,
+and replicas that are not synchronized drift apart without an error.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _WAY_OUT = (
 
 
 def refuse_deepspeed(optimizer: object) -> None:
-    """Refuses an optimizer of DeepSpeed, which is not a torch optimizer, with the way out.
+    """Raise, with the remedy, for an optimizer of DeepSpeed, which is not a torch optimizer.
 
     Raises:
         TypeError: always, for one of DeepSpeed.
@@ -34,13 +34,13 @@ def refuse_deepspeed(optimizer: object) -> None:
 
 
 def replica_group(data_parallel: DataParallel, parameters: Sequence[Tensor]) -> dist.ProcessGroup | None:
-    """The group of replicas to average over; None for a process that trains by itself, or for sharded parameters.
+    """Return the group of replicas to average over; None if a process trains by itself or parameters are sharded.
 
     Raises:
         TypeError: ``data_parallel`` is neither a bool nor a process group of which this process is a member.
-        RuntimeError: there are several processes and it was not said what they are to each other, or replicas are
-            asked for and there are none, or parameters are both replicated and sharded by frameworks that do not know
-            of each other, or they belong to a framework that allows one backward pass only.
+        RuntimeError: there are several processes and ``data_parallel`` was not given; or it was given, but
+            torch.distributed is not initialized or the parameters are sharded; or only some parameters are sharded;
+            or FSDP1, DeepSpeed or tensor parallelism inside DDP is used.
     """
     for p in parameters:
         if getattr(p, "_fsdp_flattened", False):
@@ -83,20 +83,20 @@ def replica_group(data_parallel: DataParallel, parameters: Sequence[Tensor]) -> 
         return dist.group.WORLD
     if not isinstance(data_parallel, dist.ProcessGroup):
         raise TypeError(
-            f"data_parallel is a bool or a process group that this process is in; got {data_parallel!r}. Of a device "
-            "mesh pass mesh.get_group()"
+            f"data_parallel must be a bool or a process group that this process is in; got {data_parallel!r}. For a "
+            "device mesh pass mesh.get_group()"
         )
     return data_parallel
 
 
 def guard(data_parallel: DataParallel, parameters: Sequence[Tensor]) -> None:
-    """Refuses that the backward pass around a joined loss still changes ``.grad`` after the joined loss had its turn.
+    """Raise if ``.grad`` is modified after the joined loss has been steered.
 
-    Where another loss is in that pass, the reducers of DDP and FSDP2 average, overwrite or mix gradients at its end,
-    depending on the order in which autograd comes by.
+    This happens when another loss is backpropagated in the same call: the reducers of DDP and FSDP2 average, overwrite
+    or mix gradients at the end of the pass, in an order that autograd decides.
 
     Raises:
-        RuntimeError: from the backward pass, at its very end.
+        RuntimeError: from ``backward()``, at its end.
     """
     if not data_parallel and not any(is_dtensor(p) for p in parameters):
         return
@@ -105,9 +105,8 @@ def guard(data_parallel: DataParallel, parameters: Sequence[Tensor]) -> None:
     def check() -> None:
         if any(p.grad is not gradient or _version(gradient) != version for p, gradient, version in written):
             raise RuntimeError(
-                "another loss was backpropagated together with a joined one, and the reducer of a model in several "
-                "processes touched what had been steered, so that .grad is wrong. Call backward() on the other loss by "
-                "itself, before that on the joined one"
+                "another loss was backpropagated together with a joined one, and DDP or FSDP2 changed the steered "
+                ".grad afterwards, so that it is wrong. Call backward() on the other loss first, in a call of its own"
             )
 
     queue = torch.autograd.Variable._execution_engine.queue_callback

@@ -19,14 +19,14 @@ _SMALL, _END_TO_END = 2**12, 2**20
 
 
 def inner_products(rows: Sequence[Row], scopes: int, k: int, device: torch.device, *, wide: bool) -> Tensor:
-    """``(S, k, k)``: the Gramian of every scope, of what some rows hold.
+    """Return the Gramian of every scope, ``(S, k, k)``, over some rows.
 
     Args:
         rows: for some parameters, or pieces of them, the gradient in each of the ``k`` sets; None counts as zero.
         scopes: ``S``.
         k: the number of sets.
         device: of the result; the gradients may lie on several.
-        wide: whether products are those of float64 where their operands are narrower.
+        wide: whether to multiply in float64, whatever the dtype of the gradients.
 
     Raises:
         TypeError: a gradient has a layout other than strided or sparse COO.
@@ -74,7 +74,7 @@ def inner_products(rows: Sequence[Row], scopes: int, k: int, device: torch.devic
 
 
 def zeros(device: torch.device, *shape: int) -> Tensor:
-    """In float64, or float32 where the device has none."""
+    """Return zeros in float64, or in float32 where the device has no float64."""
     return torch.zeros(shape, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
 
 
@@ -87,7 +87,7 @@ def _kind(g: Tensor) -> tuple[torch.dtype, torch.device]:
 
 
 def _pieces(row: Sequence[Tensor | None], *, wide: bool) -> Iterator[Sequence[Tensor | None]]:
-    """A row in pieces that are flat, real, and in the cache for all of their products; whole if one is sparse."""
+    """Yield a row in flat real pieces that stay in the cache; in one piece if a gradient is sparse."""
     for g in row:
         if g is not None and g.layout not in (torch.strided, torch.sparse_coo):
             raise TypeError(f"gradients are dense or sparse COO; got layout {g.layout} (shape {tuple(g.shape)})")
@@ -108,7 +108,7 @@ def _real(g: Tensor) -> Tensor:
 
 
 def _flatten(row: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Dense tensors of one shape in one dimension, in the same order of elements for all; views where that can be."""
+    """Flatten dense tensors of one shape, in the same order of elements for all; without a copy if possible."""
     strides = {g.stride() for g in row if g is not None}
     if len(strides) == 1:
         # autograd gives a gradient its parameter's strides: in the order of the strides, channels_last is flat too.
@@ -119,7 +119,7 @@ def _flatten(row: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 def _batches(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
-    """Rows of one kind in batches that are worth a call and not much memory."""
+    """Yield rows of one kind in batches: enough elements for one call, and not much memory."""
     start = size = 0
     for i, (_, row) in enumerate(rows):
         size += _first(row).numel()
@@ -140,7 +140,7 @@ def _end_to_end(rows: Sequence[Sequence[Tensor | None]], k: int) -> list[Tensor]
 
 
 def _runs(ids: Sequence[int], blocks: Tensor) -> Iterator[tuple[tuple[int, int], Tensor]]:
-    """Runs of successive ids, as their first and last, with their blocks: no index has to travel to the device."""
+    """Yield runs of successive ids (first, last) with their blocks: slices, so that no index goes to the device."""
     start = 0
     for i in range(1, len(ids) + 1):
         if i == len(ids) or ids[i] != ids[i - 1] + 1:

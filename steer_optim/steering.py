@@ -1,9 +1,9 @@
-"""How one backward pass over the components is steered, whichever optimizers step on it.
+"""`Steering`: from named losses to the steered ``.grad``, whichever optimizers step on it.
 
     losses -> capture -> holding -> gramian -> rule -> combine -> .grad
 
-Each arrow is a line of `Steering._steer`, and each room a module of its own. A step between two refreshes walks the
-same way with one set, that of the weighted sum.
+`Steering._steer` calls these stages in order; each is a module. A step between two refreshes takes the same path with
+one set, that of the weighted sum.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from steer_optim.step import Pending, Step
 Scope = Literal["model", "group", "tensor"]
 
 BOUND = 3.0
-"""No update between two refreshes is longer than this many times the last one whose Gramian was taken."""
+"""The largest norm of an update between two refreshes, relative to the last one whose Gramian was taken."""
 
 _ALIVE: weakref.WeakSet[Steering] = weakref.WeakSet()  # each leaves the others' parameters alone
 
 
 class Steering:
-    """Steers the gradients of some parameters by a rule, whichever optimizers step on them.
+    """Steer the gradients of some parameters by a rule, whichever optimizers step on them.
 
-    For loops with several optimizers: one ``Steering`` over all parameters, whose optimizers step plainly. Where there
-    is one optimizer, :class:`SteeredOptimizer` owns a ``Steering`` and saves it with the optimizer's state.
+    If several optimizers share the losses, make one ``Steering`` over all parameters and call their ``step`` as usual.
+    For one optimizer use :class:`SteeredOptimizer`: it owns a ``Steering`` and saves it with the optimizer's state.
 
     Args:
         parameters: tensors, ``(name, tensor)`` pairs or parameter groups, as a torch optimizer takes them; or an
@@ -50,18 +50,18 @@ class Steering:
             may be set at any time and starts without memory.
         scope: over which parameters one Gramian is taken and one set of weights is found: the whole model, each
             parameter group, or each tensor by itself.
-        data_parallel: what the processes are to each other, which cannot be seen from here. True under DDP: all are
-            replicas of one model, and the gradients of its components (not their losses) are averaged before the
-            Gramian is taken; a process group, if only its processes are (it cannot be pickled or deep-copied); False
-            if each trains by itself. Sharded parameters (FSDP2, tensor parallel) say so themselves.
-        refresh_every: take the Gramian in every so many steps only, a step being a call that does not accumulate. In
-            between the last weights are used, for which one backward pass of the weighted sum is enough;
-            ``geometry.age`` says how old they are. Such an update is at most three times as long as the last one whose
-            Gramian was taken. The step after one in which a component had no gradient, or one that is not finite, or a
-            small one that got a large weight, takes a Gramian too. For ``scope="model"``. May be changed at any time.
+        data_parallel: True under DDP: every process has a replica of the model, and the gradients of the components
+            (not their losses) are averaged before the Gramian is taken. A process group if only its members have
+            replicas (it cannot be pickled or deep-copied). False if each process trains by itself. None, the default,
+            in one process, or if all parameters are sharded (FSDP2, tensor parallel).
+        refresh_every: take the Gramian once in this many steps; a step is a call without ``accumulate``. The steps in
+            between reuse the last weights, in one backward pass of the weighted sum; ``geometry.age`` says how old they
+            are. The norm of such an update is at most three times that of the last one whose Gramian was taken. If at a
+            Gramian a component's gradient is zero, not finite, or small with a large weight, the next step takes the
+            Gramian too. Needs ``scope="model"``. May be changed at any time.
 
     Raises:
-        TypeError: ``rule`` is not one, or ``parameters`` are none.
+        TypeError: ``rule`` is not a rule, or ``parameters`` holds something other than tensors.
         ValueError: there is no such scope; or ``refresh_every`` is not a positive integer, or more than 1 with a scope
             other than the whole model, since one backward pass has one weight for each component.
 
@@ -120,13 +120,13 @@ class Steering:
 
     @property
     def refresh_every(self) -> int:
-        """In every how many steps a Gramian is taken."""
+        """The number of steps from one Gramian to the next."""
         return self._refresh_every
 
     @refresh_every.setter
     def refresh_every(self, steps: int) -> None:
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"refresh_every is a number of steps, an int of at least 1; got {steps!r}")
+            raise ValueError(f"refresh_every must be an int of at least 1; got {steps!r}")
         if steps > 1 and self.scope != "model":
             raise ValueError(
                 f"refresh_every={steps} needs scope='model': the steps in between are one backward pass, which has one "
@@ -147,18 +147,18 @@ class Steering:
     def backward_components(
         self, losses: Losses, *, accumulate: bool = False, retain_graph: bool = False
     ) -> Geometry | None:
-        """Backpropagates every component, and adds the steered combination of their gradients to ``.grad``.
+        """Backpropagate every component, and add the steered combination of their gradients to ``.grad``.
 
-        With gradients ``g_i`` of the components, ``G[i, j] = <g_i, g_j>`` and ``w = rule(G)``, every parameter gets
-        ``p.grad += sum_i w[i] * g_i``. As with ``loss.backward()``, an existing ``.grad`` is added to, and a parameter
-        that no component reaches keeps ``grad is None``.
+        Let ``g_i`` be the gradients of the components, ``G[i, j] = <g_i, g_j>`` and ``w = rule(G)``. Every parameter
+        gets ``p.grad += sum_i w[i] * g_i``. As after ``loss.backward()``, a parameter that no component reaches keeps
+        ``grad is None``.
 
         Args:
             losses: scalar losses by name, or callables that return one. Callables are evaluated one after another, so
                 that one graph is freed before the next is built; where they share a part of the graph, pass
-                ``retain_graph=True``. What a forward pass changes, such as the statistics of a BatchNorm, each of them
-                changes. None, or a known name left out, counts as a zero gradient: a task without samples. The names
-                of the first step are the ones that are known, and their order is that of ``Geometry`` from then on.
+                ``retain_graph=True``. Each callable that runs the model updates the statistics of its BatchNorm layers.
+                None, or a known name left out, counts as a zero gradient: a task without samples. The first step
+                defines the known names, and their order in ``Geometry``.
             accumulate: add this micro-batch to what is pending and write nothing. The next plain call steers the
                 totals: N micro-batches equal one batch, which steering each by itself does not.
             retain_graph: keep the graph of the components, as ``Tensor.backward`` does.
@@ -170,10 +170,10 @@ class Steering:
         Raises:
             TypeError, ValueError: no components; one that is not a scalar, or that reaches no parameter; a name that is
                 unknown, or names that the rule cannot weigh; replicas that differ.
-            RuntimeError: there are several processes and it was not said what they are to each other, or gradients
-                cannot be taken one component at a time.
+            RuntimeError: there are several processes and ``data_parallel`` was not given, or gradients cannot be taken
+                one component at a time.
 
-        After an error ``.grad`` is as before; if a backward pass had begun, what was pending is dropped.
+        After an error ``.grad`` is as before, but pending micro-batches may be lost: restart from ``zero_grad``.
 
         Example:
             >>> import torch
@@ -190,17 +190,16 @@ class Steering:
         return self._steer(losses, scale=None, accumulate=accumulate, retain_graph=retain_graph)
 
     def join(self, losses: Losses, *, accumulate: bool = False) -> Tensor:
-        """One scalar, equal to the sum of the components, whose backward pass steers.
+        """Return one scalar, equal to the sum of the components, whose backward pass steers.
 
-        For loops that call ``loss.backward()`` themselves. What comes in on the way back, from a gradient scaler or a
-        division by the number of micro-batches, multiplies every component alike, and with them the norms in
-        :attr:`geometry`. Nothing else flows through the scalar: its backward pass is
-        ``backward_components(losses, accumulate=accumulate)``, so that ``torch.autograd.grad`` and
-        ``backward(inputs=...)`` find no parameter behind it.
+        Use it in loops that call ``loss.backward()`` themselves. A factor on the scalar, from a gradient scaler or a
+        division by the number of micro-batches, multiplies the gradient of every component, and so the norms in
+        :attr:`geometry`. The backward pass of the scalar is ``backward_components(losses, accumulate=accumulate)``;
+        ``torch.autograd.grad`` and ``backward(inputs=...)`` find no parameter behind it.
 
-        In one process another loss may be added and is not steered; in several, backpropagate it by itself before. As
-        with any loss, a second backward pass needs ``retain_graph=True`` in the first, and adds to ``.grad`` again; so
-        does an added loss that shares a part of the graph. Under ``torch.no_grad()`` this is only the plain sum.
+        In one process another loss may be added to the scalar and is not steered; in several, backpropagate that loss
+        first, by itself. A second backward pass, or an added loss that shares a part of the graph, needs
+        ``retain_graph=True`` as with any loss. Under ``torch.no_grad()`` this is only the plain sum.
 
         Args:
             losses: as for :meth:`backward_components`; callables are evaluated at once, since the sum is.
@@ -238,16 +237,16 @@ class Steering:
         return join([loss for loss in values.values() if loss is not None], backward)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears ``.grad`` of the parameters, and drops what is pending."""
+        """Clear ``.grad`` of the parameters, and drop pending micro-batches."""
         self.drop_pending()
         self._source.zero_grad(set_to_none)
 
     def drop_pending(self) -> None:
-        """Drops what micro-batches have accumulated."""
+        """Drop the pending micro-batches."""
         self._pending = None
 
     def refuse_pending(self) -> None:
-        """Refuses a step on gradients that lack what was accumulated.
+        """Raise if micro-batches are pending: a step now would miss them.
 
         Raises:
             RuntimeError: micro-batches are pending.
@@ -259,11 +258,11 @@ class Steering:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to continue bit for bit: the rule's memory and the weights in use, in one string."""
+        """Return what a run needs to resume bit for bit, in one string: the rule's memory and the last weights."""
         return {memory.KEY: memory.pack(self._memory, owner=self._owner(), keep_last=self.refresh_every > 1)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Loads what :meth:`state_dict` returned, and drops what is pending; nothing starts the rule afresh.
+        """Load what :meth:`state_dict` returned, and drop pending micro-batches; ``{}`` starts the rule afresh.
 
         Raises:
             ValueError: the memory is that of another rule or scope, or damaged. Nothing is changed then.
@@ -271,14 +270,14 @@ class Steering:
         self.adopt(self.read(state_dict))
 
     def read(self, state_dict: Mapping[str, Any]) -> Memory:
-        """The checked memory in a state dict, for :meth:`adopt`."""
+        """Return the memory in a state dict, checked, for :meth:`adopt`."""
         if memory.KEY not in state_dict:
             return Memory()
         text, device = state_dict[memory.KEY], self._parameters()[0].device
         return memory.unpack(text, owner=self._owner(), rule=self.rule, scopes=len(self._scopes()), device=device)
 
     def adopt(self, memory: Memory) -> None:
-        """Continues from a memory that :meth:`read` returned."""
+        """Continue from a memory that :meth:`read` returned."""
         self._memory, self._names, self._agreement = memory, memory.names, Agreement()
         self.drop_pending()
 
@@ -293,7 +292,7 @@ class Steering:
         check_losses(losses)
         self._check_names(losses, accumulate=accumulate)
         step = self._step(scale, retain_graph)
-        # Out of sight until all went well: whatever happens from here on drops what was pending.
+        # Taken off `self` now, so that an error from here on drops the pending micro-batches.
         pending, self._pending = self._pending or Pending(self._reusable()), None
         step.begin(pending)
 
@@ -318,11 +317,11 @@ class Steering:
         return new.geometry
 
     def _step(self, scale: Tensor | None, retain_graph: bool) -> Step:
-        """The parameters as they are now; groups may have been added since."""
+        """Return this call's `Step`. Parameters are read anew: groups may have been added."""
         scopes = [own for _, own in self._scopes()]
         parameters = [p for own in scopes for p in own if p.requires_grad]
         if not parameters:
-            raise ValueError("the optimizer has no parameter that requires grad")
+            raise ValueError("there is no parameter that requires grad: unfreeze one, or pass others")
         check_parameters(parameters)
         mine = {p for own in scopes for p in own}
         others = [p for other in list(_ALIVE) if other is not self for p in other._parameters() if p not in mine]
@@ -331,7 +330,7 @@ class Steering:
         return Step(self._names, scopes, parameters, others, replicas, averaged, scale, retain_graph)
 
     def _hold(self, step: Step) -> Held:
-        """What takes the sets of this step, once the replicas are known to be alike."""
+        """Return the holder of this step's sets, after checking that the replicas are alike."""
         if step.replicas is not None:
             last = step.pending.last
             remembered = [*self._memory.state.values(), *([] if last is None else [last.weights])]
@@ -341,7 +340,7 @@ class Steering:
         return step.hold()
 
     def _weigh(self, G: Tensor, pending: Pending) -> tuple[Tensor, Memory]:
-        """The weights ``(S, k)`` of the sets that are held, and what is remembered of the step."""
+        """Return the weights of the held sets, ``(S, k)`` (between refreshes ``(1, 1)``), and the new memory."""
         names, old, last = self._names, self._memory, pending.last
         scale = pending.scale.to(G) if isinstance(pending.scale, Tensor) else G.new_full((), pending.scale)
         losses = stack_losses([pending.losses.get(name) for name in names], G)
@@ -360,15 +359,15 @@ class Steering:
         return factor, Memory(names, old.state, now, geometry)
 
     def _reusable(self) -> Last | None:
-        """What this step uses the weights of; None where it takes a Gramian of its own."""
+        """Return the last Gramian if this step reuses its weights; None if it takes a new one."""
         last = self._memory.last
         if last is None or last.age + 1 >= self.refresh_every or last.rule != self._rule_key():
             return None
-        # One read in every so many steps.
+        # Synchronizes once per refresh.
         return last if last.age or bool(last.may_serve_again()) else None
 
     def _facts(self, step: Step) -> dict[str, str]:
-        """What must be the same in all replicas, and how it is here."""
+        """Return what must be the same on all replicas, and its value here."""
         age = 0 if step.pending.last is None else step.pending.last.age + 1
         return {
             "their components, or the order of these": ", ".join(map(repr, self._names)),
@@ -377,7 +376,7 @@ class Steering:
                 f"{name} {tuple(p.shape)} {p.dtype}" for name, p in zip(self._labels(), self._parameters(), strict=True)
             ),
             "their rule or its hyperparameters": self._rule_key(),
-            "refresh_every, or in how old their weights are": f"refresh_every={self.refresh_every} and age {age}",
+            "refresh_every, or in the age of their weights": f"refresh_every={self.refresh_every} and age {age}",
         }
 
     def _check_names(self, losses: Losses, *, accumulate: bool) -> None:
@@ -399,7 +398,7 @@ class Steering:
     def _scopes(self) -> list[tuple[str, list[Tensor]]]:
         """The parameters of each scope, read anew.
 
-        Frozen ones are among them, so that a scope keeps its row in the rule's state when it thaws.
+        Frozen ones are included: a scope keeps its row in the rule's state when it is unfrozen.
         """
         groups = [(i, group) for i, group in enumerate(self._source.param_groups) if group["params"]]
         if self.scope == "model":
@@ -416,9 +415,9 @@ class Steering:
         ]
 
     def _owner(self) -> str:
-        """Whose memory it is: another rule, or the same one over other scopes, cannot read it."""
+        """Return the class of the rule and the scope: a memory saved with others is refused."""
         return f"{type(self.rule).__name__}, scope={self.scope!r}"
 
     def _rule_key(self) -> str:
-        """The rule with its hyperparameters, as another process knows it, too."""
+        """Return the rule with its hyperparameters, without addresses: the same in all processes."""
         return f"{re.sub(' at 0x[0-9a-f]+', '', repr(self.rule))}, scope={self.scope!r}"

@@ -1,4 +1,4 @@
-"""One step on its way: the micro-batches that it has seen, and how the gradient sets of the next one are taken."""
+"""One step in progress: its pending micro-batches, and how the gradient sets of a call are taken."""
 
 from __future__ import annotations
 
@@ -25,54 +25,54 @@ from steer_optim.memory import Last
 
 @dataclass
 class Pending:
-    """What micro-batches have accumulated: a set for each component, or one where the weights are known already."""
+    """Accumulated micro-batches: a set for each component, or one of the weighted sum where weights are reused."""
 
-    last: Last | None  # whose weights are used, if they are known already
+    last: Last | None  # its weights are reused; None if the step takes a Gramian
     sets: dict[str, Gradients] = field(default_factory=dict)
     losses: dict[str, Tensor] = field(default_factory=dict)
-    parameters: set[Tensor] = field(default_factory=set)  # that required grad in one of them
+    parameters: set[Tensor] = field(default_factory=set)  # required grad in some micro-batch
     scale: Tensor | float = 0.0  # what the losses are multiplied by, summed over micro-batches
 
     def take(self, name: str, gradients: Gradients | None) -> None:
-        """Keeps one set for the next micro-batch."""
+        """Keep one set for the next micro-batch."""
         if gradients is not None:
             self.sets[name] = gradients
 
 
 @dataclass
 class Step:
-    """One call of a step, and the parameters as they are now."""
+    """One call of ``backward_components``, and the parameters as they are now."""
 
     names: tuple[str, ...]
     scopes: list[list[Tensor]]
     parameters: list[Tensor]
-    others: list[Tensor]  # of other steerings
+    others: list[Tensor]  # parameters of other steerings
     replicas: Any  # a process group, or None
     averaged: bool  # whether a plain backward pass may be averaged over the replicas by a reducer
     scale: Tensor | None
     retain_graph: bool
-    first: bool = False  # whether the replicas compared their parameters in this call
+    first: bool = False  # whether this call was the first to compare the parameters of the replicas
     pending: Pending = field(default_factory=lambda: Pending(None))
 
     def begin(self, pending: Pending) -> None:
-        """Goes on from earlier micro-batches."""
+        """Continue from earlier micro-batches."""
         self.pending = pending
         pending.parameters.update(self.parameters)
         pending.scale = pending.scale + (1.0 if self.scale is None else self.scale.detach())
 
     @property
     def isolated(self) -> bool:
-        """Whether the sets are averaged here, and taken past any reducer."""
+        """Whether the sets bypass DDP's reducer and are averaged here."""
         return self.replicas is not None and not (self.pending.last is not None and self.averaged)
 
     def hold(self) -> Held:
-        """What takes the sets of the step."""
+        """Return the holder of this step's sets."""
         names = self.names if self.pending.last is None else (" + ".join(self.names),)
         parameters = [[p for p in own if p in self.pending.parameters] for own in self.scopes]
         return Replicas(names, parameters, self.replicas) if self.isolated else Whole(names, parameters)
 
     def capture(self, losses: Mapping[str, Any], held: Held | Pending) -> Iterator[tuple[str, Gradients | None]]:
-        """The set of each component, None for one that is absent; or the one set of their weighted sum."""
+        """Yield each component and its set, None if absent; or, between refreshes, the set of the weighted sum."""
         pending, last = self.pending, self.pending.last
         if last is None:
             for name, loss, keep in evaluate(losses, retain_graph=self.retain_graph):
@@ -102,7 +102,7 @@ class Step:
         retain_graph: bool,
         held: Held | Pending,
     ) -> Gradients:
-        """One backward pass from some losses at once, each times its weight, added to the set ``own``."""
+        """Backpropagate some losses in one pass, each times its weight, and add to the set ``own``."""
         terms = list(losses.values())
         roots = [root_gradient(loss, (weights.get(name), self.scale)) for name, loss in losses.items()]
         for name, loss in losses.items():
@@ -123,13 +123,13 @@ class Step:
         return own
 
     def _outsiders(self, losses: Sequence[Tensor]) -> Iterable[Tensor]:
-        """Parameters that the losses reach and that no steering has."""
+        """Return the parameters that the losses reach and that no steering has."""
         known = {*self.others, *(p for own in self.scopes for p in own)}
         leaves = (getattr(node, "variable", None) for node in graph(losses))
         return [p for p in leaves if isinstance(p, torch.nn.Parameter) and p not in known]
 
     def average(self, held: Held, agreement: Agreement) -> Held:
-        """What is held, averaged over the replicas by now at the latest."""
+        """Return what is held, averaged over the replicas: here, if no reducer has done so."""
         if self.replicas is None or not isinstance(held, Whole):
             return held
         ((label, own),) = held.sets.items()

@@ -4,8 +4,8 @@ A rule sees the inner products of the component gradients, ``G[i, j] = <g_i, g_j
 weight per component; the update is ``sum_i w[i] * g_i``. It never sees a parameter or a gradient, so it costs
 nothing, needs no model to be tested, and gives the same weights on every replica.
 
-State is a flat dict of tensors that goes in and comes out: nothing hides in the rule object. Everything is
-tensor code on the device of ``G``, so a step on an accelerator never waits for the host.
+State is a flat dict of tensors that goes in and comes out: nothing hides in the rule object. Rules compute on the
+device of ``G`` and do not synchronize with it, except `Weighting`.
 """
 
 from __future__ import annotations
@@ -22,53 +22,52 @@ State: TypeAlias = dict[str, Tensor]
 
 
 def carry_over(state: State, fresh: State) -> State:
-    """``state`` with the rows of ``fresh`` for the scopes that are new.
+    """Return ``state``, with rows of ``fresh`` appended for new scopes.
 
     Raises:
-        ValueError: the state is that of more scopes.
+        ValueError: ``state`` has more scopes than ``fresh``, or other keys.
     """
     if not state:
         return fresh
     if state.keys() != fresh.keys() or any(len(state[key]) > len(new) for key, new in fresh.items()):
         raise ValueError(
-            "the rule's memory is that of parameter groups that are gone: groups may be added but not removed. Make a "
-            "new SteeredOptimizer around the inner optimizer"
+            "the rule's memory has more scopes than there are now: groups may be added but not removed. Make a new "
+            "SteeredOptimizer around the inner optimizer"
         )
     return {key: torch.cat([state[key].to(new.device), new[len(state[key]) :]]) for key, new in fresh.items()}
 
 
 class Rule(abc.ABC):
-    """A map from the Gramian of the components to their weights.
+    """Map the Gramian of the components to their weights.
 
-    A concrete rule overrides :meth:`update`; :meth:`init` where it has state; and :meth:`check` where it needs certain
-    components. The optimizer calls the rule itself
-    (``rule(G, names, state)``), which adds the one behaviour that all rules share: a Gramian that is not finite gives
-    the plain sum and leaves the state as it was, so that a gradient scaler sees the overflow and skips the step.
+    A concrete rule overrides :meth:`update`; :meth:`init` if it has state; and :meth:`check` if it needs certain
+    components. Steering calls ``rule(G, names, state)``, which adds what all rules share: a Gramian that is not finite
+    gives the plain sum and leaves the state unchanged, so that a gradient scaler sees the overflow and skips the step.
 
     Shapes: ``S`` scopes (1 for the whole model), ``k`` components. ``G`` is ``(S, k, k)``, float64,
     symmetric and positive semidefinite up to rounding; weights are ``(S, k)`` of the same dtype and device.
     """
 
     def check(self, names: Sequence[str]) -> None:
-        """Raises ValueError where the components ``names`` are not ones that this rule can weigh."""
+        """Raise ValueError if this rule cannot weigh the components ``names``."""
 
     def init(self, G: Tensor, names: Sequence[str]) -> State:
-        """The state before the first update, on the device of ``G``; empty for a rule without memory."""
+        """Return the state before the first update, on the device of ``G``; empty for a rule without state."""
         return {}
 
     @abc.abstractmethod
     def update(self, G: Tensor, names: Sequence[str], state: State) -> tuple[Tensor, State]:
-        """Weights ``(S, k)`` and the new state, for a finite Gramian ``(S, k, k)``.
+        """Return the weights ``(S, k)`` and the new state, for a finite Gramian ``(S, k, k)``.
 
-        Pure: the same arguments give the same results, and ``state`` is not written to. Weights depend on
-        ``G`` only up to a common positive factor.
+        Pure: the same arguments give the same results, and ``state`` is not written to. Scaling ``G`` by one
+        positive factor in every step leaves the weights unchanged.
         """
 
     @final
     def __call__(
         self, G: Tensor, names: Sequence[str], state: Mapping[str, Tensor] | None = None
     ) -> tuple[Tensor, State]:
-        """Weights and new state for any Gramian.
+        """Return the weights and the new state, for any Gramian, finite or not.
 
         Args:
             G: ``(k, k)`` or ``(S, k, k)``, the inner products of the component gradients.
@@ -96,7 +95,7 @@ class Rule(abc.ABC):
         if G.ndim == 2:
             weights, new_state = self(G[None], names, state)
             return weights[0], new_state
-        # One verdict for all scopes: the step is taken or skipped as a whole.
+        # One test for all scopes: a gradient scaler takes or skips the step for all parameters.
         finite = G.isfinite().all()
         safe_G = torch.where(finite, G, torch.eye(k, dtype=G.dtype, device=G.device))
         old = dict(state) if state else self.init(safe_G, names)

@@ -12,7 +12,7 @@ from steer_optim.rules.orders import draw_orders
 
 
 class GradVac(Rule):
-    r"""PCGrad with a target for every pair that follows the cosines seen in training.
+    r"""Pull every pair of gradients towards a target cosine, a moving average of the cosines seen in training.
 
     For every component ``i``, over the others ``j`` in random order, with
     :math:`\varphi = \cos(g_i', g_j)` between the running :math:`g_i'` and the *original* :math:`g_j`, and the
@@ -27,8 +27,8 @@ class GradVac(Rule):
     after which the cosine is the target. The update is :math:`\sum_i g_i'`. Targets start at 0, where this is
     PCGrad; with ``beta=0`` they stay there.
 
-    A pair with a zero gradient has no cosine: it is left as it is, and so is its target. So is a pair whose
-    target is 1, which no finite multiple of :math:`g_j` reaches.
+    A pair with a zero gradient has no cosine: neither the gradient nor the target changes. If the target is 1,
+    :math:`g_i'` does not change either: no finite multiple of :math:`g_j` reaches that cosine.
 
     State: ``draws`` ``(S,)`` int64, the number of orders drawn so far; ``cosine`` ``(S, k, k)``, the targets.
 
@@ -60,19 +60,19 @@ class GradVac(Rule):
         self.seed = seed
 
     def init(self, G: Tensor, names: Sequence[str]) -> State:
-        """No orders drawn yet, and every target 0."""
+        """Return no orders drawn, and every target 0."""
         return {
             "draws": torch.zeros(len(G), dtype=torch.int64, device=G.device),
             "cosine": torch.zeros_like(G),
         }
 
     def update(self, G: Tensor, names: Sequence[str], state: State) -> tuple[Tensor, State]:
-        """The sums of the coefficients of the corrected gradients; the targets move by ``beta``."""
+        """Return the summed coefficients of the corrected gradients, and the targets moved by ``beta``."""
         own = torch.arange(len(names), device=G.device)
         norms = G.diagonal(dim1=1, dim2=2).sqrt()
         cosine = state["cosine"]
         C = torch.eye(len(names), dtype=G.dtype, device=G.device).expand_as(G)  # g_i' = sum_l C[i, l] g_l
-        for j in draw_orders(state["draws"], names, seed=self.seed).unbind(-1):  # (S, k): whom each i meets now
+        for j in draw_orders(state["draws"], names, seed=self.seed).unbind(-1):  # (S, k): the j for each i
             at_j = j[..., None] == own
             dot = (C * G.gather(1, j[..., None].expand_as(G))).sum(-1)  # <g_i', g_j>
             norm_i = (C @ G * C).sum(-1).clamp(min=0).sqrt()

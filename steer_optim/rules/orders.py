@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def draw_orders(draws: Tensor, names: Sequence[str], *, seed: int) -> Tensor:
-    """The order in which each component meets the others, itself among them.
+    """Return the order in which each component meets all components, itself included.
 
     An order belongs to the names: listing the components differently gives the same visits.
 
@@ -32,7 +32,7 @@ def draw_orders(draws: Tensor, names: Sequence[str], *, seed: int) -> Tensor:
         [[0, 1, 2], [0, 1, 2], [0, 1, 2]]
     """
     ranks = sorted(names)
-    # Filled one by one: a tensor made from a list would be a copy from the host that the device waits for.
+    # Filled one by one: torch.tensor(list, device=...) copies from the host, which synchronizes.
     keys = torch.stack([draws.new_full((), ranks.index(name)) for name in names])
     scopes = torch.arange(len(draws), device=draws.device)
     per_scope = _mix(_mix(_mix(torch.full_like(draws, _signed(seed))) + draws) + scopes)

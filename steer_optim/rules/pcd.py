@@ -16,10 +16,10 @@ _PRECISION = 1e-6
 
 
 class PCD(Rule):
-    r"""The direction nearest to the primary gradient along which every secondary component still improves.
+    r"""Take the direction nearest to the primary gradient along which every secondary component improves.
 
-    With :math:`\tilde g_i = g_i / \sqrt{v_i}`, :math:`v_i` the moving average of :math:`\|g_i\|^2` (its bias
-    correction, a common factor, would cancel), and component 1 the primary,
+    Let :math:`\tilde g_i = g_i / \sqrt{v_i}`, where :math:`v_i` is the moving average of :math:`\|g_i\|^2` (its bias
+    correction, a common factor, would cancel), and let component 1 be the primary.
 
     .. math::
         d = \arg\min_d \|d - \tilde g_1\|^2 \quad \text{subject to} \quad
@@ -37,9 +37,9 @@ class PCD(Rule):
     such as an auxiliary head, gets a gradient of exactly zero while its constraint does not bind: give such heads an
     optimizer of their own.
 
-    The update is zero where :math:`g_1` is, or where the constraints leave only :math:`d = 0` (less than a
-    thousandth of the parts that it is the sum of). Constraints that
-    no direction meets (two antiparallel secondaries) are dropped, and the update is :math:`g_1`.
+    The update is zero if :math:`g_1` is, or if the constraints leave only :math:`d = 0` (:math:`\|d\|` below a
+    thousandth of the summed norms of its terms). If no direction meets all constraints (two antiparallel secondaries),
+    all are dropped and the update is :math:`g_1`.
 
     State: ``sq_norms`` ``(S, k)``, the averages :math:`v_i`, from 0.
 
@@ -75,7 +75,7 @@ class PCD(Rule):
         self.beta = beta
 
     def check(self, names: Sequence[str]) -> None:
-        """Raises ValueError where the primary component is missing, or there are more than six."""
+        """Raise ValueError if the primary component is missing, or there are more than six components."""
         if self.primary not in names:
             raise ValueError(f"PCD needs its component {self.primary!r}; got {', '.join(map(repr, names))}")
         if len(names) > _MAX_COMPONENTS:
@@ -85,11 +85,11 @@ class PCD(Rule):
             )
 
     def init(self, G: Tensor, names: Sequence[str]) -> State:
-        """No averages yet."""
+        """Return averages of 0."""
         return {"sq_norms": torch.zeros_like(G[:, 0])}
 
     def update(self, G: Tensor, names: Sequence[str], state: State) -> tuple[Tensor, State]:
-        """The KKT multipliers in terms of the ``g_i``; the averages take in the present squared norms."""
+        """Return the KKT multipliers as weights of the ``g_i``, and the updated averages of the squared norms."""
         v, g_sq = names.index(self.primary), G.diagonal(dim1=1, dim2=2)
         sq_norms = self.beta * state["sq_norms"] + (1 - self.beta) * g_sq
         s = torch.where(sq_norms > 0, sq_norms.rsqrt(), 0.0).roll(-v, 1)  # the primary comes first from here on

@@ -12,7 +12,7 @@ from steer_optim.rules.orders import draw_orders
 
 
 class PCGrad(Rule):
-    r"""Gradient surgery between equals.
+    r"""Project every gradient off those that it conflicts with, in random order.
 
     For every component ``i``, over the others ``j`` in random order,
 
@@ -47,14 +47,14 @@ class PCGrad(Rule):
         self.seed = seed
 
     def init(self, G: Tensor, names: Sequence[str]) -> State:
-        """No orders drawn yet."""
+        """Return no orders drawn."""
         return {"draws": torch.zeros(len(G), dtype=torch.int64, device=G.device)}
 
     def update(self, G: Tensor, names: Sequence[str], state: State) -> tuple[Tensor, State]:
-        """The sums of the coefficients of the projected gradients; the state counts one more draw."""
+        """Return the summed coefficients of the projected gradients; count one more draw."""
         own = torch.arange(len(names), device=G.device)
         C = torch.eye(len(names), dtype=G.dtype, device=G.device).expand_as(G)  # g_i' = sum_l C[i, l] g_l
-        for j in draw_orders(state["draws"], names, seed=self.seed).unbind(-1):  # (S, k): whom each i meets now
+        for j in draw_orders(state["draws"], names, seed=self.seed).unbind(-1):  # (S, k): the j for each i
             dot = (C * G.gather(1, j[..., None].expand_as(G))).sum(-1)  # <g_i', g_j>
             j_sq = G.diagonal(dim1=1, dim2=2).gather(1, j)
             step = torch.where((dot < 0) & (j != own), -dot / j_sq, 0.0)

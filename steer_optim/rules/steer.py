@@ -12,25 +12,25 @@ from steer_optim.rules.base import Rule, State
 
 
 class Steer(Rule):
-    r"""Projects every other component off the one that matters most, and may add to that one.
+    r"""Project every other component off the one that matters most, and optionally amplify that one.
 
-    With :math:`v` the component to steer towards,
+    Let :math:`v` be the component to steer towards.
 
     .. math::
         g_i' &= g_i - \frac{\min(0, \langle g_i, g_v \rangle)}{\|g_v\|^2} \, g_v \quad (i \ne v), \\
         u &= (1 + \mathrm{gain}) \, g_v + \sum_{i \ne v} g_i', \qquad
         \text{update} = \frac{\|\sum_i g_i\|}{\|u\|} \, u .
 
-    So :math:`\langle u, g_v \rangle \ge \|g_v\|^2`: no other component slows ``v`` down. Where nothing conflicts
-    and ``gain`` is 0 the update is the plain sum, exactly. This is PCGrad with a priority: its projection, but only
-    ever onto :math:`g_v`, so that no random order is needed.
+    So :math:`\langle u, g_v \rangle \ge \|g_v\|^2` (unless ``project="never"``): no other component slows ``v``
+    down. Where nothing conflicts and ``gain`` is 0 the update is the plain sum, exactly. This is PCGrad with a
+    priority: it projects off :math:`g_v` only, so that no random order is needed.
 
-    A zero :math:`g_v` is nothing to project on, and the update is the plain sum. If the components cancel
-    (:math:`\sum_i g_i = 0`) a step that preserves the norm is zero too.
+    If :math:`g_v` is zero, nothing is projected and the update is the plain sum. If the components cancel
+    (:math:`\sum_i g_i = 0`), a step that preserves the norm is zero too.
 
     Args:
         toward: the component to steer towards.
-        gain: how much of :math:`g_v` is added on top of it, at least 0; the :math:`\gamma` of VGS.
+        gain: how many times :math:`g_v` is added on top, at least 0; the :math:`\gamma` of VGS.
         project: project the others where they conflict with :math:`g_v` (``"conflict"``); ``"always"``,
             which leaves them the orthogonal complement of :math:`g_v`; or ``"never"``.
         preserve_norm: rescale the update to the norm of the plain sum, so that steering changes only its
@@ -69,12 +69,12 @@ class Steer(Rule):
         self.preserve_norm = preserve_norm
 
     def check(self, names: Sequence[str]) -> None:
-        """Raises ValueError where the component to steer towards is missing."""
+        """Raise ValueError if the component to steer towards is missing."""
         if self.toward not in names:
             raise ValueError(f"Steer needs its component {self.toward!r}; got {', '.join(map(repr, names))}")
 
     def update(self, G: Tensor, names: Sequence[str], state: State) -> tuple[Tensor, State]:
-        """One for every other component and what the projections leave for ``toward``; no state."""
+        """Return 1 per component and ``1 + gain - slopes`` for ``toward``, rescaled to the norm; no state."""
         v = names.index(self.toward)
         weights = torch.ones_like(G[:, v])
         weights[:, v] += self.gain

@@ -11,7 +11,7 @@ from steer_optim.rules.base import Rule, State
 
 
 class Sum(Rule):
-    """Weight one for every component: the update is ``sum_i g_i``, as without steering.
+    """Give every component weight 1: the update is ``sum_i g_i``, as without steering.
 
     Example:
         >>> import torch
@@ -22,5 +22,5 @@ class Sum(Rule):
     """
 
     def update(self, G: Tensor, names: Sequence[str], state: State) -> tuple[Tensor, State]:
-        """Ones ``(S, k)``, and no state."""
+        """Return ones ``(S, k)``, and no state."""
         return torch.ones_like(G[:, 0]), {}

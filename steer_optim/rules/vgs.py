@@ -14,7 +14,7 @@ _PRESERVATION = {"vis": "lp", "lang": "vp"}
 
 
 class VGS(Rule):
-    r"""The update of Visual Gradient Steering, on the components ``std`` and ``vis``.
+    r"""Apply Visual Gradient Steering to the components ``std`` and ``vis``.
 
     .. math::
         \text{update} = \eta \, (g_{std} + \gamma \, g_{vis} + g_{lp}), \qquad
@@ -57,7 +57,7 @@ class VGS(Rule):
         self.toward = toward
 
     def check(self, names: Sequence[str]) -> None:
-        """Raises ValueError unless the components are ``std``, the steered one and at most its preservation."""
+        """Raise ValueError unless the components are ``std``, the steered one and at most its preservation."""
         required, optional = {"std", self.toward}, _PRESERVATION[self.toward]
         if not required <= set(names) <= required | {optional}:
             raise ValueError(
@@ -66,7 +66,7 @@ class VGS(Rule):
             )
 
     def update(self, G: Tensor, names: Sequence[str], state: State) -> tuple[Tensor, State]:
-        """``eta`` for every component, times ``gamma`` for the steered one; no state."""
+        """Return ``eta`` for every component, times ``gamma`` for the steered one; no state."""
         s, v = names.index("std"), names.index(self.toward)
         std_sq = G[:, s, s]
         u_sq = std_sq + self.gamma * (2 * G[:, s, v] + self.gamma * G[:, v, v])

@@ -1,4 +1,4 @@
-"""The door to rules that live elsewhere: any function from a Gramian to weights, TorchJD's weightings among them."""
+"""Any function from a Gramian to weights as a rule, such as TorchJD's weightings."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from steer_optim.rules.base import Rule, State
 
 
 class Weighting(Rule):
-    """Weights from any callable, ``f(G) -> w``, called once per scope.
+    """Take the weights from any callable, ``f(G) -> w``, called once per scope.
 
-    ``f`` is given the Gramian on the CPU, so this is the one rule that waits for an accelerator. Random numbers
+    ``f`` is given the Gramian on the CPU, so this is the one rule that synchronizes with a GPU. Random numbers
     that it draws from torch's global generator come from a generator of this rule instead, whose state is part of
     the rule's: the global one is untouched, and a resumed run continues bit for bit. Memory that ``f`` keeps in
     itself is neither saved nor restored, and is shared by all scopes.
@@ -45,12 +45,12 @@ class Weighting(Rule):
         self.seed = seed
 
     def init(self, G: Tensor, names: Sequence[str]) -> State:
-        """Freshly seeded generators."""
+        """Return the states of freshly seeded generators."""
         states = [torch.Generator().manual_seed(self.seed + s).get_state() for s in range(len(G))]
         return {"random": torch.stack(states).to(G.device)}
 
     def update(self, G: Tensor, names: Sequence[str], state: State) -> tuple[Tensor, State]:
-        """What ``f`` answers, scope by scope.
+        """Call ``f`` scope by scope; return its weights and the states of the generators.
 
         Raises:
             ValueError: ``f`` did not return one weight per component.
