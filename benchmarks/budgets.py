@@ -120,7 +120,7 @@ def _memory(memory: Any) -> Iterator[Row]:
     rows = (common.newest("replica_memory") or {"rows": []})["rows"]
     sets = {f"R = {row['replicas']}, k = {row['components']}": row["sets over plain"] for row in rows}
     met = all(row["sets over plain"] <= row["k/R"] + 0.05 for row in rows) if rows else None
-    yield "under DDP with R replicas: one set + k/R + 5 %", _list(sets, "+.2f over one"), "replica_memory", met
+    yield "under DDP with R replicas: one set + k/R + 5 %", _list(sets, "+.2f", " over one"), "replica_memory", met
 
 
 def _refresh(cost: Any) -> Iterator[Row]:

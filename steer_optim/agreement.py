@@ -41,25 +41,23 @@ class Agreement:
         parameters: Sequence[Tensor],
         *,
         read: bool,
-    ) -> bool:
+        values: bool,
+    ) -> None:
         """Compare this replica with the others; collective.
 
         Args:
             group: the replicas.
             facts: what must be the same, and how it is here.
             memory: tensors that must be the same.
-            parameters: compared in the first call and after they changed.
+            parameters: of this replica.
+            values: whether the parameters must have the same values, which is checked first and after they changed.
             read: whether the host waits for the result. Otherwise the next call that reads finds it.
-
-        Returns:
-            Whether this was the first comparison of these parameters.
 
         Raises:
             ValueError: on every replica, if they differ.
         """
-        now = tuple(map(id, parameters))
-        if now != self._seen:
-            self._seen, self._compared, self.averages = now, False, None
+        if not self.knows(parameters):
+            self._seen, self._compared, self.averages = tuple(map(id, parameters)), False, None
         device = parameters[0].device
         none = torch.zeros((), dtype=torch.int64, device=device)
         sums = [int(not self._compared), *(zlib.crc32(fact.encode()) for fact in facts.values())]
@@ -71,7 +69,7 @@ class Agreement:
         extremes = _extremes(mine, group)
         if not read:
             self._trouble = (extremes[0, 1:] != extremes[1, 1:]).any().to(torch.int64) | trouble
-            return False
+            return
         self._trouble = self._update = None
         highest, lowest = extremes.tolist()
         for (what, fact), high, low in zip(facts.items(), highest[1:], lowest[1:], strict=False):
@@ -89,7 +87,7 @@ class Agreement:
                 "last backward pass of every step, or set refresh_every=1"
             )
         if highest[0]:  # on any of them
-            differing = _differing([_bits(p) for p in parameters], group)
+            differing = _differing([_bits(p) for p in parameters], group) if values else []
             if differing:
                 shape = tuple(parameters[differing[0]].shape)
                 raise ValueError(
@@ -98,7 +96,10 @@ class Agreement:
                     "start from the same values"
                 )
             self._compared = True
-        return bool(highest[0])
+
+    def knows(self, parameters: Sequence[Tensor]) -> bool:
+        """Return whether these parameters were compared."""
+        return self._compared and self._seen == tuple(map(id, parameters))
 
     def try_averages(
         self, group: dist.ProcessGroup, gradients: Mapping[Tensor, Tensor], parameters: Sequence[Tensor]

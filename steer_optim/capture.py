@@ -68,15 +68,16 @@ def evaluated(name: str, loss: Tensor | Callable[[], Tensor]) -> Tensor:
     return value
 
 
-def refuse_unreached(name: str) -> ValueError:
+def unreached_error(name: str) -> ValueError:
     """Return the error for a component whose backward pass reaches no parameter."""
     return ValueError(
         f"component {name!r} is detached from every parameter of the optimizer: its backward pass reaches none of "
-        "them. Pass None for it, or give the optimizer the parameters that it depends on"
+        "them. Pass None for it, or give the optimizer the parameters that it depends on. Under FSDP2 leave gradient "
+        "sync on in every micro-batch"
     )
 
 
-def root_gradient(loss: Tensor, factors: Iterable[Tensor | None]) -> Tensor | None:
+def grad_tensor(loss: Tensor, factors: Iterable[Tensor | None]) -> Tensor | None:
     """Return the product of some factors as the ``grad_tensor`` of ``loss``; None without factors."""
     root = None
     for factor in factors:
@@ -88,7 +89,7 @@ def root_gradient(loss: Tensor, factors: Iterable[Tensor | None]) -> Tensor | No
 
 def capture(
     losses: Sequence[Tensor],
-    roots: Sequence[Tensor | None],
+    grad_tensors: Sequence[Tensor | None],
     parameters: Sequence[Tensor],
     own: Gradients,
     *,
@@ -100,7 +101,7 @@ def capture(
 
     Args:
         losses: scalars.
-        roots: the gradient that comes in at each; None for 1.
+        grad_tensors: the gradient that comes in at each; None for 1.
         parameters: whose gradients are taken. Their ``.grad`` is as before when this returns or raises. Other leaves
             of the graph accumulate, as from ``sum(losses).backward()``.
         own: the gradient set that the new gradients are added to, in place.
@@ -118,7 +119,7 @@ def capture(
                 p.grad = None
             for p in parameters:
                 p.grad = own.get(p)
-            _explained(lambda: torch.autograd.backward(losses, roots, retain_graph=retain_graph))
+            _with_remedy(lambda: torch.autograd.backward(losses, grad_tensors, retain_graph=retain_graph))
             return own | _unshared({p: p.grad for p in parameters if p.grad is not None})
         finally:
             put_back(before)
@@ -134,22 +135,22 @@ def put_back(gradients: Iterable[tuple[Tensor, Tensor | None]]) -> None:
 
 def capture_isolated(
     losses: Sequence[Tensor],
-    roots: Sequence[Tensor | None] | None,
+    grad_tensors: Sequence[Tensor | None] | None,
     parameters: Sequence[Tensor],
     own: Gradients,
     *,
     retain_graph: bool,
-    arriving: Callable[[Tensor], None] | None = None,
+    on_gradient: Callable[[Tensor], None] | None = None,
 ) -> Gradients:
     """Like :func:`capture`, but nothing is accumulated anywhere, so that no reducer runs; other leaves get nothing.
 
     Args:
         losses: as there.
-        roots: as there; None for all 1.
+        grad_tensors: as there; None for all 1.
         parameters: as there.
         own: as there; not written to.
         retain_graph: as there.
-        arriving: called with every gradient as it is computed.
+        on_gradient: called with every gradient as it is computed.
 
     Returns:
         The gradient set, whose tensors may share memory: they are not to be written to.
@@ -157,18 +158,22 @@ def capture_isolated(
     handles: list[Any] = []
     try:
         try:
-            if arriving is not None:
-                handles.extend(p.register_hook(arriving) for p in parameters)
-            taken = _explained(
-                lambda: torch.autograd.grad(losses, parameters, roots, retain_graph=retain_graph, allow_unused=True)
+            if on_gradient is not None:
+                handles.extend(p.register_hook(on_gradient) for p in parameters)
+            taken = _with_remedy(
+                lambda: torch.autograd.grad(
+                    losses, parameters, grad_tensors, retain_graph=retain_graph, allow_unused=True
+                )
             )
         finally:
             for handle in handles:
                 handle.remove()
     finally:
-        for handle in handles:  # once more, if the first time was interrupted
-            handle.remove()
-    if any(g is None for g in taken) and any(node.name() == "CheckpointFunctionBackward" for node in graph(losses)):
+        # Once more, if the first time was interrupted, or the registration was.
+        for hooks in (p._backward_hooks for p in parameters if p._backward_hooks):
+            for key in [key for key, hook in hooks.items() if hook == on_gradient]:
+                del hooks[key]
+    if any(g is None for g in taken) and any(map(is_reentrant, graph(losses))):
         # torch.autograd.grad skips it without an error where no parameter is upstream of it.
         raise RuntimeError(_REMEDIES["use_reentrant=True"])
     new = {p: g for p, g in zip(parameters, taken, strict=True) if g is not None}
@@ -186,6 +191,11 @@ def graph(losses: Iterable[Tensor]) -> Iterator[Any]:
         nodes.extend(before)
 
 
+def is_reentrant(node: Any) -> bool:
+    """Return whether a node of a graph is a part that is checkpointed reentrantly."""
+    return bool(node.name() == "CheckpointFunctionBackward")
+
+
 _REMEDIES = {
     "donated buffer": "a compiled graph gave its buffers away after one backward pass, and several components need it. "
     "Set torch._functorch.config.donated_buffer = False before the first backward pass, or pass the components as "
@@ -200,7 +210,7 @@ _REMEDIES = {
 }
 
 
-def _explained(run: Callable[[], Any]) -> Any:
+def _with_remedy(run: Callable[[], Any]) -> Any:
     """Run a backward pass; replace torch's error by one with the remedy, where there is one."""
     try:
         return run()

@@ -80,7 +80,9 @@ def save(path: str | os.PathLike[str], optimizer: Optimizer, *, extra: Mapping[s
     path = Path(os.path.realpath(path))
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no directory {path.parent} to save {path.name} in: make it first")
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is no regular file: choose another path")
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         temporary.touch()  # with the mode that the umask leaves
         mode = (path if path.exists() else temporary).stat().st_mode

@@ -11,6 +11,7 @@ from torch import Tensor
 from steer_optim.capture import Gradients, is_dtensor, put_back
 from steer_optim.holding import Row
 
+_LARGE = 1e30  # weights that float32 may not hold, of gradients that are all but zero
 _SMALL, _CHUNK, _CHUNK_ACCELERATOR = 2**16, 2**15, 2**22  # chunks of a CPU stay in its cache
 
 
@@ -32,7 +33,9 @@ def combine(rows: Iterable[Row], weights: Tensor) -> list[Tensor]:
         terms = [(g, w) for g, w in zip(row, table[scope], strict=True) if g is not None]
         row.clear()
         total = terms[0][0]
-        if any(g.is_sparse for g, _ in terms):
+        if on_cpu and any(abs(w) > _LARGE for _, w in terms):
+            total = _sum([(g.double() if g.is_floating_point() else g, w) for g, w in terms]).to(total.dtype)
+        elif any(g.is_sparse for g, _ in terms):
             total = _sum(terms)
         elif total.dtype.itemsize == 2 or (on_cpu and total.device.type == "cpu" and total.numel() >= _SMALL):
             _combine_in_pieces(terms)

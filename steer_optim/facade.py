@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import partial
 from typing import Any, overload
 
@@ -36,13 +35,23 @@ class OptimizerFacade(Optimizer):
         if not hasattr(type(self.inner).step, "hooked"):  # its step fires no hooks, not even torch's global ones
             return self._step_between_hooks(closure)
         args = () if closure is None else (closure,)
-        with ExitStack() as stack:
-            # On the inner optimizer, so that global hooks run first and last, as around any torch optimizer.
-            for hook in self._optimizer_step_pre_hooks.values():
-                stack.callback(self.inner.register_step_pre_hook(partial(self._pre, hook)).remove)
-            for hook in self._optimizer_step_post_hooks.values():
-                stack.callback(self.inner.register_step_post_hook(partial(self._post, hook)).remove)
-            return self.inner.step(*args)
+        try:
+            try:
+                # On the inner optimizer, so that global hooks run first and last, as around any torch optimizer.
+                for hook in self._optimizer_step_pre_hooks.values():
+                    self.inner.register_step_pre_hook(partial(self._pre, hook))
+                for hook in self._optimizer_step_post_hooks.values():
+                    self.inner.register_step_post_hook(partial(self._post, hook))
+                return self.inner.step(*args)
+            finally:
+                self._take_hooks_back()
+        finally:
+            self._take_hooks_back()  # once more, if the first time was interrupted
+
+    def _take_hooks_back(self) -> None:
+        for hooks in (self.inner._optimizer_step_pre_hooks, self.inner._optimizer_step_post_hooks):
+            for key in [key for key, hook in hooks.items() if getattr(hook, "func", None) in (self._pre, self._post)]:
+                del hooks[key]
 
     def _pre(self, hook: Callable[..., Any], _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = hook(self, (self, *args[1:]), kwargs)

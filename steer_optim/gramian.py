@@ -18,9 +18,9 @@ from steer_optim.capture import (
     check_losses,
     evaluate,
     is_dtensor,
-    refuse_unreached,
+    unreached_error,
 )
-from steer_optim.holding import Held, Whole
+from steer_optim.holding import GradientSets, LocalSets
 from steer_optim.products import inner_products, zeros
 
 # If the determinant of the cosines is below _VOLUME, norms of sums may cancel to the error of float32 products; a
@@ -97,7 +97,7 @@ class Geometry:
         return torch.einsum("...i,...ij,...j->...", w, self.G, w).clamp(min=0).sqrt()
 
     @property
-    def whole(self) -> Geometry:
+    def overall(self) -> Geometry:
         """The geometry over all parameters. Its weights are means over scopes: do not use its ``update_norm``."""
         if not self.scopes:
             return self
@@ -106,7 +106,7 @@ class Geometry:
 
     def norm(self, name: str) -> Tensor:
         """Return a scalar: the gradient norm of component ``name``, over all parameters."""
-        return self.whole.norms[..., self.index(name)]
+        return self.overall.norms[..., self.index(name)]
 
     def weight(self, name: str) -> Tensor:
         """Return the weight of component ``name`` in the update, ``(...)``."""
@@ -114,11 +114,11 @@ class Geometry:
 
     def cosine(self, first: str, second: str) -> Tensor:
         """Return a scalar: the cosine between two components' gradients, over all parameters."""
-        return self.whole.cosines[..., self.index(first), self.index(second)]
+        return self.overall.cosines[..., self.index(first), self.index(second)]
 
     def angle(self, first: str, second: str) -> Tensor:
         """Return a scalar: the angle between two components' gradients over all parameters, in degrees."""
-        return self.whole.angles[..., self.index(first), self.index(second)]
+        return self.overall.angles[..., self.index(first), self.index(second)]
 
     def index(self, name: str) -> int:
         """Return the row of component ``name`` in ``G``.
@@ -131,7 +131,7 @@ class Geometry:
         return self.names.index(name)
 
 
-def gramian(held: Held) -> Tensor:
+def gramian(held: GradientSets) -> Tensor:
     """Return ``G[i, j] = <g_i, g_j>`` over all processes. Under DDP this synchronizes with the device once.
 
     Complex gradients count as pairs of real numbers; sparse ones are not densified. Products are those of float64,
@@ -142,11 +142,11 @@ def gramian(held: Held) -> Tensor:
         ``(S, k, k)``, float64 (float32 where the device has none), for ``S`` scopes.
     """
     on_cpu = held.device.type == "cpu"
-    G = _everywhere(held, wide=not on_cpu)
-    return _everywhere(held, wide=True) if on_cpu and _cannot_tell(G) else G
+    G = _all_reduced(held, wide=not on_cpu)
+    return _all_reduced(held, wide=True) if on_cpu and _needs_float64(G) else G
 
 
-def _everywhere(held: Held, *, wide: bool) -> Tensor:
+def _all_reduced(held: GradientSets, *, wide: bool) -> Tensor:
     total = None
     for groups, rows in held.rows().items():
         G = inner_products(rows, held.scopes, held.k, held.device, wide=wide)
@@ -157,7 +157,7 @@ def _everywhere(held: Held, *, wide: bool) -> Tensor:
     return zeros(held.device, held.scopes, held.k, held.k) if total is None else total
 
 
-def _cannot_tell(G: Tensor) -> bool:
+def _needs_float64(G: Tensor) -> bool:
     """Return whether one of the Gramians ``(S, k, k)``, from float32 products on the CPU, may be inaccurate."""
     squares = G.diagonal(dim1=-2, dim2=-1)
     norms = squares.sqrt()
@@ -210,7 +210,7 @@ def measure(losses: Losses, parameters: Iterable[Tensor], *, retain_graph: bool 
             "sharded parameters (DTensors) are measured in training only: read optimizer.geometry, with the rule Sum() "
             "where nothing is to be steered"
         )
-    held = Whole(tuple(losses), [trainable])
+    held = LocalSets(tuple(losses), [trainable])
     values: list[Tensor | None] = []
     for name, loss, keep in evaluate(losses, retain_graph=retain_graph):
         if loss is None:
@@ -218,7 +218,7 @@ def measure(losses: Losses, parameters: Iterable[Tensor], *, retain_graph: bool 
         else:
             held.take(name, capture_isolated([loss], None, trainable, {}, retain_graph=keep))
             if not held.sets[name]:
-                raise refuse_unreached(name)
+                raise unreached_error(name)
         values.append(None if loss is None else loss.detach())
         del loss  # and its graph, before the next one is built
     (G,) = gramian(held)

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from steer_optim.capture import Gradients, is_dtensor, refuse_unreached
+from steer_optim.capture import Gradients, is_dtensor, unreached_error
 
 # Renamed in torch 2.13, where the old names warn; a torch built without distributed has neither.
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
@@ -37,7 +37,7 @@ Groups: TypeAlias = "tuple[dist.ProcessGroup, ...]"
 """The process groups that hold the other shards of a parameter, one per mesh dimension that shards it."""
 
 
-class Whole:
+class LocalSets:
     """Hold sets that need no averaging here: one process, sharded parameters, or DDP's reducer averages.
 
     Args:
@@ -73,7 +73,7 @@ class Whole:
         return {p: _like(p, total) for p, total in zip(parameters, update, strict=True)}
 
 
-class Replicas:
+class AveragedSets:
     """Hold this process's piece of the mean of each gradient set over data-parallel replicas.
 
     Collective: every replica takes every component in the same order, whatever its own losses reach.
@@ -93,36 +93,39 @@ class Replicas:
         kinds: dict[Any, list[tuple[int, Tensor]]] = {}
         for scope, p in members:
             kinds.setdefault((p.dtype, p.device), []).append((scope, p))
-        self._lines = [_Line(own, self._size) for own in kinds.values()]
+        self._buffers = [_FlatBuffer(own, self._size) for own in kinds.values()]
         self._pieces: dict[str, list[Tensor]] = {name: [] for name in names}
         self._flags: dict[str, list[int]] = {}
         self._rows: list[Row] | None = None
         self._reached: set[Tensor] = set()
-        self._whole = sum(p.nbytes for p in self._parameters)  # bytes of one set
+        self._set_bytes = sum(p.nbytes for p in self._parameters)  # bytes of one set
         self._largest = max(p.nbytes for p in self._parameters)
-        self._alive = 0  # bytes of gradients that are not packed yet
+        self._unpacked = 0  # bytes of gradients that are not packed yet
         # Messages in flight: (message, work handle, this replica's piece of the mean, where it arrives).
-        self._flying: deque[tuple[Tensor, Any, Tensor, Tensor]] = deque()
+        self._in_flight: deque[tuple[Tensor, Any, Tensor, Tensor]] = deque()
         # gloo's thread may hold a message longer; kept here, it is freed by this thread, where memory profiles see it.
-        self._landed: deque[Tensor] = deque(maxlen=3)
+        self._recent: deque[Tensor] = deque(maxlen=3)
         self._in_place = dist.get_backend(group) in _COPYING
-        self.outsiders: list[Tensor] = []
+        self.unsteered: list[Tensor] = []
 
-    def arriving(self, gradient: Tensor) -> None:
+    def on_gradient(self, gradient: Tensor) -> None:
         """Wait until the gradients held and the messages in flight fit into the memory of one set."""
-        self._alive += _bytes(gradient)
+        self._unpacked += _bytes(gradient)
         self._make_room(self._largest)  # room for the next gradient, whose size is not known yet
 
     def _make_room(self, more: int) -> None:
-        while self._flying and self._alive + sum(flat.nbytes for flat, *_ in self._flying) + more > self._whole:
-            self._land()
+        while (
+            self._in_flight
+            and self._unpacked + sum(flat.nbytes for flat, *_ in self._in_flight) + more > self._set_bytes
+        ):
+            self._finish_oldest()
 
-    def _land(self) -> None:
-        flat, work, piece, own = self._flying.popleft()
+    def _finish_oldest(self) -> None:
+        flat, work, piece, own = self._in_flight.popleft()
         work.wait()
         if own is not piece:
             piece.copy_(own)
-        self._landed.append(flat)
+        self._recent.append(flat)
 
     def take(self, name: str, gradients: Gradients | None) -> None:
         """Start to average the set of one component, and empty it; None for one that is absent here."""
@@ -130,12 +133,12 @@ class Replicas:
         # 0: not reached, 1: dense, 2: sparse; and last, whether the component is present.
         flags = [0 if p not in here else 2 if here[p].is_sparse else 1 for p in self._parameters]
         self._flags[name] = [*flags, int(gradients is not None)]
-        self._alive = sum(map(_bytes, here.values()))
-        for line in self._lines:
-            lengths = iter(line.messages)
+        self._unpacked = sum(map(_bytes, here.values()))
+        for buffer in self._buffers:
+            lengths = iter(buffer.messages)
             room = next(lengths, 0)
             parts: list[Tensor] = []
-            for p in line.parameters:
+            for p in buffer.parameters:
                 gradient = here.pop(p, None)
                 dense = p.new_zeros(()).expand(p.shape) if gradient is None or gradient.is_sparse else gradient
                 rest = _in_memory_order(p, dense)
@@ -144,10 +147,10 @@ class Replicas:
                     parts, rest, room = [], rest[room:], next(lengths, 0)
                 parts.append(rest)
                 room -= len(rest)
-                self._alive -= dense.nbytes if dense is gradient else 0
+                self._unpacked -= dense.nbytes if dense is gradient else 0
             if room:
-                self._send(name, [*parts, line.parameters[0].new_zeros(room)])
-        self._alive = 0
+                self._send(name, [*parts, buffer.parameters[0].new_zeros(room)])
+        self._unpacked = 0
 
     def _send(self, name: str, parts: Sequence[Tensor]) -> None:
         self._make_room(sum(part.nbytes for part in parts))
@@ -159,18 +162,18 @@ class Replicas:
             work, own = dist.all_reduce(flat, group=self._group, async_op=True), flat.narrow(0, self._rank * size, size)
         else:
             work, own = _reduce_scatter(piece, flat, group=self._group, async_op=True), piece
-        self._flying.append((flat, work, piece, own))
+        self._in_flight.append((flat, work, piece, own))
 
     def rows(self) -> dict[Groups, list[Row]]:
         """Return this replica's pieces, each of one scope; the other replicas hold the rest."""
         if self._rows is None:
-            while self._flying:
-                self._land()
+            while self._in_flight:
+                self._finish_oldest()
             self._reached = self._reached_anywhere()
             self._rows = []
             pieces = [iter(self._pieces[name]) for name in self.names]
-            for line in self._lines:
-                for scope, start, stop in line.parts(self._rank, self._size):
+            for buffer in self._buffers:
+                for scope, start, stop in buffer.parts(self._rank, self._size):
                     if start == 0:
                         row = [next(own) for own in pieces]
                     self._rows.append((scope, [piece[start:stop] for piece in row]))
@@ -178,14 +181,14 @@ class Replicas:
 
     def _reached_anywhere(self) -> set[Tensor]:
         """Return the parameters that some component reaches on some replica; synchronizes."""
-        table = [[*self._flags[name], len(self.outsiders)] for name in self.names]
+        table = [[*self._flags[name], len(self.unsteered)] for name in self.names]
         anywhere = torch.tensor(table, dtype=torch.int32, device=self.device)
         dist.all_reduce(anywhere, dist.ReduceOp.MAX, group=self._group)
         reached: set[Tensor] = set()
         table = anywhere.tolist()
         for name, (*flags, present, _) in zip(self.names, table, strict=True):
             if present and not any(flags):
-                raise refuse_unreached(name)
+                raise unreached_error(name)
             if 2 in flags:
                 raise TypeError(
                     f"component {name!r} has a sparse gradient (parameter of shape "
@@ -194,8 +197,8 @@ class Replicas:
                 )
             reached.update(p for p, flag in zip(self._parameters, flags, strict=True) if flag)
         if table[0][-1]:
-            shapes = [tuple(p.shape) for p in self.outsiders] or "on another rank"
-            raise ValueError(_OUTSIDERS.format(shapes=shapes))
+            shapes = [tuple(p.shape) for p in self.unsteered] or "on another rank"
+            raise ValueError(_UNSTEERED.format(shapes=shapes))
         return reached
 
     def gather(self, update: Sequence[Tensor]) -> Gradients:
@@ -204,21 +207,21 @@ class Replicas:
         self._pieces, self._rows = {}, []
         flats: list[Tensor] = []
         works: list[Any] = []
-        for line in self._lines:
-            flats.append(line.parameters[0].new_empty(sum(line.messages)))
-            messages = flats[-1].split(line.messages) if line.messages else ()
+        for buffer in self._buffers:
+            flats.append(buffer.parameters[0].new_empty(sum(buffer.messages)))
+            messages = flats[-1].split(buffer.messages) if buffer.messages else ()
             works += [_all_gather(message, next(pieces), group=self._group, async_op=True) for message in messages]
         for work in works:
             work.wait()
         return {
             p: segment
-            for flat, line in zip(flats, self._lines, strict=True)
-            for p, segment in zip(line.parameters, _segments(flat, line.parameters), strict=True)
+            for flat, buffer in zip(flats, self._buffers, strict=True)
+            for p, segment in zip(buffer.parameters, _segments(flat, buffer.parameters), strict=True)
             if p in self._reached
         }
 
 
-_OUTSIDERS = (
+_UNSTEERED = (
     "the components reach parameters that the optimizer does not have (shapes {shapes}), and under data_parallel they "
     "would get no gradient. Give Steering(...) all parameters and step the optimizers plainly, or freeze these"
 )
@@ -228,7 +231,7 @@ def _bytes(gradient: Tensor) -> int:
     return 0 if gradient.is_sparse else gradient.nbytes
 
 
-class _Line:
+class _FlatBuffer:
     """Parameters of one dtype and device, laid end to end and cut into messages."""
 
     def __init__(self, members: Sequence[tuple[int, Tensor]], replicas: int) -> None:
@@ -304,4 +307,4 @@ def _like(p: Any, local: Tensor) -> Tensor:
     return gradient
 
 
-Held: TypeAlias = "Whole | Replicas"
+GradientSets: TypeAlias = "LocalSets | AveragedSets"

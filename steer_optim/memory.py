@@ -16,6 +16,7 @@ from torch import Tensor
 
 from steer_optim.gramian import Geometry
 from steer_optim.rules.base import Rule, State
+from steer_optim.rules.weighting import Weighting
 
 KEY = "steer_optim"
 
@@ -32,7 +33,7 @@ class Last:
         rule: the rule that gave the weights, hyperparameters included.
         G: ``(k, k)``.
         weights: ``(k,)``.
-        before: ``(k,)``, the norms at the Gramian before this one; 0 where there was none.
+        previous_norms: ``(k,)``, the norms at the Gramian before this one; 0 where there was none.
         scale: the factor on the losses (gradient scaler, division), summed over micro-batches.
         age: how many steps ago it was taken.
     """
@@ -40,20 +41,20 @@ class Last:
     rule: str
     G: Tensor
     weights: Tensor
-    before: Tensor
+    previous_norms: Tensor
     scale: Tensor
     age: int = 0
 
-    def may_serve_again(self) -> Tensor:
+    def reusable(self) -> Tensor:
         """Return whether later steps may reuse the weights; a bool on the device.
 
         A large weight on a small gradient, as from a projection on one that is nearly zero, would be far too large once
         that gradient grows. It is reused only if the norm was about the same at the previous Gramian.
         """
         norms = self.norms
-        amplified = self.weights.abs() * norms.max() > _AMPLIFIED * self.length
-        steady = (norms <= _STEADY * self.before) & (self.before <= _STEADY * norms)
-        return (norms.isfinite() & (norms > 0) & (steady | ~amplified)).all()
+        amplified = self.weights.abs() * norms.max() > _AMPLIFIED * self.update_norm
+        steady = (norms <= _STEADY * self.previous_norms) & (self.previous_norms <= _STEADY * norms)
+        return (self.weights.isfinite() & norms.isfinite() & (norms > 0) & (steady | ~amplified)).all()
 
     @property
     def norms(self) -> Tensor:
@@ -61,7 +62,7 @@ class Last:
         return self.G.diagonal().clamp(min=0).sqrt()
 
     @property
-    def length(self) -> Tensor:
+    def update_norm(self) -> Tensor:
         """The norm of the update."""
         return (self.weights @ self.G @ self.weights).clamp(min=0).sqrt()
 
@@ -80,8 +81,8 @@ def pack(memory: Memory, *, owner: str, keep_last: bool) -> str:
     """Return the memory as a string; ``owner`` names the rule and its scope."""
     state = {key: _pack(value) for key, value in memory.state.items()}
     record: dict[str, Any] = {"rule": owner, "names": memory.names, "state": state}
-    if keep_last and memory.last is not None:
-        tensors = {key: _pack(getattr(memory.last, key)) for key in ("G", "weights", "before", "scale")}
+    if keep_last and memory.last is not None and bool((memory.last.G.sum() + memory.last.weights.sum()).isfinite()):
+        tensors = {key: _pack(getattr(memory.last, key)) for key in ("G", "weights", "previous_norms", "scale")}
         record["last"] = {"rule": memory.last.rule, "age": memory.last.age, **tensors}
     return json.dumps(record)
 
@@ -94,9 +95,11 @@ def unpack(text: str, *, owner: str, rule: Rule, scopes: int, device: torch.devi
     """
     try:
         record = json.loads(text)
-        theirs = record["rule"] if record["state"] else owner
+        theirs = record["rule"]
         if theirs == owner:
             return _checked(record, rule, scopes, device)
+        if not record["state"]:
+            return Memory()
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RuntimeError, RecursionError) as error:
         raise ValueError(
             f"the memory in the state dict, [{KEY!r}] or param_groups[0][{KEY!r}], is damaged ({error}): take an older "
@@ -116,23 +119,30 @@ def _checked(record: dict[str, Any], rule: Rule, scopes: int, device: torch.devi
     state: State = {}
     if record["state"]:
         rule.check(names)
-        fresh = rule.init(torch.eye(k, dtype=torch.float64).expand(scopes, k, k), names)
+        G = torch.eye(k, dtype=torch.float64).expand(scopes, k, k)
+        fresh = rule.init(G, names)
         if record["state"].keys() != fresh.keys():
             raise ValueError(f"state must be {', '.join(fresh)}; got {', '.join(record['state'])}")
         for key, like in fresh.items():
             state[key] = _unpack(key, record["state"][key], like.shape, rows=scopes)
-            if like.is_floating_point() and state[key].isnan().any() and not like.isnan().any():
-                raise ValueError(f"{key} contains NaN")
+            if state[key].dtype != like.dtype or (state[key].isnan().any() and not like.isnan().any()):
+                raise ValueError(f"{key} must be {like.dtype} without NaN; got {state[key].dtype}")
+        if isinstance(rule, Weighting):  # whose function is not called for a trial
+            for random in state["random"]:
+                torch.Generator().set_state(random.clone())
+        elif not rule(G[: max(map(len, state.values()))], names, state)[0].isfinite().all():
+            raise ValueError("the rule finds no finite weights with this state")
     last = None
     if "last" in record:
-        shapes = {"G": (k, k), "weights": (k,), "before": (k,), "scale": ()}
+        shapes = {"G": (k, k), "weights": (k,), "previous_norms": (k,), "scale": ()}
         tensors = {key: _unpack(key, record["last"][key], shape).to(device) for key, shape in shapes.items()}
-        if not all(t.isfinite().all() for t in tensors.values()):
-            raise ValueError("the last weights or their Gramian are not finite")
-        if not isinstance(record["last"]["rule"], str) or not isinstance(record["last"]["age"], int):
-            raise ValueError("the last weights need a rule (str) and an age (int)")
+        if not all(t.dtype == torch.float64 and (t.abs() < 1e300).all() for t in tensors.values()):
+            raise ValueError("the last weights and their Gramian must be float64 and finite")
+        age = record["last"]["age"]
+        if not isinstance(record["last"]["rule"], str) or not isinstance(age, int) or age < 0 or tensors["scale"] <= 0:
+            raise ValueError("the last weights need a rule (str), an age (int, at least 0) and a positive scale")
         last = Last(record["last"]["rule"], age=record["last"]["age"], **tensors)
-    return Memory(names if state or last else (), state, last)
+    return Memory(names, state, last)
 
 
 def _pack(value: Tensor) -> list[Any]:

@@ -161,7 +161,7 @@ def _row(geometry: Geometry) -> tuple[Keys, Tensor]:
     add("weight", geometry.weights.reshape(-1, k).mean(0))
     if geometry.age:
         return tuple(numbers), torch.stack(list(numbers.values()))
-    whole = geometry.whole
+    whole = geometry.overall
     add("norm", whole.norms)
     conflicts = geometry.conflicts.reshape(-1, k, k).to(whole.G.dtype).mean(0)
     update_norm = geometry.update_norm.square().sum().sqrt()

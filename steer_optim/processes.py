@@ -89,6 +89,12 @@ def replica_group(data_parallel: DataParallel, parameters: Sequence[Tensor]) -> 
     return data_parallel
 
 
+def mesh_groups(parameters: Sequence[Any]) -> list[dist.ProcessGroup]:
+    """Return the process groups of the meshes that some parameters are sharded or replicated over."""
+    meshes = dict.fromkeys(p.device_mesh for p in parameters if is_dtensor(p))
+    return [group for mesh in meshes for group in mesh.get_all_groups()]
+
+
 def guard(data_parallel: DataParallel, parameters: Sequence[Tensor]) -> None:
     """Raise if ``.grad`` is modified after the joined loss has been steered.
 

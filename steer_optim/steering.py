@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -23,7 +24,7 @@ from steer_optim.agreement import Agreement
 from steer_optim.capture import Losses, check_losses, check_parameters, evaluated
 from steer_optim.combining import combine, write
 from steer_optim.gramian import Geometry, gramian, stack_losses
-from steer_optim.holding import Held
+from steer_optim.holding import GradientSets
 from steer_optim.joined import join
 from steer_optim.memory import Last, Memory
 from steer_optim.rules.base import Rule, carry_over
@@ -58,7 +59,8 @@ class Steering:
             between reuse the last weights, in one backward pass of the weighted sum; ``geometry.age`` says how old they
             are. The norm of such an update is at most three times that of the last one whose Gramian was taken. If at a
             Gramian a component's gradient is zero, not finite, or small with a large weight, the next step takes the
-            Gramian too. Needs ``scope="model"``. May be changed at any time.
+            Gramian too. Scaled losses (of a gradient scaler) belong into :meth:`join`, which knows the factor: here a
+            larger loss is a longer update. Needs ``scope="model"``. May be changed at any time.
 
     Raises:
         TypeError: ``rule`` is not a rule, or ``parameters`` holds something other than tensors.
@@ -117,6 +119,8 @@ class Steering:
     def rule(self, rule: Rule) -> None:
         if rule is not self._rule:
             self._rule, self._memory = rule, replace(self._memory, state={}, last=None)
+            if self._pending is not None and self._pending.last is not None:
+                self._pending.last = replace(self._pending.last, rule="")  # finishes its step, and serves no other
 
     @property
     def refresh_every(self) -> int:
@@ -273,8 +277,10 @@ class Steering:
         """Return the memory in a state dict, checked, for :meth:`adopt`."""
         if memory.KEY not in state_dict:
             return Memory()
-        text, device = state_dict[memory.KEY], self._parameters()[0].device
-        return memory.unpack(text, owner=self._owner(), rule=self.rule, scopes=len(self._scopes()), device=device)
+        text, scopes = state_dict[memory.KEY], len(self._scopes())
+        devices = [p.device for p in self._parameters() if p.device.type != "meta"]
+        device = devices[0] if devices else torch.device("cpu")
+        return memory.unpack(text, owner=self._owner(), rule=self.rule, scopes=scopes, device=device)
 
     def adopt(self, memory: Memory) -> None:
         """Continue from a memory that :meth:`read` returned."""
@@ -293,7 +299,7 @@ class Steering:
         self._check_names(losses, accumulate=accumulate)
         step = self._step(scale, retain_graph)
         # Taken off `self` now, so that an error from here on drops the pending micro-batches.
-        pending, self._pending = self._pending or Pending(self._reusable()), None
+        pending, self._pending = self._pending or Pending(self._last_to_reuse()), None
         step.begin(pending)
 
         held = pending if accumulate else self._hold(step)
@@ -305,7 +311,7 @@ class Steering:
 
         held = step.average(held, self._agreement)
         G = gramian(held)
-        weights, new = self._weigh(G, pending)
+        weights, new = self._weigh(G, step)
         rows = [row for own in held.rows().values() for row in own]
         update = held.gather(combine(rows, weights))
         before, self._memory = self._memory, new
@@ -326,45 +332,53 @@ class Steering:
         mine = {p for own in scopes for p in own}
         others = [p for other in list(_ALIVE) if other is not self for p in other._parameters() if p not in mine]
         replicas = processes.replica_group(self.data_parallel, parameters)
+        peers = [replicas] if replicas is not None else processes.mesh_groups(parameters)
         averaged = replicas is not None and self._agreement.averages is not False
-        return Step(self._names, scopes, parameters, others, replicas, averaged, scale, retain_graph)
+        return Step(self._names, scopes, parameters, others, replicas, peers, averaged, scale, retain_graph)
 
-    def _hold(self, step: Step) -> Held:
-        """Return the holder of this step's sets, after checking that the replicas are alike."""
-        if step.replicas is not None:
+    def _hold(self, step: Step) -> GradientSets:
+        """Return the holder of this step's sets, after checking that the processes are alike."""
+        sharded = step.replicas is None
+        if not sharded or not self._agreement.knows(step.parameters):  # shards: in the first step and after a change
             last = step.pending.last
             remembered = [*self._memory.state.values(), *([] if last is None else [last.weights])]
-            step.first = self._agreement.check(
-                step.replicas, self._facts(step), remembered, step.parameters, read=step.isolated
-            )
+            for group in step.peers:
+                read = sharded or step.isolated
+                self._agreement.check(
+                    group, self._facts(step), remembered, step.parameters, read=read, values=not sharded
+                )
         return step.hold()
 
-    def _weigh(self, G: Tensor, pending: Pending) -> tuple[Tensor, Memory]:
+    def _weigh(self, G: Tensor, step: Step) -> tuple[Tensor, Memory]:
         """Return the weights of the held sets, ``(S, k)`` (between refreshes ``(1, 1)``), and the new memory."""
+        pending = step.pending
         names, old, last = self._names, self._memory, pending.last
-        scale = pending.scale.to(G) if isinstance(pending.scale, Tensor) else G.new_full((), pending.scale)
+        scale = G.new_ones(()) if pending.scale is None else pending.scale.to(G)
+        for group in step.peers if pending.scale is not None else ():  # the same bound everywhere
+            dist.all_reduce(scale, dist.ReduceOp.MAX, group=group)
         losses = stack_losses([pending.losses.get(name) for name in names], G)
         if last is None:
             weights, state = self.rule(G, names, carry_over(old.state, self.rule.init(G, names)))
             if self.scope != "model":
                 scopes = tuple(name for name, _ in self._scopes())
                 return weights, Memory(names, state, None, Geometry(names, G, weights, losses, scopes))
-            before = G.new_zeros(len(names)) if old.last is None else old.last.norms
-            now = Last(self._rule_key(), G[0], weights[0], before, scale)
+            norms = G.new_zeros(len(names)) if old.last is None else old.last.norms
+            previous = torch.where(norms.isfinite(), norms, 0.0)
+            now = Last(self._rule_key(), G[0].clone(), weights[0].clone(), previous, scale)  # the user may write to G
             return weights, Memory(names, state, now, Geometry(names, G[0], weights[0], losses))
-        length, most = G[:, 0].clamp(min=0).sqrt(), BOUND * last.length * scale / last.scale
+        length, most = G[:, 0].clamp(min=0).sqrt(), BOUND * last.update_norm * scale / last.scale
         factor = torch.where(length.isfinite() & (length > most), most / length, 1.0)
         now = replace(last, age=last.age + 1)
-        geometry = Geometry(names, last.G, last.weights * factor[0], losses, age=now.age)
+        geometry = Geometry(names, last.G.clone(), last.weights * factor[0], losses, age=now.age)
         return factor, Memory(names, old.state, now, geometry)
 
-    def _reusable(self) -> Last | None:
+    def _last_to_reuse(self) -> Last | None:
         """Return the last Gramian if this step reuses its weights; None if it takes a new one."""
         last = self._memory.last
         if last is None or last.age + 1 >= self.refresh_every or last.rule != self._rule_key():
             return None
         # Synchronizes once per refresh.
-        return last if last.age or bool(last.may_serve_again()) else None
+        return last if last.age or bool(last.reusable()) else None
 
     def _facts(self, step: Step) -> dict[str, str]:
         """Return what must be the same on all replicas, and its value here."""

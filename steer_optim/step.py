@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,11 +15,12 @@ from steer_optim.capture import (
     capture,
     capture_isolated,
     evaluate,
+    grad_tensor,
     graph,
-    refuse_unreached,
-    root_gradient,
+    is_reentrant,
+    unreached_error,
 )
-from steer_optim.holding import Held, Replicas, Whole
+from steer_optim.holding import AveragedSets, GradientSets, LocalSets
 from steer_optim.memory import Last
 
 
@@ -31,7 +32,7 @@ class Pending:
     sets: dict[str, Gradients] = field(default_factory=dict)
     losses: dict[str, Tensor] = field(default_factory=dict)
     parameters: set[Tensor] = field(default_factory=set)  # required grad in some micro-batch
-    scale: Tensor | float = 0.0  # what the losses are multiplied by, summed over micro-batches
+    scale: Tensor | None = None  # what the losses are multiplied by, summed over micro-batches
 
     def take(self, name: str, gradients: Gradients | None) -> None:
         """Keep one set for the next micro-batch."""
@@ -48,30 +49,33 @@ class Step:
     parameters: list[Tensor]
     others: list[Tensor]  # parameters of other steerings
     replicas: Any  # a process group, or None
+    peers: list[Any]  # the groups of processes that train this model
     averaged: bool  # whether a plain backward pass may be averaged over the replicas by a reducer
     scale: Tensor | None
     retain_graph: bool
-    first: bool = False  # whether this call was the first to compare the parameters of the replicas
     pending: Pending = field(default_factory=lambda: Pending(None))
 
     def begin(self, pending: Pending) -> None:
         """Continue from earlier micro-batches."""
         self.pending = pending
         pending.parameters.update(self.parameters)
-        pending.scale = pending.scale + (1.0 if self.scale is None else self.scale.detach())
+        if self.scale is not None:
+            pending.scale = self.scale.detach() + (0.0 if pending.scale is None else pending.scale)
 
     @property
     def isolated(self) -> bool:
         """Whether the sets bypass DDP's reducer and are averaged here."""
         return self.replicas is not None and not (self.pending.last is not None and self.averaged)
 
-    def hold(self) -> Held:
+    def hold(self) -> GradientSets:
         """Return the holder of this step's sets."""
         names = self.names if self.pending.last is None else (" + ".join(self.names),)
         parameters = [[p for p in own if p in self.pending.parameters] for own in self.scopes]
-        return Replicas(names, parameters, self.replicas) if self.isolated else Whole(names, parameters)
+        return AveragedSets(names, parameters, self.replicas) if self.isolated else LocalSets(names, parameters)
 
-    def capture(self, losses: Mapping[str, Any], held: Held | Pending) -> Iterator[tuple[str, Gradients | None]]:
+    def capture(
+        self, losses: Mapping[str, Any], held: GradientSets | Pending
+    ) -> Iterator[tuple[str, Gradients | None]]:
         """Yield each component and its set, None if absent; or, between refreshes, the set of the weighted sum."""
         pending, last = self.pending, self.pending.last
         if last is None:
@@ -100,37 +104,48 @@ class Step:
         weights: Mapping[str, Tensor],
         own: Gradients,
         retain_graph: bool,
-        held: Held | Pending,
+        held: GradientSets | Pending,
     ) -> Gradients:
         """Backpropagate some losses in one pass, each times its weight, and add to the set ``own``."""
         terms = list(losses.values())
-        roots = [root_gradient(loss, (weights.get(name), self.scale)) for name, loss in losses.items()]
+        grad_tensors = [grad_tensor(loss, (weights.get(name), self.scale)) for name, loss in losses.items()]
         for name, loss in losses.items():
             before = self.pending.losses.get(name)
             self.pending.losses[name] = loss.detach() if before is None else before + loss.detach()
         if self.isolated:
-            arriving: Callable[[Tensor], None] | None = None
-            if isinstance(held, Replicas):
-                arriving = held.arriving
-                held.outsiders.extend(self._outsiders(terms) if self.first else ())
-            return capture_isolated(terms, roots, self.parameters, own, retain_graph=retain_graph, arriving=arriving)
+            on_gradient: Callable[[Tensor], None] | None = None
+            if isinstance(held, AveragedSets):
+                on_gradient = held.on_gradient
+                held.unsteered.extend(self._unsteered(terms))
+            return capture_isolated(
+                terms, grad_tensors, self.parameters, own, retain_graph=retain_graph, on_gradient=on_gradient
+            )
         reducer = self.replicas is not None
+        others = self._others(terms)
         own = capture(
-            terms, roots, self.parameters, own, retain_graph=retain_graph, others=self.others, reducer=reducer
+            terms, grad_tensors, self.parameters, own, retain_graph=retain_graph, others=others, reducer=reducer
         )
         if not own and not reducer:
-            raise refuse_unreached(" + ".join(losses))
+            raise unreached_error(" + ".join(losses))
         return own
 
-    def _outsiders(self, losses: Sequence[Tensor]) -> Iterable[Tensor]:
+    def _others(self, losses: Sequence[Tensor]) -> list[Tensor]:
+        """Return the parameters of other steerings that the losses reach: another thread may be at work on the rest."""
+        nodes = list(graph(losses)) if self.others else []
+        if any(is_reentrant(node) for node in nodes):  # which hides what it reaches
+            return self.others
+        leaves = {getattr(node, "variable", None) for node in nodes}
+        return [p for p in self.others if p in leaves]
+
+    def _unsteered(self, losses: Sequence[Tensor]) -> list[Tensor]:
         """Return the parameters that the losses reach and that no steering has."""
         known = {*self.others, *(p for own in self.scopes for p in own)}
         leaves = (getattr(node, "variable", None) for node in graph(losses))
         return [p for p in leaves if isinstance(p, torch.nn.Parameter) and p not in known]
 
-    def average(self, held: Held, agreement: Agreement) -> Held:
+    def average(self, held: GradientSets, agreement: Agreement) -> GradientSets:
         """Return what is held, averaged over the replicas: here, if no reducer has done so."""
-        if self.replicas is None or not isinstance(held, Whole):
+        if self.replicas is None or not isinstance(held, LocalSets):
             return held
         ((label, own),) = held.sets.items()
         if agreement.averages is None:

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -187,8 +188,8 @@ def test_a_load_while_another_process_saves_succeeds(tmp_path):
     saver = multiprocessing.get_context("spawn").Process(target=saving_forever, args=(path, stop))
     saver.start()
     try:
-        optimizer, steps, end = trained(), set(), time.time() + 8
-        while len(steps) < 150 and time.time() < end:
+        optimizer, steps, end = trained(), set(), time.time() + 20
+        while len(steps) < 40 and time.time() < end:
             steps.add(checkpoint.load(path, optimizer)["step"])
     finally:
         stop.touch()
@@ -333,3 +334,17 @@ def test_a_file_that_was_signed_again_after_tampering_is_a_valueerror(saved, tmp
     path.write_bytes(saved.read_bytes())
     signed_again(path, change)
     load_refused(path, trained(), "was altered|holds the state|sizes")
+
+
+def test_what_is_no_regular_file_is_not_replaced(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with pytest.raises(OSError, match="is no regular file"):
+        checkpoint.save(path, trained())
+    assert stat.S_ISFIFO(path.stat().st_mode)
+
+
+def test_a_name_may_be_as_long_as_the_system_allows(tmp_path):
+    path = tmp_path / ("x" * 250)
+    checkpoint.save(path, trained(), extra={"step": 1})
+    assert checkpoint.load(path, trained())["step"] == 1

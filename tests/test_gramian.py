@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from steer_optim import Geometry, measure, reference
 from steer_optim.gramian import gramian as gramian_of
-from steer_optim.holding import Whole
+from steer_optim.holding import LocalSets
 
 # What a dot product over 2**16 elements may lose, relative to the product of the norms. In float32 that is 1e-6 for
 # random elements, and ten times that where the roundings go to one side: elements repeat, or have few bits.
@@ -32,7 +32,7 @@ DTYPES = list(ACCURACY)
 
 
 def gramian(sets: list[dict[Tensor, Tensor]], parameters: list[Tensor]) -> Tensor:
-    held = Whole([str(i) for i in range(len(sets))], [parameters])
+    held = LocalSets([str(i) for i in range(len(sets))], [parameters])
     for i, gradients in enumerate(sets):
         held.take(str(i), dict(gradients))
     (G,) = gramian_of(held)

@@ -101,3 +101,17 @@ def test_float32_is_good_to_a_thousandth_at_any_angle(cosine, dtype, seed):
     clear([p])
     # Down to a ten millionth of the parts, where the squares of float64 end.
     assert abs(geometry.sum_norm - exact) <= 1e-3 * exact + 1e-7 * a.norm()
+
+
+@pytest.mark.parametrize("n", [2, 70_000])
+@pytest.mark.parametrize("rule", [Steer("g0"), RULES["PCGrad"], Steer("g0", preserve_norm=False)], ids=repr)
+def test_weights_beyond_float32_of_gradients_that_all_but_vanish(n, rule):
+    """As of a cross-entropy that is fitted: its gradient has a norm of 5e-42, and the weight is 2e39."""
+    p = nn.Parameter(torch.zeros(n))
+    target, other = torch.zeros(n), torch.zeros(n)
+    target[:2] = torch.tensor([4e-42, -4e-42])
+    other[:2] = torch.tensor([-0.02, 0.01])
+    geometry = steered([p], rule).backward_components(linear(p, target, other))
+    assert p.grad.isfinite().all()
+    # The gradients themselves have one or two digits.
+    assert_close(flat_grad([p]).norm(), geometry.update_norm, 0.05)

@@ -398,3 +398,81 @@ def test_a_resumed_run_is_bounded_as_the_uninterrupted_one():
         x.grad = None
         (0.5 * optimizer.join({"a": 8 * x[0]})).backward()
         assert x.grad.tolist() == [1.5, 0]
+
+
+@pytest.mark.parametrize("counts", [(8, 8, 1), (1, 1, 8)])
+@pytest.mark.parametrize("way", ["tensors", "join"])
+def test_the_bound_does_not_depend_on_the_number_of_micro_batches(counts, way):
+    """Losses, or the joined loss, are divided by it as usual."""
+    x = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = steered([x], Sum(), refresh_every=10)
+    for n in counts:
+        x.grad = None
+        for i in range(n):
+            losses = {"a": x.sum(), "b": 2 * x.sum()}
+            if way == "join":
+                (optimizer.join(losses, accumulate=i < n - 1) / n).backward()
+            else:
+                losses = {name: loss / n for name, loss in losses.items()}
+                optimizer.backward_components(losses, accumulate=i < n - 1)
+        assert_close(x.grad, torch.full_like(x, 3))
+
+
+def test_a_run_is_resumed_after_an_overflow():
+    x = nn.Parameter(torch.ones(3))
+
+    def make() -> SteeredOptimizer:
+        return SteeredOptimizer(torch.optim.SGD([x], lr=0.1), Steer("a"), refresh_every=10)
+
+    optimizer = make()
+    ages = []
+    for step in range(5):
+        factor = float("inf") if step == 0 else 1.0
+        other = make()
+        other.load_state_dict(optimizer.state_dict())
+        found = [
+            o.backward_components({"a": factor * x.sum(), "b": -x.prod()}, retain_graph=True)
+            for o in (optimizer, other)
+        ]
+        assert_equal(found[0].weights, found[1].weights)
+        ages.append([geometry.age for geometry in found])
+    assert ages == [[0, 0], [0, 0], [1, 1], [2, 2], [3, 3]]
+
+
+def test_weights_that_are_not_finite_are_not_used_again():
+    x, calls = nn.Parameter(torch.ones(2)), []
+
+    def f(G: Tensor) -> Tensor:
+        calls.append(G)
+        return torch.full((2,), float("nan") if len(calls) == 1 else 1.0, dtype=torch.float64)
+
+    optimizer = steered([x], Weighting(f), refresh_every=5)
+    for step in range(3):
+        x.grad = None
+        geometry = optimizer.backward_components({"a": x.sum(), "b": x[0]})
+        assert x.grad.isfinite().all() == (step > 0)
+    assert geometry.age == 1
+
+
+def test_a_rule_that_is_swapped_during_accumulation_serves_that_step_only():
+    x = nn.Parameter(torch.ones(3))
+    first, second = (Weighting(lambda G, w=w: torch.tensor(w)) for w in ([1.0, 0.0], [0.0, 1.0]))
+    optimizer = steered([x], first, refresh_every=100)
+    losses = {"a": x.sum(), "b": 2 * x.sum()}
+    optimizer.backward_components(losses, retain_graph=True)
+    optimizer.backward_components(losses, accumulate=True, retain_graph=True)
+    optimizer.rule = second
+    found = [optimizer.backward_components(losses, retain_graph=True) for _ in range(3)]
+    assert [geometry.weights.tolist() for geometry in found] == [[1, 0], [0, 1], [0, 1]]
+    assert [geometry.age for geometry in found] == [1, 0, 1]
+
+
+def test_what_is_written_to_a_geometry_changes_no_later_step():
+    x = nn.Parameter(torch.ones(3))
+    optimizer = steered([x], Sum(), refresh_every=5)
+    for _ in range(3):
+        x.grad = None
+        geometry = optimizer.backward_components({"a": x.sum(), "b": 2 * x.sum()})
+        assert x.grad.tolist() == [3, 3, 3]
+        geometry.weights.fill_(7)
+        geometry.G.fill_(7)

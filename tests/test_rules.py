@@ -8,7 +8,7 @@ from properties import NAMES, RULES, names_for
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from steer_optim import rules
-from steer_optim.rules import PCD, VGS, GradVac, PCGrad, Rule, Steer, Weighting
+from steer_optim.rules import PCD, VGS, GradVac, PCGrad, Rule, Steer, Sum, Weighting
 from steer_optim.rules.orders import _mix, draw_orders
 
 EVERY = [pytest.param(rule, id=name) for name, rule in RULES.items()]
@@ -266,3 +266,27 @@ def test_weighting_restores_the_global_generator_after_an_error():
     with pytest.raises(RuntimeError, match="no weights"):
         Weighting(fail)(torch.eye(2, dtype=torch.float64), ("a", "b"))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("shape", [(2,), (1, 2), (2, 3)])
+def test_weights_of_another_shape_are_named(shape):
+    class Wrong(Sum):
+        def update(self, G, names, state):
+            return torch.ones(shape), {}
+
+    with pytest.raises(ValueError, match=r"update returns weights \(2, 2\), \(S, k\); got"):
+        Wrong()(torch.eye(2).expand(2, 2, 2), ["a", "b"])
+
+
+@pytest.mark.parametrize("seed", [None, 1.5])
+def test_a_seed_is_an_int(seed):
+    for rule in (PCGrad, GradVac, lambda seed: Weighting(lambda G: G.diagonal(), seed=seed)):
+        with pytest.raises(TypeError, match=f"seed must be an int; got {seed}"):
+            rule(seed=seed)
+
+
+def test_a_weighting_with_parameters_of_its_own_can_be_copied():
+    module = torch.nn.Linear(4, 2).double()
+    weights, state = Weighting(lambda G: module(G.flatten()).exp())(torch.eye(2, dtype=torch.float64), ["a", "b"])
+    assert not weights.requires_grad
+    copy.deepcopy(state)

@@ -137,7 +137,7 @@ def test_named_numbers_are_of_the_whole_gradients_under_every_scope(scope):
     assert f"{geometry.angle('std', 'vis'):.3f}" == f"{whole.angle('std', 'vis'):.3f}"
     for name in geometry.names:
         assert_close(geometry.norm(name), whole.norm(name))
-    assert_close(geometry.whole.sum_norm, whole.sum_norm)
+    assert_close(geometry.overall.sum_norm, whole.sum_norm)
     assert geometry.weight("vis").shape == geometry.weights.shape[:-1]
 
 

@@ -4,12 +4,14 @@ import copy
 import importlib.util
 import re
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
 from properties import RULES
 from steering import EACH_RULE, STEER, assert_close, clear, conflicting, expected_update, flat_grad, network, steered
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from toys import assert_equal
 
 from steer_optim import GradVac, PCGrad, Steer, SteeredOptimizer, Steering, Sum, measure
@@ -273,3 +275,49 @@ def test_the_example_trains(capsys):
     for line in lines:
         first, last = map(float, re.search(r"([\d.]+) -> ([\d.]+),", line).groups())
         assert last < 0.2 * first, line
+
+
+def test_steerings_in_two_threads_train_as_one_after_the_other():
+    def make(seed: int) -> tuple[nn.Module, SteeredOptimizer]:
+        torch.manual_seed(seed)
+        model = network()
+        return model, SteeredOptimizer(torch.optim.SGD(model.parameters(), lr=0.01), PCGrad())
+
+    def train(model: nn.Module, optimizer: SteeredOptimizer) -> None:
+        for step in range(60):
+            optimizer.zero_grad()
+            optimizer.backward_components(conflicting(model(batch(step, rows=64))))
+            optimizer.step()
+
+    expected = [make(seed) for seed in (0, 1)]
+    for model, optimizer in expected:
+        train(model, optimizer)
+    found = [make(seed) for seed in (0, 1)]
+    threads = [Thread(target=train, args=pair) for pair in found]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for (model, _), (other, _) in zip(found, expected, strict=True):
+        assert_equal([p.detach() for p in model.parameters()], [p.detach() for p in other.parameters()])
+
+
+def test_another_steerings_parameters_behind_a_reentrant_checkpoint_are_left_alone():
+    first, second = nn.Linear(3, 3), nn.Linear(3, 3)
+    other = steered(second.parameters(), Sum())
+    x = torch.ones(2, 3, requires_grad=True)
+    out = checkpoint(lambda x: second(first(x)), x, use_reentrant=True)
+    steered(first.parameters(), Sum()).backward_components({"a": out.sum(), "b": out.square().sum()})
+    assert first.weight.grad is not None
+    assert second.weight.grad is None
+    del other
+
+
+def test_the_names_of_a_rule_without_memory_are_resumed():
+    x = nn.Parameter(torch.ones(3))
+    first, second, another = (steered([x], rule) for rule in (Steer("a"), Steer("a"), Sum()))
+    first.backward_components({"a": x.sum(), "b": -x.prod()})
+    for optimizer in (second, another):
+        optimizer.load_state_dict(first.state_dict())
+    assert second.backward_components({"b": -x.prod()}).names == ("a", "b")
+    assert another.backward_components({"c": x.sum()}).names == ("c",)  # another rule starts afresh

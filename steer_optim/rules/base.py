@@ -100,6 +100,8 @@ class Rule(abc.ABC):
         safe_G = torch.where(finite, G, torch.eye(k, dtype=G.dtype, device=G.device))
         old = dict(state) if state else self.init(safe_G, names)
         weights, new = self.update(safe_G, names, old)
+        if weights.shape != G.shape[:2]:
+            raise ValueError(f"update returns weights {tuple(G.shape[:2])}, (S, k); got {tuple(weights.shape)}")
         weights = torch.where(finite, weights, torch.ones_like(weights))
         return weights, {key: torch.where(finite, new[key], old[key]) for key in new}
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from steer_optim.rules.base import Rule, State
-from steer_optim.rules.orders import draw_orders
+from steer_optim.rules.orders import check_seed, draw_orders
 
 
 class GradVac(Rule):
@@ -57,7 +57,7 @@ class GradVac(Rule):
         if not 0 <= beta <= 1:
             raise ValueError(f"beta is in [0, 1]; got {beta}")
         self.beta = beta
-        self.seed = seed
+        self.seed = check_seed(seed)
 
     def init(self, G: Tensor, names: Sequence[str]) -> State:
         """Return no orders drawn, and every target 0."""

@@ -12,6 +12,13 @@ import torch
 from torch import Tensor
 
 
+def check_seed(seed: int) -> int:
+    """Return the seed; raise TypeError if it is no int."""
+    if not isinstance(seed, int):
+        raise TypeError(f"seed must be an int; got {seed!r}")
+    return seed
+
+
 def draw_orders(draws: Tensor, names: Sequence[str], *, seed: int) -> Tensor:
     """Return the order in which each component meets all components, itself included.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from steer_optim.rules.base import Rule, State
-from steer_optim.rules.orders import draw_orders
+from steer_optim.rules.orders import check_seed, draw_orders
 
 
 class PCGrad(Rule):
@@ -44,7 +44,7 @@ class PCGrad(Rule):
     """
 
     def __init__(self, *, seed: int = 0) -> None:
-        self.seed = seed
+        self.seed = check_seed(seed)
 
     def init(self, G: Tensor, names: Sequence[str]) -> State:
         """Return no orders drawn."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from steer_optim.rules.base import Rule, State
+from steer_optim.rules.orders import check_seed
 
 
 class Weighting(Rule):
@@ -16,7 +17,8 @@ class Weighting(Rule):
     ``f`` is given the Gramian on the CPU, so this is the one rule that synchronizes with a GPU. Random numbers
     that it draws from torch's global generator come from a generator of this rule instead, whose state is part of
     the rule's: the global one is untouched, and a resumed run continues bit for bit. Memory that ``f`` keeps in
-    itself is neither saved nor restored, and is shared by all scopes.
+    itself is neither saved nor restored, and is shared by all scopes; a change inside ``f`` is not seen between two
+    refreshes.
 
     State: ``random`` ``(S, bytes)`` uint8, the state of each scope's CPU generator.
 
@@ -42,7 +44,7 @@ class Weighting(Rule):
         if not callable(f):
             raise TypeError(f"Weighting needs a callable from a Gramian to weights; got {type(f).__name__}")
         self.f = f
-        self.seed = seed
+        self.seed = check_seed(seed)
 
     def init(self, G: Tensor, names: Sequence[str]) -> State:
         """Return the states of freshly seeded generators."""
@@ -65,6 +67,6 @@ class Weighting(Rule):
                     raise ValueError(
                         f"a weighting of {len(names)} components returns a tensor ({len(names)},); got {found}"
                     )
-                weights.append(w.to(G))
+                weights.append(w.detach().to(G))
                 randoms.append(torch.get_rng_state())
         return torch.stack(weights), {"random": torch.stack(randoms).to(G.device)}

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from launcher import processes
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from training import (
     OPTIONS,
@@ -424,3 +425,51 @@ def test_the_host_reads_twice_in_an_exact_step_and_never_between():
 
 def test_training_alone_is_what_it_was():
     torch.testing.assert_close(whole(train_alone().parameters()), whole(train_alone().parameters()), rtol=0, atol=0)
+
+
+@processes(2, sharded=[False, True])
+def test_losses_that_each_rank_scales_by_itself_are_bounded_alike(sharded):
+    """As by a count of its own tokens: the bound on an update between refreshes is one for all."""
+    model = fully_shard(make_model()) if sharded else replicated()
+    optimizer = steered(model, Sum(), data_parallel=None if sharded else True, refresh_every=3, lr=1e-3)
+    weights = []
+    for step in range(6):
+        optimizer.zero_grad()
+        size = 50.0 if step % 3 else 1.0
+        losses = {name: size * loss for name, loss in components(model(share(batch(step)))).items()}
+        (optimizer.join(losses) / (10 + dist.get_rank() * (step % 3))).backward()
+        weights.append(optimizer.geometry.weights)
+        optimizer.step()
+    assert any(w[0] < 1 for w in weights)  # some were bounded
+    assert_same_bits(torch.stack(weights))
+    assert_same_bits(whole(model.parameters()))
+
+
+@processes(2)
+def test_shards_whose_rules_or_memory_differ():
+    model = fully_shard(make_model())
+    rank = dist.get_rank()
+    for rule, options, match in (
+        (Steer("vis", gain=float(rank)), {}, r"their rule or its hyperparameters; this one has Steer\("),
+        (Sum(), {"refresh_every": 1 + rank}, "refresh_every"),
+    ):
+        refused(steered(model, rule, **options), model, match)
+        model.reshard()
+    first = steered(model, GradVac(beta=0.3))
+    first.backward_components(components(model(share(batch(0)))))
+    second = steered(model, GradVac(beta=0.3))
+    if rank == 0:
+        second.load_state_dict(first.state_dict())
+    first.zero_grad()
+    refused(second, model, "the memory of the rule")
+
+
+@processes(2)
+def test_a_parameter_that_no_steering_has_and_that_is_reached_later():
+    model, outside = make_model(), nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = steered(model, data_parallel=True)
+    optimizer.backward_components(components(model(share(batch(0)))))
+    optimizer.zero_grad()
+    output = model(share(batch(1)))
+    with pytest.raises(ValueError, match="parameters that the optimizer does not have"):
+        optimizer.backward_components(components(output * outside if dist.get_rank() else output))

@@ -196,21 +196,21 @@ def test_every_element_is_in_one_piece_of_one_replica_and_counts_to_its_scope(si
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(holding, "_SHORTEST", length)
         patch.setattr(holding, "_LONGEST", length)
-        line = holding._Line(members, replicas)
+        buffer = holding._FlatBuffer(members, replicas)
     owner = [scope for scope, p in members for _ in range(p.numel())]
-    assert all(message % replicas == 0 for message in line.messages)
-    assert len(owner) <= sum(line.messages) < len(owner) + replicas
+    assert all(message % replicas == 0 for message in buffer.messages)
+    assert len(owner) <= sum(buffer.messages) < len(owner) + replicas
     found = {}
     for rank in range(replicas):
-        begins = iter(sum(line.messages[:i]) for i in range(len(line.messages)))
-        for scope, start, stop in line.parts(rank, replicas):
+        begins = iter(sum(buffer.messages[:i]) for i in range(len(buffer.messages)))
+        for scope, start, stop in buffer.parts(rank, replicas):
             if start == 0:
                 begin = next(begins)
-                size = line.messages[[*itertools.accumulate(line.messages, initial=0)].index(begin)] // replicas
+                size = buffer.messages[[*itertools.accumulate(buffer.messages, initial=0)].index(begin)] // replicas
             places = range(begin + rank * size + start, begin + rank * size + stop)
             assert not found.keys() & set(places)
             found |= dict.fromkeys(places, scope)
-    assert sorted(found) == list(range(sum(line.messages)))
+    assert sorted(found) == list(range(sum(buffer.messages)))
     assert [found[i] for i in range(len(owner))] == owner
 
 
