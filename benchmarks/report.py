@@ -100,7 +100,8 @@ def _machine() -> str:
 
 def draw_time(result: dict[str, Any]) -> Figure:
     """Step times over a plain step's, of two components of one graph."""
-    columns = [(model, k) for model, k in steering_cost.settings(result, "one") if k == 2]
+    settings = steering_cost.settings(result, "one")
+    columns = [(model, k) for model, k in settings if k == 2 and model in steering_cost.SWEPT]
     names = (BARE, STEER, *OURS, *TORCHJD, AUTOGRAM, FLATTENED)
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
