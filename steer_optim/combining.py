@@ -26,7 +26,8 @@ def combine(rows: Iterable[Row], weights: Tensor) -> list[Tensor]:
         weights: ``(S, k)``. Read on the host if they are on the CPU, else used on their device.
     """
     on_cpu = weights.device.type == "cpu"
-    table: list[Any] = weights.tolist() if on_cpu else [row.unbind() for row in weights.unbind()]
+    # Elsewhere weights that float32 does not hold are cut off: the host does not know them.
+    table: list[Any] = weights.tolist() if on_cpu else [w.unbind() for w in weights.clamp(-_LARGE, _LARGE).unbind()]
     totals: list[Tensor] = []
     together: dict[Any, list[list[tuple[Tensor, Any]]]] = {}
     for scope, row in rows:

@@ -38,6 +38,13 @@ BOUND = 3.0
 _ALIVE: weakref.WeakSet[Steering] = weakref.WeakSet()  # each leaves the others' parameters alone
 
 
+class _Groups(Optimizer):
+    """Parameters, groups and names as torch reads them; it never steps."""
+
+    def __init__(self, parameters: Iterable[Any]) -> None:
+        super().__init__(parameters, {})
+
+
 class Steering:
     """Steer the gradients of some parameters by a rule, whichever optimizers step on them.
 
@@ -94,7 +101,7 @@ class Steering:
         if scope not in ("model", "group", "tensor"):
             raise ValueError(f"scope must be 'model', 'group' or 'tensor'; got {scope!r}")
         # torch's own reading of parameters, groups and names, errors included.
-        self._source = parameters if isinstance(parameters, Optimizer) else Optimizer(parameters, {})
+        self._source = parameters if isinstance(parameters, Optimizer) else _Groups(parameters)
         self._rule = rule
         self.scope = scope
         self.data_parallel = data_parallel
