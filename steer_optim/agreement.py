@@ -74,7 +74,10 @@ class Agreement:
         highest, lowest = extremes.tolist()
         for (what, fact), high, low in zip(facts.items(), highest[1:], lowest[1:], strict=False):
             if high != low:
-                raise ValueError(f"the replicas differ in {what}; this one has {fact}. Make them the same on all")
+                raise ValueError(
+                    f"the replicas differ in {what}; this one has {fact}. Make them the same on all; a component that "
+                    "a replica lacks is None there"
+                )
         if highest[-3] != lowest[-3]:
             raise ValueError(
                 "the replicas differ in the memory of the rule, as where a checkpoint was loaded on some of them: load "

@@ -25,7 +25,7 @@ def check_losses(losses: Losses) -> None:
     if not isinstance(losses, Mapping):
         raise TypeError(f"components come as a mapping from names to scalar losses; got {type(losses).__name__}")
     if not losses:
-        raise ValueError("there are no components: pass at least one named loss")
+        raise ValueError("there are no components: pass named losses, None for each that this micro-batch lacks")
     for name, loss in losses.items():
         if not isinstance(name, str):
             raise TypeError(f"the name of a component is a str; got {name!r}")

@@ -63,6 +63,11 @@ def save(path: str | os.PathLike[str], optimizer: Optimizer, *, extra: Mapping[s
         <All keys matched successfully>
         >>> torch.set_rng_state(extra["rng"])
     """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"optimizer must be a torch optimizer; got {type(optimizer).__name__}. The state_dict() of a Steering, and "
+            "of further optimizers, goes into extra"
+        )
     tensors: dict[str, Tensor] = {}
     content = {
         "class": _class(optimizer),

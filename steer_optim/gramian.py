@@ -160,14 +160,14 @@ def _all_reduced(held: GradientSets, *, wide: bool) -> Tensor:
 def _needs_float64(G: Tensor) -> bool:
     """Return whether one of the Gramians ``(S, k, k)``, from float32 products on the CPU, may be inaccurate."""
     squares = G.diagonal(dim1=-2, dim2=-1)
-    norms = squares.sqrt()
-    products = norms[:, :, None] * norms[:, None, :]
-    cosines = torch.where(products == 0, 0.0, G / products)
-    cosines.diagonal(dim1=-2, dim2=-1).fill_(1.0)
-    told: bool = (
-        (torch.linalg.det(cosines) > _VOLUME).all() & (squares > _TINY).all() & squares.isfinite().all()
-    ).tolist()
-    return not told
+    accurate = ((squares > _TINY) & squares.isfinite()).all()
+    if G.shape[-1] > 1:
+        norms = squares.sqrt()
+        products = norms[:, :, None] * norms[:, None, :]
+        cosines = torch.where(products == 0, 0.0, G / products)
+        cosines.diagonal(dim1=-2, dim2=-1).fill_(1.0)
+        accurate = accurate & (torch.linalg.det(cosines) > _VOLUME).all()
+    return not accurate.tolist()  # not bool(): what a CPU reads of its own is no wait
 
 
 def measure(losses: Losses, parameters: Iterable[Tensor], *, retain_graph: bool = True) -> Geometry:

@@ -90,13 +90,16 @@ class Monitor:
     def __len__(self) -> int:
         return len(self._steps)
 
-    def record(self, geometry: Geometry, *, step: int | None = None) -> None:
+    def record(self, geometry: Geometry | None, *, step: int | None = None) -> None:
         """Record the numbers of one step.
 
         Args:
-            geometry: what ``backward_components`` returned, or ``optimizer.geometry``.
+            geometry: what ``backward_components`` returned, or ``optimizer.geometry``. None, which a call with
+                ``accumulate=True`` returns, is passed over.
             step: the number of the step; by default one more than the last, beginning at 0.
         """
+        if geometry is None:
+            return
         if step is None:
             step = self._steps[-1] + 1 if self._steps else 0
         self._pending.append(_row(geometry))

@@ -70,10 +70,10 @@ class SteeredOptimizer(OptimizerFacade):
         refresh_every: int = 1,
     ) -> None:
         processes.refuse_deepspeed(optimizer)
-        if not isinstance(optimizer, Optimizer) or not hasattr(optimizer, "param_groups"):
-            raise TypeError(
-                f"optimizer must be a torch.optim.Optimizer with param_groups; got {type(optimizer).__name__}"
-            )
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer; got {type(optimizer).__name__}")
+        if not hasattr(optimizer, "param_groups"):
+            raise TypeError(f"{type(optimizer).__name__} has no param_groups: steer the optimizer inside it")
         if isinstance(optimizer, SteeredOptimizer):
             raise TypeError("optimizer is steered already: wrap optimizer.inner, or give one rule that does both")
         super().__init__(optimizer)

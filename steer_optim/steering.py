@@ -97,7 +97,9 @@ class Steering:
         refresh_every: int = 1,
     ) -> None:
         if not isinstance(rule, Rule):
-            raise TypeError(f"rule must be a Rule; got {rule!r}. Wrap a function of the Gramian in Weighting(...)")
+            wrap = "Wrap a function of the Gramian in Weighting(...)"
+            remedy = f"Make one: {rule.__name__}(...)" if isinstance(rule, type) else wrap
+            raise TypeError(f"rule must be a Rule; got {rule!r}. {remedy}")
         if scope not in ("model", "group", "tensor"):
             raise ValueError(f"scope must be 'model', 'group' or 'tensor'; got {scope!r}")
         # torch's own reading of parameters, groups and names, errors included.

@@ -120,6 +120,12 @@ def test_absent_components_are_nan(monkeypatch, batch):
     assert history["steer/norm/lp"].isnan().tolist() == [True, False, True, False, True, True]
 
 
+def test_a_micro_batch_has_nothing_to_record():
+    monitor = Monitor()
+    monitor.record(None)
+    assert len(monitor) == 0
+
+
 def test_steps_are_counted_from_the_last_one():
     monitor = Monitor()
     for step in (10, None, 20, None):

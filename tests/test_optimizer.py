@@ -303,7 +303,7 @@ def test_an_average_of_the_weights_follows_through_a_step_hook():
 @pytest.mark.parametrize(
     ("optimizer", "rule", "options", "error", "message"),
     [
-        (lambda p: [p], Sum(), {}, TypeError, "must be a torch.optim.Optimizer with param_groups; got list"),
+        (lambda p: [p], Sum(), {}, TypeError, "must be a torch.optim.Optimizer; got list"),
         (lambda p: SteeredOptimizer(torch.optim.SGD([p]), Sum()), Sum(), {}, TypeError, "steered already"),
         (lambda p: torch.optim.SGD([p]), Sum, {}, TypeError, "rule must be a Rule"),
         (lambda p: torch.optim.SGD([p]), Sum(), {"scope": "layer"}, ValueError, "'group' or 'tensor'; got 'layer'"),

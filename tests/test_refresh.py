@@ -442,11 +442,12 @@ def test_a_run_is_resumed_after_an_overflow():
 def test_weights_that_are_not_finite_are_not_used_again():
     x, calls = nn.Parameter(torch.ones(2)), []
 
-    def f(G: Tensor) -> Tensor:
-        calls.append(G)
-        return torch.full((2,), float("nan") if len(calls) == 1 else 1.0, dtype=torch.float64)
+    class Broken(Sum):
+        def update(self, G, names, state):
+            calls.append(G)
+            return torch.full_like(G[:, 0], float("nan") if len(calls) == 1 else 1.0), {}
 
-    optimizer = steered([x], Weighting(f), refresh_every=5)
+    optimizer = steered([x], Broken(), refresh_every=5)
     for step in range(3):
         x.grad = None
         geometry = optimizer.backward_components({"a": x.sum(), "b": x[0]})

@@ -167,7 +167,7 @@ def test_an_optimizer_without_a_trainable_parameter():
 
 def test_what_cannot_be_wrapped():
     sgd = torch.optim.SGD([X], lr=0.1)
-    with pytest.raises(TypeError, match=r"must be a torch.optim.Optimizer with param_groups; got list"):
+    with pytest.raises(TypeError, match=r"must be a torch.optim.Optimizer; got list"):
         SteeredOptimizer([X], Sum())
     with pytest.raises(TypeError, match=r"steered already: wrap optimizer.inner"):
         SteeredOptimizer(SteeredOptimizer(sgd, Sum()), Sum())

@@ -290,3 +290,22 @@ def test_a_weighting_with_parameters_of_its_own_can_be_copied():
     weights, state = Weighting(lambda G: module(G.flatten()).exp())(torch.eye(2, dtype=torch.float64), ["a", "b"])
     assert not weights.requires_grad
     copy.deepcopy(state)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weighting_that_is_not_finite_is_named(value):
+    with pytest.raises(ValueError, match=r"the weighting of a finite Gramian is not finite: \[.*\] of \[\[1.0"):
+        Weighting(lambda G: torch.tensor([1.0, value]))(torch.eye(2, dtype=torch.float64), ["a", "b"])
+
+
+@pytest.mark.parametrize("state", [{}, {"other": torch.zeros(1)}, {"mean": torch.zeros(2)}])
+def test_state_that_init_did_not_make_is_named(state):
+    class Forgetful(Sum):
+        def init(self, G, names):
+            return {"mean": torch.zeros(len(G))}
+
+        def update(self, G, names, _):
+            return torch.ones_like(G[:, 0]), state
+
+    with pytest.raises(ValueError, match="update returns the state that init made: mean"):
+        Forgetful()(torch.eye(2), ["a", "b"])

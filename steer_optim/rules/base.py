@@ -44,6 +44,8 @@ class Rule(abc.ABC):
     components. Steering calls ``rule(G, names, state)``, which adds what all rules share: a Gramian that is not finite
     gives the plain sum and leaves the state unchanged, so that a gradient scaler sees the overflow and skips the step.
 
+    State is a dict of tensors, ``(S, ...)`` each; :meth:`update` returns the keys and shapes that :meth:`init` made.
+
     Shapes: ``S`` scopes (1 for the whole model), ``k`` components. ``G`` is ``(S, k, k)``, float64,
     symmetric and positive semidefinite up to rounding; weights are ``(S, k)`` of the same dtype and device.
     """
@@ -102,6 +104,10 @@ class Rule(abc.ABC):
         weights, new = self.update(safe_G, names, old)
         if weights.shape != G.shape[:2]:
             raise ValueError(f"update returns weights {tuple(G.shape[:2])}, (S, k); got {tuple(weights.shape)}")
+        if {key: t.shape for key, t in new.items()} != {key: t.shape for key, t in old.items()}:
+            raise ValueError(
+                f"update returns the state that init made: {', '.join(old)}, each (S, ...) and of one shape"
+            )
         weights = torch.where(finite, weights, torch.ones_like(weights))
         return weights, {key: torch.where(finite, new[key], old[key]) for key in new}
 

@@ -55,7 +55,7 @@ class Weighting(Rule):
         """Call ``f`` scope by scope; return its weights and the states of the generators.
 
         Raises:
-            ValueError: ``f`` did not return one weight per component.
+            ValueError: ``f`` did not return one finite weight per component.
         """
         weights, randoms = [], []
         with torch.random.fork_rng(devices=[]):
@@ -66,6 +66,10 @@ class Weighting(Rule):
                 if found != (len(names),):
                     raise ValueError(
                         f"a weighting of {len(names)} components returns a tensor ({len(names)},); got {found}"
+                    )
+                if not w.isfinite().all():
+                    raise ValueError(
+                        f"the weighting of a finite Gramian is not finite: {w.tolist()} of {gramian.tolist()}"
                     )
                 weights.append(w.detach().to(G))
                 randoms.append(torch.get_rng_state())
