@@ -15,7 +15,7 @@ from steer_optim.holding import Row
 # a CPU loses 0.7 %. Partial sums are added up in float64. Chunks converted to float64 are to stay in the cache.
 _CHUNK, _CHUNK_WIDE, _CHUNK_ACCELERATOR = 2**16, 2**15, 2**22
 # Below this size the call costs more than the arithmetic: small tensors are laid end to end first.
-_SMALL, _END_TO_END = 2**12, 2**20
+_SMALL, _END_TO_END = 2**12, 2**16
 
 
 def inner_products(rows: Sequence[Row], scopes: int, k: int, device: torch.device, *, wide: bool) -> Tensor:
