@@ -222,24 +222,19 @@ def _with_remedy(run: Callable[[], Any]) -> Any:
 
 
 def _unshared(gradients: Gradients) -> Gradients:
-    """The same gradients, none of which shares memory with another.
+    """Return the same gradients, each in memory of its own.
 
     After ``a.view(2, 2) + b.view(2, 2)`` autograd makes two views of one tensor the gradients of ``a`` and ``b``, and
-    what is then done in place to either is done to both. A complex gradient may be a conjugate that is yet to be taken.
+    what is then done in place to either is done to both; ``b`` need not be ours, nor a parameter. A complex gradient
+    may be a conjugate that is yet to be taken.
     """
-    result = {p: g.resolve_conj().resolve_neg() if g.is_complex() or g.is_neg() else g for p, g in gradients.items()}
-    by_storage: dict[int, list[Tensor]] = {}
-    for p, g in result.items():
-        if g.layout is torch.strided and not is_dtensor(g):
-            by_storage.setdefault(g.untyped_storage().data_ptr(), []).append(p)
-    for members in by_storage.values():
-        reached = 0
-        for p in sorted(members, key=lambda p: result[p].data_ptr()) if len(members) > 1 else ():
-            g = result[p]
-            last = sum((size - 1) * stride for size, stride in zip(g.shape, g.stride(), strict=True))
-            if g.data_ptr() < reached:
-                result[p] = g.clone()
-            reached = max(reached, g.data_ptr() + (last + 1) * g.element_size())
+    result = {}
+    for p, gradient in gradients.items():
+        if gradient.layout is torch.strided and not is_dtensor(gradient):
+            gradient = gradient.resolve_conj().resolve_neg()
+            if torch._C._storage_Use_Count(gradient.untyped_storage()._cdata) > 2:  # this tensor's, and the handle's
+                gradient = gradient.clone()
+        result[p] = gradient
     return result
 
 

@@ -139,8 +139,8 @@ def _checked(record: dict[str, Any], rule: Rule, scopes: int, device: torch.devi
         if not all(t.dtype == torch.float64 and (t.abs() < 1e300).all() for t in tensors.values()):
             raise ValueError("the last weights and their Gramian must be float64 and finite")
         age = record["last"]["age"]
-        if not isinstance(record["last"]["rule"], str) or not isinstance(age, int) or age < 0 or tensors["scale"] <= 0:
-            raise ValueError("the last weights need a rule (str), an age (int, at least 0) and a positive scale")
+        if not isinstance(record["last"]["rule"], str) or not isinstance(age, int) or age < 0 or tensors["scale"] < 0:
+            raise ValueError("the last weights need a rule (str), an age (int, at least 0) and a scale of at least 0")
         last = Last(record["last"]["rule"], age=record["last"]["age"], **tensors)
     return Memory(names, state, last)
 

@@ -60,7 +60,7 @@ class Step:
         self.pending = pending
         pending.parameters.update(self.parameters)
         if self.scale is not None:
-            pending.scale = self.scale.detach() + (0.0 if pending.scale is None else pending.scale)
+            pending.scale = self.scale.detach().abs() + (0.0 if pending.scale is None else pending.scale)
 
     @property
     def isolated(self) -> bool:

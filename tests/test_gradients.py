@@ -19,7 +19,7 @@ from steering import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from steer_optim import VGS, Steer
+from steer_optim import VGS, Steer, Weighting
 
 # 14. Kinds of parameters and gradients
 
@@ -205,3 +205,22 @@ def test_a_gradient_may_be_a_view_of_what_comes_in():
     expected = expected_update(lambda: {"std": a.view(()), "vis": b.view(())}, parameters, VGS())
     (2 * steered(parameters, VGS()).join({"std": a.view(()), "vis": b.view(())})).backward()
     assert_close(flat_grad(parameters), 2 * expected)
+
+
+def test_a_gradient_that_shares_memory_with_another_owners():
+    """With a parameter outside, which accumulates in place in the next backward pass."""
+    a, outside = (nn.Parameter(torch.randn(4, 1).double()) for _ in range(2))
+
+    def losses() -> dict[str, Tensor]:
+        return {"std": shared_by_views(a, outside).sin().sum(), "vis": shared_by_views(a, outside).exp().sum()}
+
+    assert_steered(losses, [a])
+
+
+def test_a_gradient_that_is_a_view_of_a_constant():
+    p, constant = nn.Parameter(torch.ones(3)), torch.tensor([[1.0, 2.0, 3.0]])
+    p.register_hook(lambda g: constant[0])
+    optimizer = steered([p], Weighting(lambda G: torch.tensor([2.0, 3.0])))
+    optimizer.backward_components({"a": p.sum(), "b": p.sum()})
+    assert p.grad.tolist() == [5, 10, 15]
+    assert constant.tolist() == [[1, 2, 3]]

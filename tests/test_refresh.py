@@ -477,3 +477,15 @@ def test_what_is_written_to_a_geometry_changes_no_later_step():
         assert x.grad.tolist() == [3, 3, 3]
         geometry.weights.fill_(7)
         geometry.G.fill_(7)
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0])
+def test_a_joined_loss_may_be_multiplied_by_zero_or_a_negative_number(factor):
+    x = nn.Parameter(torch.ones(2))
+    optimizer = steered([x], Sum(), refresh_every=3)
+    (factor * optimizer.join({"a": x.sum(), "b": x[0]})).backward()
+    optimizer.load_state_dict(optimizer.state_dict())
+    for sign in (1.0, -1.0):
+        x.grad = None
+        (sign * optimizer.join({"a": x.sum(), "b": x[0]})).backward()
+        assert x.grad.tolist() == [2 * sign, sign]
