@@ -174,7 +174,7 @@ class Refresh(Short):
 
 @dataclass(frozen=True, repr=False)
 class Rule(Short):
-    """Another rule object, or the one that is set already."""
+    """Another rule object, or the one that is set already; a copy of that if there is no name."""
 
     who: int = 0
     name: str | None = None
@@ -274,7 +274,9 @@ def programs(draw: st.DrawFn, *, precise: bool, most_operations: int = 14) -> Pr
     shapes = st.sampled_from([(), (), (1,), (1, 1)])
     losses = tuple((dtype() if rarely(draw, 2) else torch.float64, draw(shapes)) for _ in names)
     half = any(p.dtype in HALF for p in parameters)
-    operation = draw_operation(names, len(steered), fitting, len(parameters), most=1.0 if half else 100.0)
+    most = 1.0 if half else 100.0
+    tiny = [1e-40] if precise else []  # weights that float32 does not hold
+    operation = draw_operation(names, len(steered), fitting, len(parameters), most=most, tiny=tiny)
     operations = draw(st.lists(operation, min_size=1, max_size=most_operations))
     return Program(
         names, tuple(parameters), tuple(units), tuple(uses), tuple(relations), losses, tuple(steered), tuple(operations)
@@ -302,7 +304,7 @@ def draw_parameter(draw: st.DrawFn, dtype: torch.dtype, owners: Sequence[int]) -
 def fitting_layout(layout: str, shape: tuple[int, ...]) -> str:
     if layout in ("dense", "transposed", "channels_last"):
         return {2: "transposed", 4: "channels_last"}.get(len(shape), "contiguous")
-    return layout
+    return layout if numel(shape) else "contiguous"
 
 
 def is_table(p: Parameter) -> bool:
@@ -315,7 +317,13 @@ def numel(shape: tuple[int, ...]) -> int:
 
 
 def draw_operation(
-    names: tuple[str, ...], steered: int, rules: Sequence[str], parameters: int, *, most: float
+    names: tuple[str, ...],
+    steered: int,
+    rules: Sequence[str],
+    parameters: int,
+    *,
+    most: float,
+    tiny: Sequence[float],
 ) -> st.SearchStrategy[Any]:
     who = st.integers(0, steered - 1)
 
@@ -328,7 +336,7 @@ def draw_operation(
         st.integers(0, 7),
         st.sampled_from(ERRORS),
     )
-    factors = [1.0] * 12 + [0.01, min(100.0, most), -min(30.0, most), 0.0]
+    factors = [1.0] * 12 + [0.01, min(100.0, most), -min(30.0, most), 0.0, *tiny]
     usual: dict[str, Any] = {
         "who": who,
         "way": st.sampled_from(["tensors", "callables", "mixed", "join", "join callables"]),
@@ -355,7 +363,7 @@ def draw_operation(
         (3, st.builds(Halve, who)),
         (5, st.builds(Move, who)),
         (3, st.builds(Refresh, who, st.sampled_from([1, 2, 3, 9]))),
-        (3, st.builds(Rule, who, st.sampled_from([None, *rules]))),
+        (3, st.builds(Rule, who, st.sampled_from([None, "", "", *rules]))),
         (2, st.builds(Save, who)),
         (4, st.builds(Load, who, st.booleans(), st.sampled_from([None, None, *rules]))),
         (2, st.builds(Copy)),
@@ -487,6 +495,10 @@ class Last:
     before: Tensor
     scale: float
     age: int = 0
+
+    @property
+    def finite(self) -> bool:
+        return bool(self.G.isfinite().all() and self.weights.isfinite().all())
 
     @property
     def norms(self) -> Tensor:
@@ -729,7 +741,8 @@ class Run:
 
     def check_memory(self, who: int) -> None:
         """The memory in the state dict is that of the model."""
-        record, memory = json.loads(memory_of(*self.pairs[who])), self.models[who].memory
+        record, model = json.loads(memory_of(*self.pairs[who])), self.models[who]
+        memory = model.memory
         found = {
             key: torch.tensor(value, dtype=getattr(torch, dtype.removeprefix("torch.")))
             for key, (dtype, value) in record["state"].items()
@@ -737,6 +750,7 @@ class Run:
         assert found.keys() == memory.state.keys()
         assert all(torch.equal(found[key].view(memory.state[key].shape), memory.state[key]) for key in found)
         assert tuple(record["names"]) == memory.names
+        assert ("last" in record) == (model.refresh_every > 1 and memory.last is not None and memory.last.finite)
 
     @contextmanager
     def untouched(self, indices: Sequence[int]) -> Iterator[None]:
@@ -816,8 +830,9 @@ class Run:
         if operation.name is None:
             steering.rule = steering.rule
             return
-        steering.rule = copy.deepcopy(RULES[operation.name])
-        model.rule, model.rule_name = RULES[operation.name], operation.name
+        model.rule_name = operation.name or model.rule_name
+        model.rule = RULES[model.rule_name]
+        steering.rule = copy.deepcopy(model.rule)
         model.memory = replace(model.memory, state={}, last=None)
         if model.totals is not None:
             model.totals.orphaned = True
@@ -834,8 +849,7 @@ class Run:
             torch.save(both, file)
         self.check_memory(operation.who)
         last = model.memory.last if model.refresh_every > 1 else None
-        if last is not None and not (last.G.isfinite().all() and last.weights.isfinite().all()):
-            last = None  # it would not serve
+        last = last if last is not None and last.finite else None  # no other would serve
         self.saved[operation.who] = file.getvalue(), replace(model.memory, last=last), type(model.rule).__name__
 
     def load(self, operation: Load) -> None:
@@ -1231,7 +1245,7 @@ class Check:
         else:
             weights, memory = self.between()
         if self.totals.orphaned and self.totals.last is not None:
-            memory = replace(memory, last=None)
+            memory = replace(memory, last=replace(memory.last, rule="another"))
         model.memory = memory
         update: dict[int, list[Gradient]] = {}
         _, sizes = model.matrix(model.parameters)
