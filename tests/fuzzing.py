@@ -220,7 +220,7 @@ def rarely(draw: st.DrawFn, one_in: int) -> bool:
 
 
 @st.composite
-def programs(draw: st.DrawFn, *, precise: bool, most_operations: int = 14) -> Program:
+def programs(draw: st.DrawFn, *, precise: bool, most_operations: int = 18) -> Program:
     k = draw(st.sampled_from([2, 3, 1, 4]))
     names = names_for(RULES["Sum"], k)
     fitting = [name for name, rule in RULES.items() if names_for(rule, k) == names]
@@ -275,9 +275,11 @@ def programs(draw: st.DrawFn, *, precise: bool, most_operations: int = 14) -> Pr
     losses = tuple((dtype() if rarely(draw, 2) else torch.float64, draw(shapes)) for _ in names)
     half = any(p.dtype in HALF for p in parameters)
     most = 1.0 if half else 100.0
-    tiny = [1e-40] if precise else []  # weights that float32 does not hold
+    # Weights that float32 does not hold, or gradients whose squares it does not.
+    tiny = [1e-40] if precise else [] if half else [1e-25]
     operation = draw_operation(names, len(steered), fitting, len(parameters), most=most, tiny=tiny)
-    operations = draw(st.lists(operation, min_size=1, max_size=most_operations))
+    length = draw(st.integers(1, most_operations))  # or lists are mostly short
+    operations = draw(st.lists(operation, min_size=length, max_size=length))
     return Program(
         names, tuple(parameters), tuple(units), tuple(uses), tuple(relations), losses, tuple(steered), tuple(operations)
     )
@@ -363,7 +365,7 @@ def draw_operation(
         (3, st.builds(Halve, who)),
         (5, st.builds(Move, who)),
         (3, st.builds(Refresh, who, st.sampled_from([1, 2, 3, 9]))),
-        (3, st.builds(Rule, who, st.sampled_from([None, "", "", *rules]))),
+        (5, st.builds(Rule, who, st.sampled_from([None, "", "", *rules]))),
         (2, st.builds(Save, who)),
         (4, st.builds(Load, who, st.booleans(), st.sampled_from([None, None, *rules]))),
         (2, st.builds(Copy)),

@@ -33,13 +33,13 @@ def examples(per_hundred: int) -> Callable[..., Any]:
     return settings(max_examples=count, phases=PHASES, suppress_health_check=SLOW)
 
 
-@examples(350)
+@examples(300)
 @given(programs(precise=True))
 def test_programs_in_float64(program: Program):
     Run(program).run()
 
 
-@examples(250)
+@examples(200)
 @given(programs(precise=False))
 def test_programs_of_many_dtypes(program: Program):
     Run(program).run()
