@@ -22,8 +22,8 @@ from benchmarks.common import parser, quartiles, table, take_turns, use_one_core
 from benchmarks.vlm_models import SETTINGS, Setting, make
 from steer_optim import SteeredOptimizer
 from steer_optim.vlm import DecomposedDistillation, response_states
+from steer_optim.vlm.prompts import append_response, text_only
 from steer_optim.vlm.rollout import rollout
-from steer_optim.vlm.views import append_response, text_only
 
 STANDARD = "standard"
 PARTS = ("rollout", "views", "student", "student, text only", "teacher", "teacher, text only", "losses", "backward")

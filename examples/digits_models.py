@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
+from steer_optim.vlm.forward import response_logits
+from steer_optim.vlm.prompts import append_response, text_only
 from steer_optim.vlm.rollout import rollout
-from steer_optim.vlm.views import append_response, response_logits, text_only
 
 HEADS = 4
 

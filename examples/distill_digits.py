@@ -42,8 +42,9 @@ from steer_optim.monitor import Monitor, scalars
 from steer_optim.rules import Rule
 from steer_optim.vlm import DecomposedDistillation, HiddenStates, TokenLosses, response_states, token_losses
 from steer_optim.vlm.analysis import angles_by_decile
+from steer_optim.vlm.forward import response_logits
+from steer_optim.vlm.prompts import append_response, text_only
 from steer_optim.vlm.rollout import Rollout, rollout
-from steer_optim.vlm.views import append_response, response_logits, text_only
 
 View = TypeVar("View", Tensor, HiddenStates)
 COMPONENTS = ("std", "vis", "lang")  # what is measured under every method, whatever it trains on

@@ -1,6 +1,6 @@
 """How the harness runs a model: the tower once, then the decoder on embeddings; for losses, rollouts and scores.
 
-`steer_optim.vlm.views` and `rollout` work for any batch. Here all prompts have one length and one layout, a step is
+`steer_optim.vlm.prompts` and `rollout` work for any batch. Here all prompts have one length and one layout, a step is
 made of a few dozen tiny kernels, and half of its time would go into finding out what is the same in every step; the
 tests hold the two ways equal.
 

@@ -1,19 +1,13 @@
 """Decomposed on-policy distillation of vision-language models: losses, gate, views, rollouts. Needs only torch."""
 
 from steer_optim.vlm.analysis import angles_by_decile
+from steer_optim.vlm.forward import response_logits, response_states
 from steer_optim.vlm.gate import adaptive_strength, visual_dependency, visual_tokens
 from steer_optim.vlm.heads import Head, HiddenStates
 from steer_optim.vlm.losses import TokenLosses, token_losses
 from steer_optim.vlm.method import DecomposedDistillation
+from steer_optim.vlm.prompts import append_response, check_responses, left_padded, text_only
 from steer_optim.vlm.rollout import Rollout, rollout
-from steer_optim.vlm.views import (
-    append_response,
-    check_responses,
-    left_padded,
-    response_logits,
-    response_states,
-    text_only,
-)
 
 __all__ = [
     "DecomposedDistillation",

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steer_optim.vlm.views import image_ids, left_padded, overridden
+from steer_optim.vlm.forward import overridden
+from steer_optim.vlm.prompts import image_ids, left_padded
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ import torch
 from tiny_models import BOS, EOS, FAMILIES, IMAGE, PAD, SPECIAL_IDS, Family, transformers
 from torch import Tensor
 
+from steer_optim.vlm.forward import response_logits
+from steer_optim.vlm.prompts import append_response, text_only
 from steer_optim.vlm.rollout import Rollout, rollout
-from steer_optim.vlm.views import append_response, response_logits, text_only
 
 # Cached and full passes order their float32 sums differently; probabilities are at most 1, log-probs reach -30.
 ATOL = 2e-5

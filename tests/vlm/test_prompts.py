@@ -22,7 +22,8 @@ from tiny_models import (
 )
 from torch import Tensor, nn
 
-from steer_optim.vlm.views import append_response, check_responses, image_ids, left_padded, response_logits, text_only
+from steer_optim.vlm.forward import response_logits
+from steer_optim.vlm.prompts import append_response, check_responses, image_ids, left_padded, text_only
 
 # The models normalise and rotate in float32 whatever the dtype, and padding moves the positions that are rotated: a
 # few roundings of 6e-8 per layer, over logits of up to 20 (Gemma 3).
