@@ -1,28 +1,30 @@
-"""Decomposed on-policy distillation of vision-language models: losses, gate, views, rollouts. Needs only torch."""
+"""Decomposed on-policy distillation of vision-language models: prompts, rollouts, views, losses. Needs only torch."""
 
 from steer_optim.vlm.analysis import angles_by_decile
-from steer_optim.vlm.forward import response_logits, response_states
+from steer_optim.vlm.distillation import DecomposedDistillation
+from steer_optim.vlm.divergences import token_losses
+from steer_optim.vlm.forward import response_logits, response_states, score
 from steer_optim.vlm.gate import adaptive_strength, visual_dependency, visual_tokens
 from steer_optim.vlm.heads import Head, HiddenStates
-from steer_optim.vlm.losses import TokenLosses, token_losses
-from steer_optim.vlm.method import DecomposedDistillation
-from steer_optim.vlm.prompts import append_response, check_responses, left_padded, text_only
-from steer_optim.vlm.rollout import Rollout, rollout
+from steer_optim.vlm.prompts import Prompts, Rollout, append_response, check_responses, left_padded, render, text_only
+from steer_optim.vlm.rollout import rollout
 
 __all__ = [
     "DecomposedDistillation",
     "Head",
     "HiddenStates",
+    "Prompts",
     "Rollout",
-    "TokenLosses",
     "adaptive_strength",
     "angles_by_decile",
     "append_response",
     "check_responses",
     "left_padded",
+    "render",
     "response_logits",
     "response_states",
     "rollout",
+    "score",
     "text_only",
     "token_losses",
     "visual_dependency",

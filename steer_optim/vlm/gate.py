@@ -17,14 +17,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from steer_optim.vlm.chunked import ChunkedLosses
+from steer_optim.vlm.divergences import TERMS, View
+from steer_optim.vlm.engine import weighted_sums
 from steer_optim.vlm.heads import HiddenStates
-from steer_optim.vlm.losses import kl, log_probs, select_rows
+from steer_optim.vlm.rows import Rows, chunks, default_size
 
 
 def visual_dependency(
-    teacher_BTV: Tensor | HiddenStates,
-    teacher_text_BTV: Tensor | HiddenStates,
+    teacher_BTV: View,
+    teacher_text_BTV: View,
     mask_BT: Tensor,
     *,
     temperature: float = 1.0,
@@ -56,12 +57,97 @@ def visual_dependency(
         True
     """
     rows = select_rows(mask_BT, teacher=teacher_BTV.detach(), teacher_text=teacher_text_BTV.detach())
-    logits = {name: row for name, row in rows.items() if isinstance(row, Tensor)}
-    if len(logits) == len(rows):
-        vds_N = kl(*log_probs(temperature, **logits))
-    else:
-        vds_N = ChunkedLosses(rows, temperature=temperature).vds_N
-    return vds_N.new_zeros(mask_BT.shape).masked_scatter(mask_BT, vds_N)
+    _, losses = weighted_sums(rows, {"vds": TERMS["vds"]}, None, temperature=temperature)
+    return losses["vds"].new_zeros(mask_BT.shape).masked_scatter(mask_BT, losses["vds"])
+
+
+def sampled_log_probs(
+    view_BTV: Tensor | HiddenStates, response_BT: Tensor, mask_BT: Tensor, *, temperature: float = 1.0
+) -> Tensor:
+    """The log-probability that a view gives to each token of the response, a constant.
+
+    The difference of two views is a score of a token: for VA-OPD, ``relu`` of that of the teacher with the image and
+    with a masked one.
+
+    Args:
+        view_BTV: ``(B, T, V)``, floating, the logits of a view, or its hidden states.
+        response_BT: ``(B, T)``, int64, the tokens. Those that the mask drops are not read.
+        mask_BT: ``(B, T)``, bool, True at response tokens.
+        temperature: the logits are divided by it.
+
+    Returns:
+        ``(B, T)``, float32 or float64; 0 where the mask is False.
+
+    Example:
+        >>> import torch
+        >>> mask_BT = torch.tensor([[True, False]])
+        >>> sampled_log_probs(torch.zeros(1, 2, 4), torch.tensor([[3, 9]]), mask_BT).exp()
+        tensor([[0.2500, 1.0000]])
+    """
+    rows = Rows(select_rows(mask_BT, view=view_BTV.detach())["view"], temperature)
+    response_N, found = response_BT[mask_BT], []
+    for part in chunks(rows, default_size(mask_BT.device)):
+        log_p_CV = rows.logits(part).log_softmax(-1)
+        found.append(log_p_CV.gather(-1, response_N[part, None])[:, 0])
+    log_p_N = torch.cat(found) if found else torch.zeros(0, device=mask_BT.device)
+    return log_p_N.new_zeros(mask_BT.shape).masked_scatter(mask_BT, log_p_N)
+
+
+def top_share(score_BT: Tensor, mask_BT: Tensor, *, quantile: float = 0.8, share: float = 0.5) -> Tensor:
+    """Token weights with which the highest-scored tokens of each response have a given share of its weight.
+
+    The ``ceil((1 - quantile) * n)`` highest of the ``n`` tokens of a response, the earlier of equal ones first, weigh
+    alike, and so do the others; the mean over the response is 1. All weigh 1 where there are no others.
+
+    Args:
+        score_BT: ``(B, T)``, floating. Scores that the mask drops are not read.
+        mask_BT: ``(B, T)``, bool, True at response tokens.
+        quantile: inside [0, 1).
+        share: of the weight of a response that its highest tokens have, inside [0, 1].
+
+    Returns:
+        ``(B, T)``, of the dtype of the scores; 0 where the mask is False. The ``weight_BT`` of
+        :class:`~steer_optim.vlm.distillation.DecomposedDistillation`.
+
+    Example:
+        >>> import torch
+        >>> score_BT, mask_BT = torch.tensor([[0.1, 0.9, 0.3, 0.2, 0.0]]), torch.ones(1, 5, dtype=torch.bool)
+        >>> top_share(score_BT, mask_BT)
+        tensor([[0.6250, 2.5000, 0.6250, 0.6250, 0.6250]])
+
+    References:
+        VA-OPD, arXiv 2605.21924: the score ``relu(log q(y) - log q_masked(y))``, a fifth of the tokens, half of the
+        weight.
+    """
+    check_quantile(quantile)
+    if not 0 <= share <= 1:
+        raise ValueError(f"share must be inside [0, 1]; got {share}")
+    n_B = mask_BT.sum(dim=1)
+    top_B = torch.tensor([_budget(n, quantile) for n in n_B.tolist()], device=mask_BT.device)
+    order_BT = score_BT.masked_fill(~mask_BT, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    top_BT = order_BT.argsort(dim=1) < top_B[:, None]
+    rest_B = n_B - top_B
+    high_B, low_B = share * n_B / top_B, (1 - share) * n_B / rest_B
+    weight_BT = torch.where(top_BT, high_B[:, None], low_B[:, None]).masked_fill(rest_B[:, None] == 0, 1.0)
+    return weight_BT.to(score_BT.dtype).masked_fill(~mask_BT, 0.0)
+
+
+def select_rows(mask_BT: Tensor, **views: View) -> dict[str, View]:
+    """The rows of each ``(B, T, V)`` view where the mask is True, ``(N, V)``, by the same names.
+
+    Rows are dropped before anything is computed from them: a NaN in a row of weight zero would survive the weight.
+    """
+    if mask_BT.dtype != torch.bool:
+        raise TypeError(f"mask_BT must be bool, True at response tokens; got {mask_BT.dtype}: pass mask.bool()")
+    for name, x in views.items():
+        if mask_BT.ndim != 2 or len(x.shape) != 3 or x.shape[:2] != mask_BT.shape:
+            raise ValueError(
+                f"mask_BT must be (B, T) and {name} (B, T, V) with the same B and T; got {tuple(mask_BT.shape)} and "
+                f"{tuple(x.shape)}"
+            )
+        if x.device != mask_BT.device:
+            raise ValueError(f"mask_BT and {name} must be on one device; got {mask_BT.device} and {x.device}")
+    return {name: x[mask_BT] for name, x in views.items()}
 
 
 def visual_tokens(
@@ -118,8 +204,7 @@ def visual_tokens(
     counts, nans = _gather(torch.stack([mask_BT.sum(), vds_N.isnan().sum()]), group).tolist()
     if any(nans):
         raise ValueError("vds_BT must be a number at every token that mask_BT keeps; found NaN")
-    # The decimal that was written: in binary 1 - 0.7 is more than 0.3, and the ceiling of 10 times it is 4.
-    budget = math.ceil((1 - Fraction(str(float(quantile)))) * sum(counts))
+    budget = _budget(sum(counts), quantile)
     if group is None:
         top = vds_N.sort(descending=True, stable=True).indices[:budget]
         gate_N = torch.zeros_like(vds_N, dtype=torch.bool).index_fill(0, top, True)
@@ -161,6 +246,11 @@ def check_quantile(quantile: float) -> None:
     """Raises ValueError where ``quantile`` is not inside [0, 1)."""
     if not 0 <= quantile < 1:
         raise ValueError(f"quantile must be inside [0, 1): 0 keeps every token that the image changes; got {quantile}")
+
+
+def _budget(n: int, quantile: float) -> int:
+    # The decimal that was written: in binary 1 - 0.7 is more than 0.3, and the ceiling of 10 times it is 4.
+    return math.ceil((1 - Fraction(str(float(quantile)))) * n)
 
 
 def _highest(vds_N: Tensor, budget: int, group: dist.ProcessGroup) -> Tensor:

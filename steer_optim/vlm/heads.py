@@ -13,25 +13,16 @@ Dimensions: ``B`` prompts, ``T`` response tokens, ``N`` rows, ``d`` hidden size,
 
 from __future__ import annotations
 
-import math
-import weakref
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 # How a model type names the factor of its logits, and the exponent it is raised to: Granite divides by its own.
 _SCALES = {"logit_scale": 1, "logits_scaling": -1, "lm_head_multiplier": 1, "output_multiplier": 1}
-# By model, what the heads consist of whose row was compared.
-_TRIED: weakref.WeakKeyDictionary[nn.Module, set[tuple[object, ...]]] = weakref.WeakKeyDictionary()
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
-_SHARDED = (
-    "the head's weight is {}, whole only inside the model's own forward pass: pass logits, from response_logits, "
-    "instead of hidden states"
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,8 +38,12 @@ class Head:
         lora_B_Vr: ``(V, r)``, its second.
         lora_scaling: what the adapter's output is multiplied by.
 
+    A tensor that is sharded (a DTensor, of FSDP2 or tensor parallelism) is gathered when the head is made, once for all
+    views that meet it, and its gradient is averaged over the processes and sharded again, as FSDP2 does: losses are
+    means over the tokens of a process, and processes that share a shard's rows, as in tensor parallelism, compute the
+    same.
+
     Raises:
-        TypeError: the weight is a DTensor.
         ValueError: shapes do not fit each other; half an adapter; the cap is not positive.
 
     Example:
@@ -68,9 +63,10 @@ class Head:
     lora_scaling: float = 1.0
 
     def __post_init__(self) -> None:
-        # By name: importing DTensor costs half a second, and whoever holds one has imported it.
-        if type(self.weight_Vd).__name__ == "DTensor":
-            raise TypeError(_SHARDED.format("a DTensor"))
+        for name, x in _tensors(self).items():
+            # By name: importing DTensor costs half a second, and whoever holds one has imported it.
+            if type(x).__name__ == "DTensor":
+                object.__setattr__(self, name, gather(x))
         if self.weight_Vd.ndim != 2 or not self.weight_Vd.is_floating_point():
             raise ValueError(
                 f"weight_Vd must be (V, d) and floating; got {tuple(self.weight_Vd.shape)}, {self.weight_Vd.dtype}: "
@@ -128,8 +124,10 @@ class Head:
         Gemma's soft-cap; the scales of Cohere, Granite, Falcon H1 and MuP heads. The head's tensors are the model's
         own, so that gradients reach its parameters, and tied ones add up.
 
+        Of a model that FSDP2 shards it is read after a forward pass, when the parameters of the root are whole, the
+        head's among them as a rule, and their gradients reach FSDP2 itself. Elsewhere the head is gathered.
+
         Raises:
-            TypeError: the head is sharded by FSDP2, or its weight a DTensor.
             ValueError: the model names no head; the head is no linear layer; its adapter is not a plain LoRA, has
                 dropout in training mode, or is one of several.
 
@@ -144,9 +142,6 @@ class Head:
             30.0
         """
         owner, module = output_embeddings(model)
-        # After a forward pass the weight may be whole, in memory that is taken away again before a backward pass.
-        if any(_is_fsdp2(x) and any(y is module for y in x.modules()) for x in model.modules()):
-            raise TypeError(_SHARDED.format("sharded by FSDP2"))
         # PEFT's wrapper of a module that is trained whole.
         if (copies := getattr(module, "modules_to_save", None)) is not None:
             active = [] if module.disable_adapters else list(module.active_adapters)
@@ -171,6 +166,7 @@ class HiddenStates:
     Attributes:
         hidden_BTd: ``(B, T, d)``, or rows of any other shape, floating: what the head takes.
         head: what it meets.
+        autocast: the dtype in which an accelerator multiplies them, results in float32; None for their own.
 
     Raises:
         ValueError: the states are not floating, of another size than the head takes, or on another device.
@@ -184,6 +180,7 @@ class HiddenStates:
 
     hidden_BTd: Tensor
     head: Head
+    autocast: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         x, weight = self.hidden_BTd, self.head.weight_Vd
@@ -223,7 +220,7 @@ class HiddenStates:
     def detach(self) -> HiddenStates:
         """The same without gradients, to the states or to the head."""
         detached: dict[str, Any] = {name: x.detach() for name, x in _tensors(self.head).items()}
-        return HiddenStates(self.hidden_BTd.detach(), replace(self.head, **detached))
+        return replace(self, hidden_BTd=self.hidden_BTd.detach(), head=replace(self.head, **detached))
 
 
 def output_embeddings(model: nn.Module) -> tuple[nn.Module, Any]:
@@ -241,68 +238,32 @@ def output_embeddings(model: nn.Module) -> tuple[nn.Module, Any]:
     )
 
 
-def states_before_head(model: nn.Module, forward: Callable[[], Tensor]) -> HiddenStates:
-    """What the head of ``model`` would take in ``forward()``, which runs the model and returns its logits.
-
-    The head is handed no rows; or one, the first time, so that ``Head.of`` can be compared with what the model does.
-
-    Without gradients, as in ``torch.no_grad``, neither states nor head have any: a loss of them would reach the head
-    alone, where a loss of logits is refused.
-
-    Raises:
-        RuntimeError: it does something else; or the head was not called once; or the model is DDP with
-            ``static_graph``.
-    """
-    if isinstance(model, DistributedDataParallel) and model.static_graph and torch.is_grad_enabled():
-        # What DDP returns holds no logits, and the backward pass of a static graph begins there.
-        raise RuntimeError(
-            "DDP with static_graph averages no gradient of a loss of hidden states: build it without static_graph. Or "
-            "pass the model inside, model.module, where SteeredOptimizer(data_parallel=True) averages, or take "
-            "response_logits"
-        )
-    head, (_, module) = Head.of(model), output_embeddings(model)
-    taken: list[Tensor] = []
-    # An adapter that is switched on or off makes another head.
-    made_of = tuple(id(x) if isinstance(x, nn.Parameter) else type(x) for x in vars(head).values())
-    tried = made_of in _TRIED.setdefault(model, set())
-
-    def take(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        taken.append(args[0])
-        return (args[0].detach()[:, :0] if tried else args[0].detach()[:1, -1:], *args[1:])
-
-    handle = module.register_forward_pre_hook(take)
-    try:
-        logits_BLV = forward()
-    finally:
-        handle.remove()
-    if len(taken) != 1:
-        raise RuntimeError(
-            f"{type(model).__name__} must call its head, {type(module).__name__}, once in a forward pass, with its "
-            f"hooks; it did {len(taken)} times. Pass response_logits instead; where the model was compiled, compile "
-            "its decoder alone"
-        )
-    if not tried and taken[0].numel():
-        with torch.no_grad():
-            expected_BLV = head(taken[0][:1, -1:])
-        same = logits_BLV.shape == expected_BLV.shape
-        error = float((logits_BLV.detach() - expected_BLV).abs().max()) if same else math.inf
-        # What products in half precision are good for; a factor or a cap that was missed is more.
-        if not error <= 0.02 * float(expected_BLV.abs().max()):
-            raise RuntimeError(
-                f"{type(model).__name__} does something to its logits that Head.of does not know: a row differs by "
-                f"{error:.3g}. Pass response_logits instead, or HiddenStates with a Head of your own"
-            )
-        _TRIED[model].add(made_of)
-    states = HiddenStates(taken[0], head)
-    return states if torch.is_grad_enabled() else states.detach()
-
-
 def _tensors(head: Head) -> dict[str, Tensor]:
     return {name: x for name, x in vars(head).items() if isinstance(x, Tensor)}
 
 
-def _is_fsdp2(module: nn.Module) -> bool:
-    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
+def gather(x: Tensor) -> Tensor:
+    """The whole of a DTensor, whose gradient is averaged over the processes and sharded again."""
+    apply: Callable[..., Tensor] = _Gather.apply
+    return apply(x)
+
+
+class _Gather(torch.autograd.Function):
+    """``full_tensor`` would take the gradient of one process for that of all."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any) -> Tensor:
+        ctx.mesh, ctx.placements = x.device_mesh, x.placements
+        whole: Tensor = x.full_tensor()
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        from torch.distributed.tensor import DTensor, Partial
+
+        share = gradient / ctx.mesh.size()
+        total = DTensor.from_local(share, ctx.mesh, [Partial()] * ctx.mesh.ndim, run_check=False)
+        return total.redistribute(placements=ctx.placements)
 
 
 def _same(a: Any, b: Any) -> bool:

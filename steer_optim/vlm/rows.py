@@ -9,7 +9,7 @@ Dimensions: ``N`` rows, ``C`` rows of a chunk, ``V`` vocabulary entries, ``k`` t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from steer_optim.vlm.heads import HiddenStates
 
-# The memory of a tensor: where it begins, its shape and its strides.
-Place = tuple[int, tuple[int, ...], tuple[int, ...]]
+# The memory of a tensor, where it begins, its shape and its strides, and the dtype that it was cast to.
+Place = tuple[int, tuple[int, ...], tuple[int, ...], torch.dtype]
 
 
 class Rows:
@@ -28,52 +28,58 @@ class Rows:
         view: hidden states ``(N, d)``, or logits ``(N, V)``, which receive no gradient.
         temperature: all logits are divided by it.
         dtype: of the logits, float32 or float64.
-        upcast: tensors that this and other rows have cast to ``dtype``, by their memory; a head is cast once.
+        vocabulary: how many ids are read; all by default.
+        casts: tensors that this and other rows have cast, by their memory and dtype; a head is cast once.
 
     Attributes:
         inputs: what gradients can reach.
-        cap: the soft-cap of the logits after the division by the temperature, or None.
     """
 
     def __init__(
         self,
         view: Tensor | HiddenStates,
-        *,
         temperature: float = 1.0,
         dtype: torch.dtype = torch.float32,
-        upcast: MutableMapping[Place, Tensor] | None = None,
+        vocabulary: int | None = None,
+        casts: MutableMapping[Place, Tensor] | None = None,
     ) -> None:
-        self.shape = view.shape
-        self.cap: float | None = None
+        self.V = vocabulary or view.shape[-1]
+        self.device = view.device
         self.inputs: list[Tensor] = []
-        self._factor, self._dtype, self._upcast = 1 / temperature, dtype, {} if upcast is None else upcast
+        self._N, self._dtype = view.shape[0], torch.promote_types(view.dtype, dtype)
+        self._factor, self._casts = 1 / temperature, {} if casts is None else casts
         self._products: list[tuple[Tensor, Tensor]] = []
+        self._cap: float | None = None
         self._logits_NV: Tensor | None = None
         self._bias_V: Tensor | None = None
+        self._space_CV: Tensor | None = None
+        self._half: torch.dtype | None = None
         if isinstance(view, Tensor):
-            self._logits_NV = view
+            self._logits_NV = view[:, : self.V]
             return
-        head, x_Nd = view.head, view.hidden_BTd
-        self._bias_V = head.bias_V
+        head, x_Nd = view.head.cut(self.V), view.hidden_BTd
+        self._bias_V, self._half = head.bias_V, view.autocast
         self._products.append((x_Nd, head.weight_Vd))
         if head.lora_B_Vr is not None:
             with torch.autocast(x_Nd.device.type, enabled=False):
-                self._products.append((head.adapt(x_Nd.to(dtype)), head.lora_B_Vr))
+                self._products.append((head.adapt(x_Nd.to(self._dtype)), head.lora_B_Vr))
         self.inputs = [x for product in self._products for x in product]
         self.inputs += [] if head.bias_V is None else [head.bias_V]
         self._factor *= head.scale
-        self.cap = None if head.softcap is None else head.softcap / temperature
+        self._cap = None if head.softcap is None else head.softcap / temperature
 
     def __len__(self) -> int:
-        return self.shape[0]
+        return self._N
 
     @torch.no_grad()
-    def logits(self, part: slice, out_CV: Tensor) -> None:
-        """Writes the logits of some rows over the first of ``out_CV``. Takes no gradient."""
-        out_CV = out_CV[: part.stop - part.start]
+    def logits(self, part: slice) -> Tensor:
+        """The logits of some rows, ``(C, V)``, in memory that the next call writes over. Takes no gradient."""
+        C = part.stop - part.start
+        if self._space_CV is None or len(self._space_CV) < C:
+            self._space_CV = torch.empty(C, self.V, dtype=self._dtype, device=self.device)
+        out_CV = self._space_CV[:C]
         if self._logits_NV is not None:
-            torch.mul(self._logits_NV[part], self._factor, out=out_CV)
-            return
+            return torch.mul(self._logits_NV[part], self._factor, out=out_CV)
         for i, (x_Nk, w_Vk) in enumerate(self._products):
             x_Ck, w_Vk = self._operands(x_Nk[part], w_Vk)
             _add_product(out_CV, x_Ck, w_Vk.T, keep=i > 0)
@@ -81,12 +87,19 @@ class Rows:
             out_CV += self._bias_V
         if self._factor != 1:
             out_CV *= self._factor
-        if self.cap is not None:
-            out_CV.div_(self.cap).tanh_().mul_(self.cap)
+        if self._cap is not None:
+            out_CV.div_(self._cap).tanh_().mul_(self._cap)
+        return out_CV
+
+    def finite(self, size: int) -> bool:
+        """Whether all logits are."""
+        return all(bool(self.logits(part).isfinite().all()) for part in chunks(self, size))
 
     @torch.no_grad()
-    def pull(self, part: slice, gradient_CV: Tensor, into: Gradients) -> None:
-        """Adds what a gradient at the logits of some rows, taken before any soft-cap, comes to at the inputs."""
+    def pull(self, part: slice, logits_CV: Tensor, gradient_CV: Tensor, into: Gradients) -> None:
+        """Adds what a gradient at the logits of some rows comes to at the inputs; writes over it."""
+        if self._cap is not None:
+            gradient_CV.mul_(1 - (logits_CV / self._cap).square())
         for x_Nk, w_Vk in self._products:
             x_Ck, w_Vk_ = self._operands(x_Nk[part], w_Vk, gradient=True)
             gradient = gradient_CV.to(x_Ck.dtype)
@@ -101,18 +114,31 @@ class Rows:
         """Both factors in one dtype, from which a product comes out in the dtype of the logits.
 
         A CPU multiplies half precision into half precision only, and no device into float64, so that both are upcast
-        there. So are the factors of a gradient in float16, in which a token's share of it would underflow.
+        there. So are the factors of a gradient in float16, in which a token's share of it would underflow. Under
+        autocast the model's own head would multiply in half precision, and so does this one.
         """
         keep = (torch.bfloat16,) if gradient else (torch.bfloat16, torch.float16)
+        dtype = self._half or (x.dtype if x.dtype == w.dtype else self._dtype)
         widens = x.is_cuda and self._dtype == torch.float32 and hasattr(torch.ops.aten.mm, "dtype")
-        if widens and x.dtype == w.dtype and x.dtype in keep:
-            return x, w
-        if w.dtype != self._dtype:
-            place = (w.data_ptr(), w.shape, w.stride())  # views may have detached the one head, each by itself
-            if place not in self._upcast:
-                self._upcast[place] = w.to(self._dtype)
-            w = self._upcast[place]
-        return x.to(self._dtype), w
+        if not (widens and dtype in keep):
+            dtype = self._dtype
+        if w.dtype != dtype:
+            place = (w.data_ptr(), w.shape, w.stride(), dtype)  # views may have detached the one head, each by itself
+            if place not in self._casts:
+                self._casts[place] = w.to(dtype)
+            w = self._casts[place]
+        return x.to(dtype), w
+
+
+def default_size(device: torch.device) -> int:
+    """How many rows meet a head at once: 128 on a CPU, 1024 on an accelerator."""
+    return 128 if device.type == "cpu" else 1024
+
+
+def chunks(rows: Rows, size: int) -> Iterator[slice]:
+    """Slices of the rows, ``size`` at a time."""
+    for start in range(0, len(rows), size):
+        yield slice(start, min(start + size, len(rows)))
 
 
 class Gradients:

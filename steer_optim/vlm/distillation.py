@@ -1,0 +1,420 @@
+"""Decomposed distillation as one object: its hyperparameters, its loss components, and the rule that steers them.
+
+:mod:`steer_optim.vlm.divergences` says what a token contributes; here the tokens are gated, weighted and averaged into
+the scalars that ``backward_components`` takes. Given the count and the gate of the whole optimizer step, the sum over
+its micro-batches does not depend on how it was split.
+
+A new decomposition is one entry of ``DECOMPOSITIONS``, or a :class:`Decomposition` of your own.
+
+Dimensions: ``B`` prompts, ``T`` response tokens, ``V`` vocabulary, ``N`` tokens that the mask keeps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from steer_optim.rules import VGS, Rule, Steer, Sum
+from steer_optim.vlm.divergences import TERMS, Term, View, check_floor, check_temperature
+from steer_optim.vlm.engine import check_chunk_size, weighted_sums
+from steer_optim.vlm.gate import adaptive_strength, check_quantile, select_rows, visual_dependency, visual_tokens
+
+Prior = Literal["live", "frozen"]
+Reduction = Literal["token", "sequence"]
+
+
+@dataclass(frozen=True)
+class Component:
+    """One component of a decomposition: a term over some of the tokens.
+
+    Attributes:
+        term: of each token.
+        tokens: ``all``; the most ``visual`` ones, above the quantile of visual dependency; the ``rest``; or all,
+            ``graded`` by their visual dependency where the method is adaptive.
+        factor: the hyperparameter that multiplies the component, which is absent where that is 0.
+        less: another component that is subtracted.
+    """
+
+    term: Term
+    tokens: Literal["all", "visual", "rest", "graded"] = "all"
+    factor: Literal["gamma", "lam"] | None = None
+    less: str | None = None
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """Which components, the rule that steers them given ``gamma``, and the defaults of their hyperparameters."""
+
+    components: Mapping[str, Component]
+    rule: Callable[[float], Rule]
+    _: KW_ONLY
+    prior: Prior = "live"
+    lam: float = 0.01
+    floor: float | None = None
+
+
+_STD, _VIS = Component(TERMS["std"]), Component(TERMS["vis"], "graded")
+_LP = Component(TERMS["lang"], "visual", factor="lam")
+_VGS = {"std": _STD, "vis": _VIS, "lp": _LP}
+_LANGUAGE = {"std": _STD, "lang": Component(TERMS["lang"])}
+
+
+def _towards_language(gamma: float) -> Rule:
+    return VGS(gamma, toward="lang")
+
+
+def _towards_vision(gamma: float) -> Rule:
+    return Steer("vis", gain=gamma, project="never")
+
+
+def _sum(gamma: float) -> Rule:
+    return Sum()
+
+
+DECOMPOSITIONS: dict[str, Decomposition] = {
+    "vgs-frozen": Decomposition({"std": _STD, "vis": _VIS}, VGS, prior="frozen", lam=0.0, floor=1e-3),
+    "vgs": Decomposition(_VGS, VGS),
+    "vgs-unscaled": Decomposition({**_VGS, "vis": replace(_VIS, factor="gamma")}, _sum),
+    "exact": Decomposition({"lang": replace(_STD, less="vis"), "vis": _VIS}, _towards_vision),
+    "tokens": Decomposition({"lang": replace(_STD, tokens="rest"), "vis": replace(_STD, tokens="visual")}, _towards_vision),
+    "language": Decomposition({**_LANGUAGE, "vp": Component(TERMS["vp"], "visual", factor="lam")}, _towards_language),
+    "language-image": Decomposition(
+        {**_LANGUAGE, "vp": Component(TERMS["vis"], "visual", factor="lam")}, _towards_language
+    ),
+    "standard": Decomposition({"std": _STD}, _sum),
+    "forward": Decomposition({"std": Component(TERMS["forward"])}, _sum),
+    "jsd": Decomposition({"std": Component(TERMS["jsd"])}, _sum),
+    "vision-opd": Decomposition({"std": Component(TERMS["jsd-top100"])}, _sum),
+}
+
+
+@dataclass(frozen=True)
+class DecomposedDistillation:
+    """On-policy distillation of a vision-language model, decomposed into components that a rule can steer.
+
+    ==================  =====================================================  =======================================
+    decomposition       components                                             rule
+    ==================  =====================================================  =======================================
+    ``vgs-frozen``      ``std``, ``vis`` with a frozen prior and a floor       ``VGS(gamma)``
+    ``vgs``             ``std``, ``vis``, ``lp`` (Eqs. 13-18): the paper's     ``VGS(gamma)``
+    ``vgs-unscaled``    ``std``, ``gamma * vis``, ``lp``: Eq. 17 without eta   ``Sum()``
+    ``exact``           ``lang`` = ``std - vis``, ``vis``                      ``Steer("vis", gain=gamma, ...)``
+    ``tokens``          ``vis``: ``std`` of the most visual tokens,            ``Steer("vis", gain=gamma, ...)``
+                        ``lang``: that of the rest
+    ``language``        ``std``, ``lang``, ``vp`` as printed (Eqs. 19-21)      ``VGS(gamma, toward="lang")``
+    ``language-image``  the same, ``vp`` on the view with the image            ``VGS(gamma, toward="lang")``
+    ``standard``        ``std`` (Eq. 3)                                        ``Sum()``
+    ``forward``         ``std`` = ``KL(q || p)``                               ``Sum()``
+    ``jsd``             ``std`` = ``JSD(1/2)``                                 ``Sum()``
+    ``vision-opd``      ``std`` = ``JSD(1/2)`` on the student's top 100 ids    ``Sum()``
+    ==================  =====================================================  =======================================
+
+    The default, ``vgs-frozen``, is what the evidence of this project recommends among the forms of the paper's method:
+    the prior in ``q*`` is that of the student as it was, so that steering keeps the student's language
+    (docs/evidence.md). ``vgs`` is the paper's.
+
+    ``lp`` (language preservation) is ``lam * KL(p_tx || q_tx)`` and ``vp`` (vision preservation) ``lam * KL(p_tx || q*)``
+    as Eq. 21 is printed, or ``lam * KL(p || q*)``, as the text around it can be read; all on the most visual tokens
+    only. As printed, ``vp`` teaches the view without the image to guess it.
+
+    Unsteered, the sum of ``exact`` and that of ``tokens`` is standard distillation. ``tokens`` needs no text-only pass
+    of the student and no ``q*``: steered with ``gain=gamma`` it is plain reweighting of the visual tokens.
+
+    With a policy loss (Eq. 22), pass it to the rule beside these components::
+
+        losses = DecomposedDistillation("vgs-unscaled")(views, mask_BT)
+        components = {"policy": (1 - alpha) * policy} | {name: alpha * loss for name, loss in losses.items()}
+
+    Attributes:
+        decomposition: a name of the table, or a :class:`Decomposition`.
+        gamma: how much further the rule steers, at least 0.
+        lam: the weight of ``lp`` or ``vp``, at least 0. By default 0.01, and 0 for ``vgs-frozen``.
+        prior: whose text-only view is the prior in ``q*``: ``live``, the student's as it is; ``frozen``, that of the
+            student as it was before training, the view ``prior``. By default as in the table.
+        quantile: of visual dependency, above which a token counts as visual; inside [0, 1), 0 for all of them.
+        adaptive: whether a token's visual dependency decides how strongly ``vis`` steers it (Eqs. 24-25). What the
+            strength takes from ``vis`` stays in ``lang`` in the exact decomposition.
+        temperature: all logits are divided by it.
+        reduction: the mean over all tokens (``token``), or over the tokens of a response and then over
+            responses (``sequence``, the paper). A response without any token does not count as one.
+        detach_prior: whether the prior is a constant in ``q*``. If not, ``vis`` also pulls the student's text-only
+            view, by ``q* - p``; not with a frozen prior.
+        floor: on the teacher's probabilities before its visual gain is taken; None for the paper's equation. By default
+            as in the table: 1e-3 for ``vgs-frozen``. Pass 0 for none.
+        chunk_size: of hidden states, how many rows meet a head at once; by default 128 on a CPU, 1024 elsewhere.
+        compile: whether ``torch.compile`` fuses what happens to the logits of a chunk; of hidden states only.
+
+    Raises:
+        ValueError: a hyperparameter is out of range, or does not fit the decomposition.
+
+    Example:
+        Two micro-batches of one optimizer step, as if they were one batch.
+
+        >>> import torch
+        >>> from steer_optim.vlm import visual_dependency, visual_tokens
+        >>> method = DecomposedDistillation("vgs", gamma=2.0)
+        >>> logits_BTV = torch.randn(4, 2, 3, 7, requires_grad=True)
+        >>> views = dict(zip(("student", "student_text", "teacher", "teacher_text"), logits_BTV))
+        >>> mask_BT = torch.tensor([[True, True, True], [True, False, False]])
+        >>> count = method.count(mask_BT)
+        >>> vds_BT = visual_dependency(views["teacher"], views["teacher_text"], mask_BT)
+        >>> gate_BT = visual_tokens(vds_BT, mask_BT, quantile=method.quantile)
+        >>> whole = method(views, mask_BT, count=count, gate_BT=gate_BT)
+        >>> parts = [
+        ...     method({n: x[i : i + 1] for n, x in views.items()}, mask_BT[i : i + 1], count=count, gate_BT=gate_BT[i : i + 1])
+        ...     for i in (0, 1)
+        ... ]
+        >>> {name: torch.allclose(whole[name], parts[0][name] + parts[1][name]) for name in whole}
+        {'std': True, 'vis': True, 'lp': True}
+        >>> method.rule()
+        VGS(gamma=2.0, toward='vis')
+
+    References:
+        arXiv 2606.00564. ``exact`` and ``tokens`` are not in the paper: ``std - vis`` is
+        ``E_p[log p_tx - log q_tx] - log Z*``, with ``Z*`` the normaliser of ``q*``. Vision-OPD: arXiv 2605.18740.
+    """
+
+    decomposition: str | Decomposition = "vgs-frozen"
+    _: KW_ONLY
+    gamma: float = 2.0
+    lam: float | None = None
+    prior: Prior | None = None
+    quantile: float = 0.7
+    adaptive: bool = False
+    temperature: float = 1.0
+    reduction: Reduction = "token"
+    detach_prior: bool = True
+    floor: float | None = None
+    chunk_size: int | None = None
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.decomposition, str) and self.decomposition not in DECOMPOSITIONS:
+            raise ValueError(f"decomposition must be one of {', '.join(DECOMPOSITIONS)}; got {self.decomposition!r}")
+        for name in ("lam", "prior", "floor"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, getattr(self._entry, name))
+        if self.floor == 0:
+            object.__setattr__(self, "floor", None)
+        for name, choices in (("prior", get_args(Prior)), ("reduction", get_args(Reduction))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and at least 0; got {getattr(self, name)}")
+        check_quantile(self.quantile)
+        check_temperature(self.temperature)
+        check_floor(self.floor)
+        check_chunk_size(self.chunk_size)
+        if self.adaptive and not any(part.tokens == "graded" for part in self._entry.components.values()):
+            raise ValueError(
+                f"adaptive grades the component vis, which vgs-frozen, vgs and exact have; got {self.decomposition!r}"
+            )
+        if self.prior == "frozen" and not self.detach_prior:
+            raise ValueError("a frozen prior receives no gradient: detach_prior=False needs prior='live'")
+
+    def __call__(
+        self,
+        views: Mapping[str, View],
+        mask_BT: Tensor,
+        *,
+        count: float | Tensor | None = None,
+        gate_BT: Tensor | None = None,
+        strength_BT: Tensor | None = None,
+        weight_BT: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The loss components of a micro-batch.
+
+        Rows that the mask drops are never computed with, and may hold anything. Without a single token every
+        component is a zero with zero gradients, so that all replicas can run the same backward passes. Selecting
+        rows waits for the device.
+
+        Args:
+            views: :attr:`views` by name, as :func:`~steer_optim.vlm.forward.score` gives them: logits ``(B, T, V)``,
+                floating, that predict the response; or the hidden states that they would be computed from, and then
+                no ``(B, T, V)`` tensor is held (:mod:`steer_optim.vlm.engine`). The teacher's and the prior's may be
+                logits beside the student's states, and the teacher's :class:`~steer_optim.vlm.topk.TopLogProbs`.
+            mask_BT: ``(B, T)``, bool, True at the response tokens that are scored.
+            count: what the sums over tokens or responses are divided by: :meth:`count` of all micro-batches of the
+                optimizer step, and of all replicas. Where gradients are averaged over ``R`` replicas and not
+                summed, as by DDP, FSDP and ``SteeredOptimizer``, pass that total divided by ``R``. By default that
+                of this micro-batch.
+            gate_BT: ``(B, T)``, bool, the most visual tokens: the part for this micro-batch of
+                :func:`~steer_optim.vlm.gate.visual_tokens` over the optimizer step. By default the tokens given
+                here are gated among themselves.
+            strength_BT: ``(B, T)``, floating, likewise of :func:`~steer_optim.vlm.gate.adaptive_strength`, for
+                ``adaptive`` only.
+            weight_BT: ``(B, T)``, floating, a weight of each token in all components, a constant; see
+                :func:`~steer_optim.vlm.gate.top_share`.
+
+        Returns:
+            Scalars by component, in the order of the table above, float32 or float64.
+
+        Raises:
+            TypeError: the mask or the gate is not bool, or logits are not floating.
+            ValueError: shapes or devices do not fit each other; logits that the mask keeps are not finite; a view is
+                missing, or requires no grad where it is trained; the count is not positive; a strength is given to a
+                method that is not adaptive.
+        """
+        if strength_BT is not None and not self.adaptive:
+            raise ValueError("strength_BT is read by an adaptive method only: set adaptive=True or do not pass it")
+        if missing := [name for name in self.views if name not in views]:
+            raise ValueError(
+                f"the decomposition {self.decomposition} reads the views {', '.join(self.views)}; missing "
+                f"{', '.join(missing)}" + ("" if "prior" not in missing else ": pass a frozen copy as prior to score")
+            )
+        trains = views["student"].requires_grad
+        if self.trains_text and trains and not views["student_text"].requires_grad:
+            raise ValueError(
+                f"decomposition={self.decomposition!r} with lam={self.lam} and detach_prior={self.detach_prior} "
+                "trains the student without the image, but the view student_text requires no grad: compute it outside "
+                "torch.no_grad()"
+            )
+        rows = select_rows(mask_BT, **{name: views[name] for name in self.views})
+        tokens = {"gate_BT": gate_BT, "strength_BT": strength_BT, "weight_BT": weight_BT}
+        given = {name: _select_tokens(mask_BT, name, x) for name, x in tokens.items() if x is not None}
+        if gate_BT is not None and gate_BT.dtype != torch.bool:
+            raise TypeError(f"gate_BT must be bool; got {gate_BT.dtype}: select tokens with visual_tokens")
+        components = self._components(rows, mask_BT, given)
+        denominator = self._denominator(mask_BT, count)
+        return {name: total / denominator for name, total in components.items()}
+
+    def count(self, mask_BT: Tensor) -> Tensor:
+        """What the losses of ``mask_BT`` are averaged over: its tokens, or its responses that have a token.
+
+        Returns:
+            An int64 scalar, to be summed over the micro-batches and replicas of an optimizer step.
+
+        Example:
+            >>> import torch
+            >>> mask_BT = torch.tensor([[True, True], [True, False], [False, False]])
+            >>> int(DecomposedDistillation().count(mask_BT))
+            3
+            >>> int(DecomposedDistillation(reduction="sequence").count(mask_BT))
+            2
+        """
+        return mask_BT.sum() if self.reduction == "token" else mask_BT.any(dim=-1).sum()
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """The views that the components read.
+
+        Example:
+            >>> DecomposedDistillation("standard").views
+            ('student', 'teacher')
+            >>> DecomposedDistillation("tokens").views
+            ('student', 'teacher', 'teacher_text')
+        """
+        parts = self._parts.values()
+        names = [name for part in parts for name in part.term.views]
+        if self.adaptive or any(part.tokens in ("visual", "rest") for part in parts):
+            names += ["teacher", "teacher_text"]
+        live = {"prior": "student_text"} if self.prior == "live" else {}
+        found = {live.get(name, name) for name in names}
+        return tuple(name for name in ("student", "student_text", "prior", "teacher", "teacher_text") if name in found)
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether a component reaches the student's view without the image: where not, it needs no graph.
+
+        Example:
+            >>> DecomposedDistillation("vgs").trains_text, DecomposedDistillation("vgs-frozen").trains_text
+            (True, False)
+        """
+        trained = {name for part in self._parts.values() for name in (part.term.left, *part.term.attached)}
+        return bool(trained & {"student_text", "prior"})
+
+    def rule(self) -> Rule:
+        """The rule that steers these components, with this method's ``gamma``.
+
+        Example:
+            >>> DecomposedDistillation("standard").rule()
+            Sum()
+        """
+        return self._entry.rule(self.gamma)
+
+    @property
+    def _entry(self) -> Decomposition:
+        return DECOMPOSITIONS[self.decomposition] if isinstance(self.decomposition, str) else self.decomposition
+
+    @property
+    def _parts(self) -> dict[str, Component]:
+        """The components that are there, as the hyperparameters make them."""
+        parts = {}
+        for name, part in self._entry.components.items():
+            if part.factor is not None and getattr(self, part.factor) == 0:
+                continue
+            if "prior" in part.term.target and not self.detach_prior:
+                part = replace(part, term=replace(part.term, attached=("prior",)))
+            if part.tokens == "graded" and not self.adaptive:
+                part = replace(part, tokens="all")
+            parts[name] = part
+        return parts
+
+    def _components(
+        self, rows: Mapping[str, View], mask_BT: Tensor, given: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The components as sums over tokens, which the count turns into means."""
+        parts, every = self._parts, mask_BT[mask_BT]
+        weight_N = given.get("weight_BT", torch.ones_like(every, dtype=torch.float64))
+        if self.reduction == "sequence":
+            weight_N = weight_N / mask_BT.sum(dim=-1, keepdim=True).expand_as(mask_BT)[mask_BT]
+        selected = {part.tokens for part in parts.values()}
+        gate_N, strength_N = given.get("gate_BT"), given.get("strength_BT")
+        if (gate_N is None and selected & {"visual", "rest"}) or (strength_N is None and "graded" in selected):
+            teacher = [rows[name][None] for name in ("teacher", "teacher_text")]
+            vds_N = visual_dependency(*teacher, every[None], temperature=self.temperature)[0]
+            gate_N = visual_tokens(vds_N, every, quantile=self.quantile) if gate_N is None else gate_N
+            if strength_N is None:
+                strength_N = adaptive_strength(vds_N, every)
+        totals: dict[str, Tensor] = {}
+        # Tokens that are not selected meet no head.
+        for tokens in ("all", "visual", "rest"):
+            mine = {n: p for n, p in parts.items() if p.tokens == tokens or (tokens == "all" and p.tokens == "graded")}
+            if not mine:
+                continue
+            where = None if tokens == "all" else gate_N if tokens == "visual" else ~gate_N
+            kept = {name: x if where is None else x[where] for name, x in rows.items()}
+            if self.prior == "live" and "student_text" in kept:
+                kept["prior"] = kept["student_text"]
+            weights = {}
+            for name, part in mine.items():
+                factor = 1.0 if part.factor is None else getattr(self, part.factor)
+                weight = weight_N * strength_N if part.tokens == "graded" else weight_N
+                weights[name] = factor * (weight if where is None else weight[where])
+            sums, _ = weighted_sums(
+                kept,
+                {name: part.term for name, part in mine.items()},
+                weights,
+                temperature=self.temperature,
+                floor=self.floor,
+                chunk_size=self.chunk_size,
+                compile=self.compile,
+            )
+            totals |= sums
+        return {name: totals[name] - totals[part.less] if part.less else totals[name] for name, part in parts.items()}
+
+    def _denominator(self, mask_BT: Tensor, count: float | Tensor | None) -> float:
+        here = float(self.count(mask_BT))
+        total = here if count is None else float(count)
+        if not (0 < total < math.inf or here == total == 0):
+            raise ValueError(
+                f"count must be the positive number of {self.reduction}s of the optimizer step; got {total}, and "
+                f"this micro-batch alone has {here:g}"
+            )
+        # Without a token in the whole step every sum is zero, and so is its mean.
+        return total or 1.0
+
+
+def _select_tokens(mask_BT: Tensor, name: str, x_BT: Tensor) -> Tensor:
+    if x_BT.shape != mask_BT.shape or x_BT.device != mask_BT.device:
+        raise ValueError(
+            f"{name} must be {tuple(mask_BT.shape)} on {mask_BT.device}, as mask_BT is; got {tuple(x_BT.shape)} on "
+            f"{x_BT.device}: pass the part of the step's tokens that this micro-batch holds"
+        )
+    return x_BT[mask_BT]

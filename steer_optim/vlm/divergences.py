@@ -1,0 +1,328 @@
+"""The table of divergences: whose distribution is drawn to which target, and by which divergence.
+
+A *view* is the next-token distribution that a model gives for the same response, named by whose it is: ``student`` and
+``teacher`` with the image, ``student_text`` and ``teacher_text`` without it, ``prior`` for the text-only view whose
+language the visual target keeps. A term draws one view to the target ``softmax(sum of c * log view)``::
+
+    std   KL(student || teacher)                                            Eq. 3
+    vis   KL(student || q*),  log q* = log prior + log teacher - log teacher_text + const.    Eqs. 10, 11
+    lang  KL(student_text || teacher_text)                                  Eq. 6
+    vp    KL(student_text || q*)                                            Eq. 21 as printed
+    vds   KL(teacher || teacher_text), the visual dependency score          Eq. 12
+
+Everything reads this table: :func:`token_losses` is the eager oracle, differentiated by autograd, and
+:mod:`steer_optim.vlm.engine` computes the same values and gradients a chunk of tokens at a time. The gradients stand
+here, in :func:`value_and_gradients`.
+
+Dimensions: ``B`` prompts, ``T`` response tokens, ``V`` vocabulary entries.
+
+References: *Decomposed On-Policy Distillation for Vision-Language Reasoning: Steering Gradients for Visual Grounding*,
+arXiv 2606.00564; JSD(β): Agarwal et al., *On-Policy Distillation of Language Models* (GKD), arXiv 2306.13649.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from functools import reduce
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from steer_optim.vlm.heads import HiddenStates
+from steer_optim.vlm.topk import TopLogProbs, check_ids, collapse
+
+View = Tensor | HiddenStates | TopLogProbs
+Kind = Literal["reverse", "forward", "jsd"]
+
+
+@dataclass(frozen=True)
+class Term:
+    """One divergence per token: ``D(left, softmax(sum of c * log view))``.
+
+    Attributes:
+        left: the view that is trained.
+        target: the coefficient ``c`` of each view in the target, which is normalised. The target is a constant.
+        divergence: ``reverse`` is ``KL(left || target)``, ``forward`` is ``KL(target || left)``, and ``jsd``
+            ``beta * KL(target || m) + (1 - beta) * KL(left || m)`` with ``m = beta * target + (1 - beta) * left``.
+        beta: of ``jsd``, inside (0, 1).
+        attached: views of the target that receive a gradient too.
+        floored: views of the target whose probabilities are raised to the floor, where one is given.
+        top: a view and ``k``: the divergence is taken over the ``k`` ids that this view gives the most mass, and one
+            bin for the rest. None for the whole vocabulary.
+
+    Raises:
+        ValueError: the divergence is not one of the three, or ``beta`` is out of range.
+
+    Example:
+        The gap to a teacher that is pushed beyond what it says with the image, away from what it says without.
+
+        >>> Term("student", {"teacher": 2.0, "teacher_text": -1.0}, divergence="forward").views
+        ('student', 'teacher', 'teacher_text')
+    """
+
+    left: str
+    target: Mapping[str, float]
+    _: KW_ONLY
+    divergence: Kind = "reverse"
+    beta: float = 0.5
+    attached: tuple[str, ...] = ()
+    floored: tuple[str, ...] = ()
+    top: tuple[str, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.divergence not in get_args(Kind):
+            raise ValueError(f"divergence must be one of {', '.join(get_args(Kind))}; got {self.divergence!r}")
+        if not 0 < self.beta < 1:
+            raise ValueError(f"beta must be inside (0, 1): 0 and 1 are 'forward' and 'reverse'; got {self.beta}")
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """All views that are read."""
+        return tuple(dict.fromkeys([self.left, *self.target, *(self.top or ())[:1]]))
+
+
+_Q_STAR = {"prior": 1.0, "teacher": 1.0, "teacher_text": -1.0}
+_FLOORED = ("teacher", "teacher_text")
+TERMS: dict[str, Term] = {
+    "std": Term("student", {"teacher": 1.0}),
+    "vis": Term("student", _Q_STAR, floored=_FLOORED),
+    "lang": Term("student_text", {"teacher_text": 1.0}),
+    "vp": Term("student_text", _Q_STAR, floored=_FLOORED),
+    "vds": Term("teacher", {"teacher_text": 1.0}),
+    "forward": Term("student", {"teacher": 1.0}, divergence="forward"),
+    "jsd": Term("student", {"teacher": 1.0}, divergence="jsd"),
+    # Vision-OPD (arXiv 2605.18740): the teacher is a frozen or averaged student that sees another image.
+    "jsd-top100": Term("student", {"teacher": 1.0}, divergence="jsd", top=("student", 100)),
+}
+
+
+def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """``KL(p || q)`` over the last dimension, from log-probabilities."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def divergence(term: Term, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """The divergence of ``term`` between its left view and its target, ``(...)``, differentiable."""
+    if term.divergence == "reverse":
+        return kl(log_p, log_q)
+    if term.divergence == "forward":
+        return kl(log_q, log_p)
+    log_m = _mixture(term, log_p, log_q)
+    return term.beta * kl(log_q, log_m) + (1 - term.beta) * kl(log_p, log_m)
+
+
+def value_and_gradients(term: Term, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What :func:`divergence` gives, and its gradients with respect to the logits of the left view and the target.
+
+    With ``r = log(p / m)``, that of ``KL(p || m)`` with respect to the logits of ``p`` is ``p (r - E_p r)``, and with
+    respect to those of ``m`` it is ``m - p``; both sum to zero over the vocabulary. In JSD what ``m`` moves cancels.
+    """
+    if term.divergence == "reverse":
+        value, left = _pulled(log_p, log_q)
+        return value, left, log_q.exp() - log_p.exp()
+    if term.divergence == "forward":
+        value, target = _pulled(log_q, log_p)
+        return value, log_p.exp() - log_q.exp(), target
+    log_m = _mixture(term, log_p, log_q)
+    (value_p, left), (value_q, target) = _pulled(log_p, log_m), _pulled(log_q, log_m)
+    beta = term.beta
+    return beta * value_q + (1 - beta) * value_p, left.mul_(1 - beta), target.mul_(beta)
+
+
+def _pulled(log_p: Tensor, log_m: Tensor) -> tuple[Tensor, Tensor]:
+    p = log_p.exp()
+    product = (log_p - log_m).mul_(p)
+    value = product.sum(-1, keepdim=True)
+    return value.squeeze(-1), product.addcmul_(p, value, value=-1)
+
+
+def _mixture(term: Term, log_p: Tensor, log_q: Tensor) -> Tensor:
+    return torch.logaddexp(log_q + math.log(term.beta), log_p + math.log1p(-term.beta))
+
+
+def log_target(term: Term, log_probs: Callable[[str], Tensor], floor: float | None) -> Tensor:
+    """The log-probabilities of the target, from those of the views."""
+    parts = []
+    for name, coefficient in term.target.items():
+        log_q = log_probs(name) if name in term.attached else log_probs(name).detach()
+        if floor is not None and name in term.floored:
+            log_q = log_q.clamp(min=math.log(floor))
+        parts.append(log_q if coefficient == 1 else coefficient * log_q)
+    return parts[0] if list(term.target.values()) == [1] else reduce(torch.add, parts).log_softmax(-1)
+
+
+def token_losses(
+    views: Mapping[str, Tensor | TopLogProbs],
+    *,
+    terms: Mapping[str, Term] | None = None,
+    temperature: float = 1.0,
+    floor: float | None = None,
+) -> dict[str, Tensor]:
+    """The divergences of each token, before any gate, weight or mean: eager, the oracle of all faster forms.
+
+    Everything is computed in float32 at least, and every ``(..., V)`` intermediate is held. Where the vocabularies of
+    student and teacher differ in size, as padded heads do, all views are cut to the common ids and renormalised; an id
+    must mean the same token to both. Asking whether the logits are finite waits once for the device.
+
+    Args:
+        views: logits ``(..., V)`` by the name of the view, floating, or :class:`~steer_optim.vlm.topk.TopLogProbs` of
+            a teacher. ``prior`` is ``student_text`` where it is not given.
+        terms: by the name of the loss; by default ``std``, ``vis``, ``lang``, ``vp`` and ``vds`` of ``TERMS``, those
+            whose views are there.
+        temperature: all logits are divided by it; the losses are not multiplied by its square.
+        floor: the smallest probability that the teacher is taken to give when its visual gain
+            ``log q - log q_tx`` is computed, which a peaked teacher otherwise makes unbounded. None is the paper's
+            equation.
+
+    Returns:
+        ``(...)`` each, differentiable; and, where a floor is given and ``vis`` asked for, ``floored``: how much of
+        ``p`` lies on entries whose visual gain the floor changed, in [0, 1], a constant.
+
+    Raises:
+        TypeError: logits are not floating.
+        ValueError: shapes or devices do not fit each other; a view is missing; logits are not finite; ``temperature``
+            or ``floor`` is out of range.
+
+    Example:
+        >>> import torch
+        >>> logits = torch.randn(4, 5, 11).unbind()
+        >>> losses = token_losses(dict(zip(("student", "student_text", "teacher", "teacher_text"), logits)))
+        >>> list(losses), losses["vis"].shape
+        (['std', 'vis', 'lang', 'vp', 'vds'], torch.Size([5]))
+
+    References:
+        arXiv 2606.00564, Eqs. 3, 6, 10-12, 16, 21.
+    """
+    check_temperature(temperature)
+    check_floor(floor)
+    views = {**views}
+    if "prior" not in views and "student_text" in views:
+        views["prior"] = views["student_text"]
+    if terms is None:
+        every = {name: TERMS[name] for name in ("std", "vis", "lang", "vp", "vds")}
+        terms = {name: term for name, term in every.items() if views.keys() >= {*term.views}}
+    check_views(views, terms, temperature)
+    names = {name: None for term in terms.values() for name in term.views}
+    log_probs = _log_probs({name: views[name] for name in names}, temperature)
+    losses: dict[str, Tensor] = {}
+    for name, term in terms.items():
+        seen = log_probs
+        if term.top is not None:
+            ids = log_probs[term.top[0]].detach().topk(term.top[1], dim=-1).indices
+            seen = {view: collapse(x, ids) for view, x in log_probs.items()}
+        losses[name] = divergence(term, seen[term.left], log_target(term, seen.__getitem__, floor))
+    refuse_overflow(losses.values())
+    if floor is not None and "vis" in terms:
+        gains = (log_probs["teacher"], log_probs["teacher_text"])
+        raised = [x.clamp(min=math.log(floor)) for x in gains]
+        changed = raised[0] - raised[1] != gains[0] - gains[1]
+        losses["floored"] = (log_probs["student"].detach().exp() * changed).sum(-1)
+    return losses
+
+
+def _log_probs(views: Mapping[str, Tensor | TopLogProbs], temperature: float) -> dict[str, Tensor]:
+    """Log-probabilities over the common vocabulary, or over the bins of a server's ids, in float32 at least."""
+    logits = {name: x for name, x in views.items() if isinstance(x, Tensor)}
+    V = min([x.shape[-1] for x in logits.values()], default=0)
+    scaled = {
+        name: x[..., :V].to(torch.promote_types(x.dtype, torch.float32)) / temperature for name, x in logits.items()
+    }
+    # A non-finite entry gives NaN losses without a word about where it came from. One verdict on all inputs, because
+    # every read from the device stalls it.
+    if scaled:
+        finite = torch.stack([x.isfinite().all() for x in scaled.values()]).tolist()
+        refuse_non_finite([name for name, ok in zip(scaled, finite, strict=True) if not ok])
+    log_probs = {name: x.log_softmax(-1) for name, x in scaled.items()}
+    servers = {name: x for name, x in views.items() if isinstance(x, TopLogProbs)}
+    for top in servers.values():
+        log_probs = {name: collapse(x, top.ids_BTk) for name, x in log_probs.items()}
+        break
+    return {name: servers[name].bins() if name in servers else log_probs[name] for name in views}
+
+
+def check_views(views: Mapping[str, View], terms: Mapping[str, Term], temperature: float) -> None:
+    """Raises TypeError or ValueError where a view is missing, or views are not of the same rows.
+
+    ``name`` and ``name_text`` are the two views of one model.
+    """
+    for loss, term in terms.items():
+        if missing := [name for name in term.views if name not in views]:
+            raise ValueError(
+                f"the loss {loss!r} reads {', '.join(term.views)}; missing {', '.join(missing)}: score gives all that "
+                "a decomposition reads"
+            )
+    if len({term.top for term in terms.values()}) > 1:
+        raise ValueError("the components of one decomposition must be over the same ids: all, or the same top ids")
+    first_name, first = next(iter(views.items()))
+    servers: list[TopLogProbs] = []
+    for name, x in views.items():
+        if isinstance(x, Tensor) and not x.is_floating_point():
+            raise TypeError(f"{name} must be floating logits; got {x.dtype}")
+        if x.device != first.device:
+            raise ValueError(
+                f"all views must be on one device; {first_name} is on {first.device} and {name} on {x.device}"
+            )
+        if x.shape[:-1] != first.shape[:-1]:
+            raise ValueError(
+                f"all views must have the same rows, and may differ in their last dimension only; {first_name} is "
+                f"{tuple(first.shape)} and {name} {tuple(x.shape)}: score the same response tokens in every view"
+            )
+        twin_name = name.removesuffix("_text")
+        twin = views.get(twin_name, x)
+        if type(x) is not type(twin) or not (
+            x.head.same(twin.head)
+            if isinstance(x, HiddenStates) and isinstance(twin, HiddenStates)
+            else x.shape == twin.shape
+        ):
+            raise ValueError(
+                f"{twin_name} and {name} are two views of one model: both must be logits of one shape, or both hidden "
+                "states under one head (of the same tensors: pass the head of one to response_states of the other). "
+                "The text-only view of a frozen copy of the student is the view prior"
+            )
+        if isinstance(x, TopLogProbs):
+            servers.append(x)
+            if temperature != 1:
+                raise ValueError(f"log-probabilities of a few ids are those at temperature 1; got {temperature}")
+            if name in {term.left for term in terms.values()} - {"teacher"} or not x.ids_BTk.equal(servers[0].ids_BTk):
+                raise ValueError(
+                    f"{name} must be a teacher's view over the ids of the teacher's other views, and not trained: pass "
+                    "both views through intersect, or score the same ids in both"
+                )
+    if servers:
+        V = min([view.shape[-1] for view in views.values() if not isinstance(view, TopLogProbs)], default=None)
+        check_ids(servers[0].ids_BTk, V)
+        if any(term.top for term in terms.values()):
+            raise ValueError("a loss on the student's top ids needs the teacher's logits or hidden states")
+
+
+def refuse_non_finite(names: Sequence[str]) -> None:
+    """Raises ValueError that these views hold logits that are not finite; nothing where there are none."""
+    if names:
+        raise ValueError(
+            f"logits must be finite in every response row; found NaN or infinity in {', '.join(names)}. If entries of "
+            "the vocabulary are masked with -inf, pass the logits from before that mask"
+        )
+
+
+def refuse_overflow(losses: Iterable[Tensor]) -> None:
+    """Raises ValueError where a loss of finite logits is NaN."""
+    if torch.stack([x.isnan().any() for x in losses]).any():
+        raise ValueError(
+            "the logits are finite, but their sums overflow in a target: entries of the vocabulary that are masked "
+            "with the smallest number of the dtype must be larger, -1e4 for instance"
+        )
+
+
+def check_temperature(temperature: float) -> None:
+    """Raises ValueError where ``temperature`` is not a positive finite number."""
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite; got {temperature}")
+
+
+def check_floor(floor: float | None) -> None:
+    """Raises ValueError where ``floor`` is neither None nor a probability inside (0, 1)."""
+    if floor is not None and not 0 < floor < 1:
+        raise ValueError(f"floor must be a probability inside (0, 1), or None for no floor; got {floor}")
