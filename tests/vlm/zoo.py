@@ -11,8 +11,10 @@ A prompt is a list of ids in which ``IMAGE`` stands for one image.
 from __future__ import annotations
 
 import copy
+import importlib.util
 import inspect
 import string
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -105,9 +107,11 @@ class Entry:
         processor: arguments of the processor.
         processor_class: where the mapping of transformers names none.
         sizes: heights and widths of the images, taken in turn.
-        after: text that the template puts after an image; the text view from ids keeps it.
+        after: text that the template writes after an image; the text view from ids keeps it.
         nested: whether images go to the processor as one list a row.
-        absent: why there is no model, or no prompt.
+            newlines: whether the tokenizer has one token for each run of newlines, as Gemma's has.
+        call: further arguments of each call of the processor.
+        alone: whether the processor takes prompts without an image.
     """
 
     tokens: Mapping[str, str] = field(default_factory=dict)
@@ -123,7 +127,8 @@ class Entry:
     after: str = ""
     nested: bool = True
     newlines: bool = False
-    absent: str = ""
+    call: Mapping[str, Any] = field(default_factory=dict)
+    alone: bool = True
 
 
 class Zoo:
@@ -177,6 +182,14 @@ class Zoo:
     def processor(self) -> Any:
         entry = self.entry
         cls = getattr(transformers, entry.processor_class or PROCESSOR_MAPPING_NAMES[self.name])
+        if not _has("torchvision"):
+            pil = importlib.import_module("transformers.models.pixtral.image_processing_pil_pixtral")
+            sys.modules.setdefault("transformers.models.pixtral.image_processing_pixtral", pil)
+        # Without torchvision transformers shows a placeholder for some classes that run without it.
+        module = importlib.import_module(cls.__module__)
+        cls = getattr(module, cls.__name__)
+        if "num2words" in vars(module):
+            vars(module)["num2words"] = str  # for videos only, and it is not a dependency
         images = entry.pixels
         if not isinstance(images, Noise):
             known = entry.image_class or IMAGE_PROCESSOR_MAPPING_NAMES[self.name]["pil"]
@@ -214,7 +227,13 @@ class Zoo:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             batch = self.processor(
-                text=texts, images=given, padding=True, padding_side=side, return_tensors="pt", add_special_tokens=False
+                text=texts,
+                images=given,
+                padding=True,
+                padding_side=side,
+                return_tensors="pt",
+                add_special_tokens=False,
+                **self.entry.call,
             )
         return {k: v for k, v in batch.items() if isinstance(v, Tensor)}
 
@@ -242,6 +261,10 @@ _TEMPLATE = (
 )
 
 
+def _has(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
 def _any_class(self: Any, *_: Any) -> type:
     return object
 
@@ -265,7 +288,7 @@ def _shrunk(config: Any, vision: bool = False) -> Any:
             small[name] = (kinds * 2)[: 1 if vision else 2]
         elif value is not None and name in SIZES and isinstance(value, list) == isinstance(SIZES[name], list):
             small[name] = SIZES[name]
-        elif name.endswith("_token_id"):
+        elif str(name).endswith("_token_id"):
             small[name] = None if value is None else PAD
         else:
             small[name] = value
@@ -294,7 +317,18 @@ def _qwen(**more: Any) -> Entry:
     return Entry(tokens=tokens, image=image, ids=ids, pixels=pixels, sizes=((16, 16), (16, 24)), **more)
 
 
+def _mrope(*section: int, **more: Any) -> dict[str, Any]:
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(section)}
+    return {"text_config": {"rope_parameters": rope, **more}}
+
+
 _PATCHES = {"patch_size": 4, "temporal_patch_size": 1, "merge_size": 2, "do_resize": False}
+_OMNI = {"image_token": "<|IMAGE|>", "video_token": "<|VIDEO|>", "audio_token": "<|AUDIO|>"}
+_OMNI |= {"vision_bos_token": "<|vision_bos|>", "vision_eos_token": "<|vision_eos|>"}
+_OMNI |= {"audio_bos_token": "<|audio_bos|>", "audio_eos_token": "<|audio_eos|>"}
+_OMNI_3 = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "audio_token": "<|audio_pad|>"}
+_OMNI_3 |= {"vision_bos_token": "<|vision_start|>", "vision_eos_token": "<|vision_end|>"}
+_OMNI_3 |= {"audio_bos_token": "<|audio_start|>", "audio_eos_token": "<|audio_end|>"}
 _GLM = {"image_token": "<|image|>", "video_token": "<|video|>"}
 _GLM |= {"image_start_token": "<|begin_of_image|>", "image_end_token": "<|end_of_image|>"}
 _GLM |= {"video_start_token": "<|begin_of_video|>", "video_end_token": "<|end_of_video|>"}
@@ -304,14 +338,25 @@ def _glm(**more: Any) -> Entry:
     return _qwen(tokens=_GLM, named=tuple(_GLM), image="<|begin_of_image|><|image|><|end_of_image|>", **more)
 
 
+def _omni(tokens: dict[str, str], **more: Any) -> Entry:
+    """The thinker of Qwen's models that hear and see; its processor is that of the whole."""
+    ids = {f"{name}_token_id": tokens[f"{name}_token"] for name in ("image", "video", "audio")}
+    ids |= {f"{name}_token_index": tokens[f"{name}_token"] for name in ("image", "video", "audio")}
+    ids |= {"vision_start_token_id": tokens["vision_bos_token"], "audio_start_token_id": tokens["audio_bos_token"]}
+    image = tokens["vision_bos_token"] + tokens["image_token"] + tokens["vision_eos_token"]
+    sizes, pixels = ((16, 16), (16, 24)), {**_PATCHES}
+    return Entry(tokens, image, ids, pixels=pixels, sizes=sizes, image_class="Qwen2VLImageProcessorPil", **more)
+
+
 _SQUARE = {"do_resize": False, "do_center_crop": False}
 _BLIP = {"do_resize": False}
 
 
 def _llava(**more: Any) -> Entry:
     """LLaVA's habits: placeholders and nothing else."""
-    more = {"config": {"vision_feature_select_strategy": "full"}, **more}
-    more = {"processor": {"patch_size": 4, "vision_feature_select_strategy": "full"}, **more}
+    more = {"config": {"vision_feature_select_strategy": "default"}, **more}
+    processor = {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    more = {"processor": processor, **more}
     more = {"pixels": _SQUARE, "ids": {"image_token_id": "<image>"}, "after": "\n", **more}
     return Entry(tokens={"image_token": "<image>", "video_token": "<video>"}, **more)
 
@@ -319,6 +364,10 @@ def _llava(**more: Any) -> Entry:
 _PINPOINTS = [[16, 32], [32, 16], [32, 32]]
 _GEMMA = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
 _AUDIO = {"audio_token": "<audio_soft_token>", "boa_token": "<start_of_audio>", "eoa_token": "<end_of_audio>"}
+_GEMMA_4 = {"image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>", "video_token": "<|video|>"}
+_GEMMA_4 |= {"audio_token": "<|audio|>", "boa_token": "<|audio>", "eoa_token": "<audio|>"}
+_GEMMA_4_IDS = {f"{name}_token_id": _GEMMA_4[f"{name}_token"] for name in ("image", "boi", "eoi", "video", "audio", "boa")}
+_GEMMA_4_IDS |= {"eoa_token_index": "<audio|>"}
 _GEMMA_IDS = {f"{name}_index": _GEMMA[f"{name}_token"] for name in ("boi", "eoi")}
 _GEMMA_IDS |= {"image_token_index": "<image_soft_token>"}
 _TWO_LAYERS = {"text_config": {"layer_types": ["sliding_attention", "full_attention"]}}
@@ -330,16 +379,29 @@ _INTERN = {"start_image_token": "<img>", "end_image_token": "</img>", "context_i
 _INTERN |= {"video_token": "<video>"}
 _PIXTRAL = {"image_token": "[IMG]", "image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]"}
 
+_OVIS = ["<IMG_ATOM>", "<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>"]
+
 ENTRIES: dict[str, Entry] = {
-    "qwen2_vl": _qwen(config={"vision_config": {"hidden_size": 32, "mlp_ratio": 2}}),
-    "qwen2_5_vl": _qwen(),
+    "qwen2_vl": _qwen(config=_mrope(4, 2, 2)),
+    "qwen2_5_vl": _qwen(config=_mrope(4, 2, 2)),
     "qwen3_vl": _qwen(),
     "qwen3_vl_moe": _qwen(image_class="Qwen2VLImageProcessorPil"),
     "qwen3_5": _qwen(),
     "qwen3_5_moe": _qwen(),
-    "qwen4_exp": _qwen(),
+    "qwen4_exp": _qwen(
+        config={
+            "text_config": {
+                "indexer_n_heads": 2,
+                "indexer_kv_heads": 1,
+                "indexer_head_dim": 16,
+                "indexer_budget": 64,
+                "indexer_compress_ratio": 4,
+                "hc_lowrank": 8,
+            }
+        }
+    ),
     "cosmos3_omni": _qwen(processor_class="Qwen3VLProcessor"),
-    "cosmos3_edge": _qwen(pixels={"patch_size": 4, "merge_size": 2, "do_resize": False}),
+    "cosmos3_edge": _qwen(call={"return_mm_token_type_ids": True}, config={"vision_config": {"num_patches": 16}}),
     "cohere_compass": _qwen(
         tokens={
             "image_token": "<|IMAGE_PAD|>",
@@ -348,27 +410,41 @@ ENTRIES: dict[str, Entry] = {
             "vision_end_token": "<|VISION_END|>",
         },
         image="<|VISION_START|><|IMAGE_PAD|><|VISION_END|>",
+        config={
+            "text_config": {
+                "rope_parameters": {"full_attention": _mrope(4, 2, 2)["text_config"]["rope_parameters"]},
+                "layer_types": ["full_attention", "full_attention"],
+            }
+        },
     ),
     "exaone4_5": _qwen(
         tokens={"image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "_a": "<vision>", "_b": "</vision>"},
         named=("image_token", "video_token"),
         image="<vision><|image_pad|></vision>",
     ),
-    "hyperclovax_vision_v2": _qwen(named=("image_token", "video_token"), image="<|image_start|><|image_pad|><|image_end|>"),
+    "hyperclovax_vision_v2": _qwen(named=("image_token", "video_token"), image="<|image_start|><|image_pad|><|image_end|>",
+        tokens={"image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "_a": "<|image_start|>", "_b": "<|image_end|>"}),
     "lfm3_vl": _qwen(),
     "dots3_note": _qwen(
         tokens={"image_token": "<|imgpad|>", "video_token": "<|video_pad|>", "_audio": "<|audio_comp_pad|>", "_a": "<|img|>", "_b": "<|endofimg|>"},
         named=("image_token",),
         image="<|img|><|imgpad|><|endofimg|>",
+        config={"text_config": {"num_key_value_heads": 2}, "vision_config": {"adapter_in_dim": 32, "adapter_out_dim": 32}},
     ),
-    "qwen2_5_omni_thinker": _qwen(processor_class="Qwen2_5OmniProcessor", image_class="Qwen2VLImageProcessorPil"),
-    "qwen3_omni_moe_thinker": _qwen(processor_class="Qwen3OmniMoeProcessor", image_class="Qwen2VLImageProcessorPil"),
-    "glm4v": _glm(),
-    "glm4v_moe": _glm(image_class="Glm4vImageProcessorPil"),
-    "glm46v": _glm(),
-    "glmga": _glm(processor_class="Glm46VProcessor"),
-    "glm_ocr": _glm(processor_class="Glm46VProcessor", image_class="Glm46VImageProcessorPil"),
-    "glm5_next": _glm(),
+    "qwen2_5_omni_thinker": _omni(_OMNI, processor_class="Qwen2_5OmniProcessor", config=_mrope(4, 2, 2)),
+    "qwen3_omni_moe_thinker": _omni(
+        _OMNI_3,
+        processor_class="Qwen3OmniMoeProcessor",
+        config={"audio_config": {"downsample_hidden_size": 16}},
+    ),
+    "glm4v": _glm(config=_mrope(4, 2, 2)),
+    "glm4v_moe": _glm(config=_mrope(2, 1, 1), image_class="Glm4vImageProcessorPil"),
+    "glm46v": _glm(config=_mrope(4, 2, 2)),
+    "glmga": _glm(config=_mrope(4, 2, 2), processor_class="Glm46VProcessor"),
+    "glm_ocr": _glm(config=_mrope(4, 2, 2), processor_class="Glm46VProcessor", image_class="Glm46VImageProcessorPil"),
+    "glm5_next": _glm(
+        config={"text_config": {"num_key_value_heads": 2, "qk_rope_head_dim": 0, "head_dim": 0, "indexer_types": ["full"] * 2}}
+    ),
     "ernie4_5_vl_moe": _qwen(
         tokens={
             "image_token": "<|IMAGE_PLACEHOLDER|>",
@@ -380,28 +456,31 @@ ENTRIES: dict[str, Entry] = {
         },
         named=("image_token", "image_start_token", "image_end_token", "video_token", "video_start_token", "video_end_token"),
         image="<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>",
+        config=_mrope(3, 3, 2, moe_intermediate_size=[16, 16]),
     ),
     "paddleocr_vl": _qwen(
         tokens={"image_token": "<|IMAGE_PLACEHOLDER|>", "_a": "<|IMAGE_START|>", "_b": "<|IMAGE_END|>"},
         named=("image_token",),
         image="<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>",
+        config=_mrope(4, 2, 2),
     ),
     "video_llama_3": _qwen(named=("image_token", "video_token"), image="<|image_pad|>", after="\n"),
     "hunyuan_vl": _qwen(
         tokens={"image_token": "<image>", "image_start_token": "<im_start>", "image_end_token": "<im_end>"},
         named=("image_token",),
         image="<im_start><image><im_end>",
+        config=_mrope(2, 2, 2, 2, head_dim=16),
     ),
     "llava": _llava(),
     "vipllava": _llava(config={"vision_feature_layers": [-1, -1]}),
     "llava_next": _llava(
         pixels={"size": {"shortest_edge": 16}, "crop_size": 16, "image_grid_pinpoints": _PINPOINTS},
-        config={"image_grid_pinpoints": _PINPOINTS, "vision_feature_select_strategy": "full"},
+        config={"image_grid_pinpoints": _PINPOINTS},
         sizes=((16, 16), (32, 16)),
     ),
     "llava_next_video": _llava(
         pixels={"size": {"shortest_edge": 16}, "crop_size": 16, "image_grid_pinpoints": _PINPOINTS},
-        config={"image_grid_pinpoints": _PINPOINTS, "vision_feature_select_strategy": "full"},
+        config={"image_grid_pinpoints": _PINPOINTS},
         ids={"image_token_id": "<image>", "video_token_id": "<video>"},
         sizes=((16, 16), (32, 16)),
     ),
@@ -414,12 +493,23 @@ ENTRIES: dict[str, Entry] = {
     ),
     "granite4_vision": _llava(
         pixels={"size": {"shortest_edge": 16}, "crop_size": 16, "image_grid_pinpoints": _PINPOINTS},
-        config={"image_grid_pinpoints": _PINPOINTS, "vision_feature_select_strategy": "full"},
+        config={
+            "image_grid_pinpoints": _PINPOINTS,
+            "downsample_rate": "1/2",
+            "deepstack_layer_map": [[-1, 0]],
+            "spatial_target_layers": [1],
+            "qformer_config": {"num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64},
+        },
+        processor={
+            "patch_size": 4,
+            "vision_feature_select_strategy": "default",
+            "num_additional_image_tokens": 1,
+            "downsample_rate": "1/2",
+        },
         sizes=((16, 16), (32, 16)),
     ),
     "video_llava": _llava(
         ids={"image_token_index": "<image>", "video_token_index": "<video>"},
-        processor={"patch_size": 4, "vision_feature_select_strategy": "full", "num_additional_image_tokens": 1},
     ),
     "gemma3": Entry(
         tokens=_GEMMA,
@@ -450,15 +540,22 @@ ENTRIES: dict[str, Entry] = {
         newlines=True,
     ),
     "gemma4": Entry(
-        tokens=_GEMMA | _AUDIO,
-        image="<image_soft_token>",
-        ids={f"{name}_id": token for name, token in (_GEMMA | _AUDIO).items()},
+        tokens=_GEMMA_4,
+        image="<|image|>",
+        ids=_GEMMA_4_IDS,
         start={"vision_config": {}},
+        config={
+            **_TWO_LAYERS,
+            "vision_config": {"pooling_kernel_size": 2, "position_embedding_size": 64, "default_output_length": 4},
+        },
+        pixels={"patch_size": 4, "pooling_kernel_size": 2, "max_soft_tokens": 70, "do_resize": False},
+        sizes=((16, 16), (16, 24)),
     ),
     "paligemma": Entry(
         tokens={"image_token": "<image>"},
         ids={"image_token_index": "<image>"},
-        pixels={"size": {"height": 16, "width": 16}},
+        pixels={"size": {"height": 16, "width": 16}, "image_seq_length": 16},
+        alone=False,
     ),
     "idefics2": Entry(
         tokens={"image_token": "<image>", "image_boundary_token": "<fake_token_around_image>", "_e": "<end_of_utterance>"},
@@ -487,15 +584,18 @@ ENTRIES: dict[str, Entry] = {
     "granite_docling": Entry(
         tokens=_IDEFICS,
         ids={"image_token_id": "<image>"},
-        pixels=_TILES,
+        config={"vision_config": {"scale_factor": 2, "use_fine_route": False}},
+        pixels={"size": {"height": 16, "width": 16}, "min_patches": 1, "max_patches": 2},
         processor={"image_seq_len": 4},
         sizes=((16, 32), (16, 16)),
+        newlines=True,
     ),
     "internvl": Entry(
         tokens=_INTERN,
         image="<IMG_CONTEXT>",
         after="\n",
         ids={"image_token_id": "<IMG_CONTEXT>"},
+        config={"vision_config": {"patch_size": [4, 4], "image_size": [16, 16]}},
         pixels={"size": {"height": 16, "width": 16}, "min_patches": 1, "max_patches": 2},
         processor={"image_seq_length": 4},
         sizes=((16, 16), (16, 32)),
@@ -506,6 +606,7 @@ ENTRIES: dict[str, Entry] = {
         image="<IMG_CONTEXT>",
         after="\n",
         ids={"image_token_id": "<IMG_CONTEXT>"},
+        config={"vision_config": {"patch_size": [4, 4], "image_size": [16, 16]}},
         pixels={"size": {"height": 16, "width": 16}, "min_patches": 1, "max_patches": 2},
         processor={"image_seq_length": 4, "image_placeholder_token": "<IMG_CONTEXT>"},
         sizes=((16, 16), (16, 32)),
@@ -517,7 +618,9 @@ ENTRIES: dict[str, Entry] = {
         after="\n",
         ids={"image_token_id": "<imgpad>"},
         pixels={"size": {"height": 16, "width": 16}},
+        call={"num_image_tokens": 1},
         nested=False,
+        alone=False,
     ),
     "mistral3": Entry(
         tokens=_PIXTRAL,
@@ -574,6 +677,7 @@ ENTRIES: dict[str, Entry] = {
         image="<image_placeholder>",
         ids={"image_token_id": "<image_placeholder>"},
         pixels={"size": {"height": 16, "width": 16}, "high_res_size": {"height": 32, "width": 32}, "min_size": 4},
+        config={"high_res_vision_config": {"image_size": 32, "window_size": 4, "global_attn_indexes": [0], "num_pos_feats": 16}},
         processor={"num_image_tokens": 16},
     ),
     "janus": Entry(
@@ -581,6 +685,7 @@ ENTRIES: dict[str, Entry] = {
         image="<image_placeholder>",
         after="\n",
         ids={"image_token_id": "<image_placeholder>"},
+        config={"vq_config": {"base_channels": 32, "channel_multiplier": [1, 1], "num_patches": 4}},
         pixels={"size": {"height": 16, "width": 16}, "min_size": 4},
         processor={"num_image_tokens": 16},
     ),
@@ -588,12 +693,14 @@ ENTRIES: dict[str, Entry] = {
         tokens={"image_token": "<|img|>", "_a": "<fim_prefix>", "_b": "<fim_suffix>"},
         image="<fim_prefix><|img|><fim_suffix>",
         ids={"image_token_index": "<|img|>"},
-        config={"projector_patch_to_query_dict": {"16": 4}},
-        pixels={"max_image_size": 490},
+        config={"projector_patch_to_query_dict": {49: 4}, "vision_config": {"image_size": 490, "patch_size": 70}},
+        pixels={"max_image_size": 490, "min_image_size": 70},
+        processor={"size_conversion": {490: 4}},
     ),
     "ovis2": Entry(
-        tokens={"image_token": "<image>", "_atom": "<image_atom>", **{f"_{i}": f"<image_{i}>" for i in range(5)}},
-        ids={"image_token_id": "<image>"},
+        tokens={"image_token": "<image>", **{f"_{i}": t for i, t in enumerate(_OVIS)}},
+        ids={"image_token_id": "<IMG_ATOM>", "visual_indicator_token_ids": _OVIS[1:]},
+        config={"vision_config": {"hidden_stride": 2, "vocab_size": 40}},
         pixels={"size": {"height": 16, "width": 16}},
         processor={"image_seq_length": 4},
         nested=False,
@@ -601,6 +708,10 @@ ENTRIES: dict[str, Entry] = {
     "chameleon": Entry(
         tokens={"image_token": "<image>", "boi_token": "<racm3:break>", "eoi_token": "<eoss>", "sep_token": "<sep>"},
         ids={"image_token_id": "<image>"},
+        config={
+            "vocabulary_map": {"<image>": 3, **{f"IMGIMG{chr(65 + i)}Z": 160 + i for i in range(10)}},
+            "vq_config": {"num_embeddings": 10, "base_channels": 32, "channel_multiplier": [1, 1, 1], "resolution": 16},
+        },
         pixels={"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}},
         processor={"image_seq_length": 16},
     ),
@@ -608,6 +719,16 @@ ENTRIES: dict[str, Entry] = {
         tokens={"image_token": "<|image|>", "_p": "<|python_tag|>"},
         image="<|image|>",
         ids={"image_token_index": "<|image|>"},
-        pixels={"size": {"height": 16, "width": 16}},
+        config={
+            "vision_config": {
+                "intermediate_layers_indices": [0],
+                "vision_output_dim": 64,
+                "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]],
+                "max_num_tiles": 2,
+            },
+            "text_config": {"cross_attention_layers": [1]},
+        },
+        pixels={"size": {"height": 16, "width": 16}, "max_image_tiles": 2},
+        sizes=((16, 16), (16, 32)),
     ),
 }
