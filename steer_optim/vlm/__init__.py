@@ -6,8 +6,8 @@ from steer_optim.vlm.gate import adaptive_strength, visual_dependency, visual_to
 from steer_optim.vlm.heads import Head, HiddenStates
 from steer_optim.vlm.losses import TokenLosses, token_losses
 from steer_optim.vlm.method import DecomposedDistillation
-from steer_optim.vlm.prompts import append_response, check_responses, left_padded, text_only
-from steer_optim.vlm.rollout import Rollout, rollout
+from steer_optim.vlm.prompts import Rollout, Views, append_response, check_responses, left_padded, render, text_only
+from steer_optim.vlm.rollout import rollout
 
 __all__ = [
     "DecomposedDistillation",
@@ -15,11 +15,13 @@ __all__ = [
     "HiddenStates",
     "Rollout",
     "TokenLosses",
+    "Views",
     "adaptive_strength",
     "angles_by_decile",
     "append_response",
     "check_responses",
     "left_padded",
+    "render",
     "response_logits",
     "response_states",
     "rollout",

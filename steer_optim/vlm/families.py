@@ -154,6 +154,23 @@ def roles(config: Any, tokenizer: Any = None) -> dict[int, str]:
     return found
 
 
+def image_ids(config: Any) -> set[int]:
+    """The ids that ``config`` names as standing for images, videos and audio: placeholders, and the tokens around them.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> from steer_optim.vlm.families import image_ids
+        >>> sorted(image_ids(SimpleNamespace(image_token_id=7, vision_start_token_id=6, vision_end_token_id=8)))
+        [6, 7, 8]
+    """
+    return set(roles(config))
+
+
+def placeholder_ids(config: Any) -> set[int]:
+    """The ids in whose place the model puts the features of images, videos and audio."""
+    return set(_named(config, _PLACEHOLDERS))
+
+
 def _named(config: Any, names: tuple[str, ...]) -> list[int]:
     values = [getattr(config, f"{name}_{end}", None) for name in names for end in ("id", "index", "ids")]
     return [
