@@ -35,7 +35,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: 
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES  # noqa: E402
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as MODELS  # noqa: E402
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES  # noqa: E402
-from transformers.processing_utils import ProcessorMixin  # noqa: E402
+from transformers.processing_utils import ImagesKwargs, ProcessorMixin  # noqa: E402
 
 IMAGE = -1
 PAD, EOS, BOS = 0, 1, 2
@@ -76,8 +76,14 @@ SIZES: dict[str, Any] = {
 }
 
 
+class _AnyOption(ImagesKwargs, total=False):
+    return_row_col_info: bool
+
+
 class Noise(BaseImageProcessor):
     """Stands in for an image processor that needs torchvision: noise in the shapes that it gives."""
+
+    valid_kwargs = _AnyOption
 
     def __init__(self, make: Callable[[list[Tensor]], dict[str, Any]], **attributes: Any) -> None:
         super().__init__()
@@ -196,7 +202,9 @@ class Zoo:
             images = getattr(transformers, known)(**entry.pixels)
         arguments = {"image_processor": images, "tokenizer": self.tokenizer, **entry.processor}
         parameters = inspect.signature(cls.__init__).parameters
-        if "chat_template" in parameters or "kwargs" in parameters:
+        if "qformer_tokenizer" in parameters:
+            arguments["qformer_tokenizer"] = self.tokenizer
+        if "chat_template" in parameters:
             arguments["chat_template"] = _TEMPLATE.replace("IMAGE", repr(entry.image + entry.after))
         for name in ("video_processor", "feature_extractor"):
             if name in parameters:
@@ -348,6 +356,96 @@ def _omni(tokens: dict[str, str], **more: Any) -> Entry:
     return Entry(tokens, image, ids, pixels=pixels, sizes=sizes, image_class="Qwen2VLImageProcessorPil", **more)
 
 
+def _patches(image: Tensor, size: int = 4) -> Tensor:
+    """The patches of an image, by rows, each flat."""
+    return image.unfold(1, size, size).unfold(2, size, size).permute(1, 2, 0, 3, 4).flatten(0, 1).flatten(1)
+
+
+def _grids(name: str = "image_grid_thw", *shape: int, times: int = 1, **attributes: Any) -> Noise:
+    """Flat patches of all images in one tensor, and how many there are in each direction."""
+
+    def make(images: list[Tensor]) -> dict[str, Any]:
+        pixels = torch.cat([_patches(image) for image in images]).repeat(1, times)
+        grid = torch.tensor([[1, image.shape[1] // 4, image.shape[2] // 4] for image in images])
+        grid = grid[:, 1:] if name.endswith("_hw") else grid
+        return {"pixel_values": pixels.unflatten(1, shape) if shape else pixels, name: grid}
+
+    return Noise(make, **{"patch_size": 4, "merge_size": 2, "temporal_patch_size": 1, **attributes})
+
+
+def _tiles(**more: Any) -> Callable[[list[Tensor]], dict[str, Any]]:
+    """Square tiles of 16 pixels, one after the other, and their number in each image."""
+
+    def make(images: list[Tensor]) -> dict[str, Any]:
+        tiles = [image.unfold(2, 16, 16).permute(2, 0, 1, 3) for image in images]
+        number = torch.tensor([len(tile) for tile in tiles])
+        ratios = torch.tensor([[1, len(tile)] for tile in tiles])
+        # An image of several tiles comes once more as a whole.
+        whole = [torch.cat([tile, tile[:1]]) if len(tile) > 1 and more.get("whole") else tile for tile in tiles]
+        return {"pixel_values": torch.cat(whole), more.get("name", "num_patches"): ratios if "ratios" in more else number}
+
+    return make
+
+
+def _lfm2(images: list[Tensor]) -> dict[str, Any]:
+    flat = [_patches(image) for image in images]
+    width = max(len(one) for one in flat)
+    pixels = torch.stack([nn.functional.pad(one, (0, 0, 0, width - len(one))) for one in flat])
+    mask = torch.stack([torch.arange(width) < len(one) for one in flat]).long()
+    shapes = torch.tensor([[image.shape[1] // 4, image.shape[2] // 4] for image in images])
+    sizes = [list(image.shape[1:]) for image in images]
+    keys = {"pixel_values": pixels, "pixel_attention_mask": mask, "spatial_shapes": shapes}
+    return {**keys, "image_rows": [1] * len(images), "image_cols": [1] * len(images), "image_sizes": sizes}
+
+
+def _minicpm(images: list[Tensor]) -> dict[str, Any]:
+    strips = [image.unfold(1, 4, 4).permute(0, 3, 1, 2).flatten(2) for image in images]
+    sizes = torch.tensor([[image.shape[1] // 4, image.shape[2] // 4] for image in images], dtype=torch.int32)
+    counts = {"grids": torch.zeros(len(images), 2).long(), "num_patches_per_image": [1] * len(images)}
+    return {"pixel_values": torch.cat(strips, dim=-1)[None], "target_sizes": sizes, **counts}
+
+
+def _molmo2(images: list[Tensor]) -> dict[str, Any]:
+    """One crop an image, low and high resolution alike, pooled two by two."""
+    crops = torch.stack([_patches(image) for image in images]).repeat_interleave(2, dim=0)
+    corner = torch.tensor([[row + column for row in (0, 4) for column in (0, 1)]])
+    pool = torch.cat([corner + 8 * row + 2 * column for row in range(2) for column in range(2)])
+    pooling = torch.cat([pool + 16 * crop for crop in range(len(crops))])
+    grids = torch.tensor([[2, 2, 2, 2]] * len(images))
+    number = torch.tensor([2] * len(images))
+    return {"pixel_values": crops, "image_token_pooling": pooling, "image_grids": grids, "image_num_crops": number}
+
+
+def _inkling(images: list[Tensor]) -> dict[str, Any]:
+    patches = [image.unfold(1, 8, 8).unfold(2, 8, 8).permute(1, 2, 3, 4, 0).flatten(0, 1) for image in images]
+    pixels = torch.cat(patches)[:, None].repeat(1, 2, 1, 1, 1)
+    return {"pixel_values": pixels, "num_patches": torch.tensor([len(patch) for patch in patches])}
+
+
+def _inkling2(images: list[Tensor]) -> dict[str, Any]:
+    patches = [image.unfold(1, 8, 8).unfold(2, 8, 8).permute(1, 2, 3, 4, 0).flatten(0, 1) for image in images]
+    grid = torch.tensor([[1, image.shape[1] // 8, image.shape[2] // 8] for image in images])
+    return {"pixel_values": torch.cat(patches), "image_grid_thw": grid}
+
+
+def _gemma4_unified(images: list[Tensor]) -> dict[str, Any]:
+    flat = torch.stack([_patches(image, 12) for image in images])
+    place = torch.stack(torch.meshgrid(torch.arange(4), torch.arange(4), indexing="xy"), dim=-1).flatten(0, 1)
+    number = torch.tensor([flat.shape[1]] * len(images))
+    places = place.repeat(len(images), 1, 1)
+    return {"pixel_values": flat, "image_position_ids": places, "num_soft_tokens_per_image": number}
+
+
+def _views(size: int) -> Callable[[list[Tensor]], dict[str, Any]]:
+    """Each image as a whole and no tiles beside."""
+
+    def make(images: list[Tensor]) -> dict[str, Any]:
+        whole = torch.stack([nn.functional.interpolate(image[None], size)[0] for image in images])
+        return {"pixel_values": whole, "num_local_patches": [0] * len(images), "patches_grid": [[1, 1]] * len(images)}
+
+    return make
+
+
 _SQUARE = {"do_resize": False, "do_center_crop": False}
 _BLIP = {"do_resize": False}
 
@@ -379,6 +477,14 @@ _INTERN = {"start_image_token": "<img>", "end_image_token": "</img>", "context_i
 _INTERN |= {"video_token": "<video>"}
 _PIXTRAL = {"image_token": "[IMG]", "image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]"}
 
+_MUSE = {"image_token": "<|patch|>", "image_start_token": "<|image_start|>", "image_end_token": "<|image_end|>"}
+_MUSE |= {"video_token": "<|video|>", "_c": "<|vid_frame_separator|>", "_d": "<|vid_start|>", "_e": "<|vid_end|>"}
+_MUSE |= {"_f": "<|audio|>", "_g": "<|soft_audio_start|>", "_h": "<|soft_audio_end|>"}
+_LLAMA_4 = ["<|image|>", "<|patch|>", "<|image_start|>", "<|image_end|>", "<|tile_x_separator|>", "<|tile_y_separator|>"]
+_MOLMO = ["<im_patch>", "<im_col>", "<im_start>", "<low_res_im_start>", "<frame_start>", "<im_end>", "<frame_end>", "<im_low>"]
+_MINICPM = {"image_token": "<image_pad>", "video_token": "<video_pad>"}
+_MINICPM |= {"image_start_token": "<image>", "image_end_token": "</image>", "slice_start_token": "<slice>"}
+_MINICPM |= {"slice_end_token": "</slice>", "image_id_start_token": "<image_id>", "image_id_end_token": "</image_id>"}
 _OVIS = ["<IMG_ATOM>", "<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>"]
 
 ENTRIES: dict[str, Entry] = {
@@ -429,7 +535,7 @@ ENTRIES: dict[str, Entry] = {
         tokens={"image_token": "<|imgpad|>", "video_token": "<|video_pad|>", "_audio": "<|audio_comp_pad|>", "_a": "<|img|>", "_b": "<|endofimg|>"},
         named=("image_token",),
         image="<|img|><|imgpad|><|endofimg|>",
-        config={"text_config": {"num_key_value_heads": 2}, "vision_config": {"adapter_in_dim": 32, "adapter_out_dim": 32}},
+        config={"text_config": {"num_key_value_heads": 2}, "vision_config": {"adapter_in_dim": 32, "adapter_out_dim": 32}, "audio_config": {"adapter_input_size": 32, "adapter_out_dim": 32, "downsample_hidden_size": 16}},
     ),
     "qwen2_5_omni_thinker": _omni(_OMNI, processor_class="Qwen2_5OmniProcessor", config=_mrope(4, 2, 2)),
     "qwen3_omni_moe_thinker": _omni(
@@ -498,7 +604,8 @@ ENTRIES: dict[str, Entry] = {
             "downsample_rate": "1/2",
             "deepstack_layer_map": [[-1, 0]],
             "spatial_target_layers": [1],
-            "qformer_config": {"num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64},
+            "qformer_config": {"num_hidden_layers": 1, "max_position_embeddings": 64},
+            "vision_config": {"hidden_size": 64},  # one head for 64
         },
         processor={
             "patch_size": 4,
@@ -664,6 +771,9 @@ ENTRIES: dict[str, Entry] = {
         },
         image="<|IMG_PATCH|>",
         ids={"image_token_id": "<|IMG_PATCH|>"},
+        pixels=Noise(_tiles(), patch_size=2),
+        sizes=((16, 16), (16, 32)),
+        nested=False,
     ),
     "deepseek_vl": Entry(
         tokens={"image_token": "<image_placeholder>"},
@@ -696,6 +806,7 @@ ENTRIES: dict[str, Entry] = {
         config={"projector_patch_to_query_dict": {49: 4}, "vision_config": {"image_size": 490, "patch_size": 70}},
         pixels={"max_image_size": 490, "min_image_size": 70},
         processor={"size_conversion": {490: 4}},
+        call={"max_image_size": 490},
     ),
     "ovis2": Entry(
         tokens={"image_token": "<image>", **{f"_{i}": t for i, t in enumerate(_OVIS)}},
@@ -730,5 +841,254 @@ ENTRIES: dict[str, Entry] = {
         },
         pixels={"size": {"height": 16, "width": 16}, "max_image_tiles": 2},
         sizes=((16, 16), (16, 32)),
+    ),
+    "mistral_large4": Entry(
+        tokens=_PIXTRAL,
+        image="[IMG]",
+        ids={"image_token_index": "[IMG]"},
+        config={
+            "text_config": {
+                "num_key_value_heads": 2,
+                "indexer_types": ["full", "full"],
+                "no_rope_layers": [1, 0],
+                "kv_source_layers": [0, 1],
+                "layer_types": ["indexed_attention", "indexed_attention"],
+            }
+        },
+        pixels={"patch_size": 4, "size": {"longest_edge": 24}},
+        processor={"patch_size": 4, "spatial_merge_size": 2},
+        sizes=((16, 16), (16, 24)),
+    ),
+    "lfm2_vl": Entry(
+        tokens={
+            "image_token": "<image>",
+            "image_start_token": "<|image_start|>",
+            "image_end_token": "<|image_end|>",
+            "image_thumbnail_token": "<|img_thumbnail|>",
+        },
+        ids={"image_token_id": "<image>"},
+        config={"vision_config": {"num_patches": 16}, "text_config": {"layer_types": ["conv", "full_attention"]}},
+        pixels=Noise(_lfm2, tile_size=16, downsample_factor=2, encoder_patch_size=4, use_thumbnail=True),
+        sizes=((16, 16), (16, 24)),
+    ),
+    "kimi_k25": _qwen(
+        tokens={
+            "image_token": "<|media_pad|>",
+            "video_token": "<|kimi_k25_video_placeholder|>",
+            "vision_start_token": "<|media_begin|>",
+            "vision_end_token": "<|media_end|>",
+            "_c": "<|media_content|>",
+        },
+        named=("image_token", "video_token", "vision_start_token", "vision_end_token"),
+        image="<|media_begin|>image<|media_content|><|media_pad|><|media_end|>",
+        after="\n",
+        config={
+            "text_config": {"num_key_value_heads": 2, "n_group": 1, "head_dim": 8},
+            "vision_config": {"pos_emb_height": 8, "pos_emb_width": 8},
+        },
+        pixels=_grids("image_grid_thw", 3, 4, 4),
+    ),
+    "minimax_m3_vl": _qwen(
+        tokens={
+            "image_token": "]<]image[>[",
+            "video_token": "]<]video[>[",
+            "_a": "]<]start of image[>[",
+            "_b": "]<]end of image[>[",
+        },
+        named=(),
+        image="]<]image[>[",
+        config={"text_config": {"rotary_dim": 16}, "image_token_index": 3, "video_token_index": 4},
+        pixels=_grids(),
+    ),
+    "muse_glimmer": _qwen(
+        tokens=_MUSE,
+        named=("image_token", "video_token"),
+        image="<|patch|>",
+        config={"out_hidden_size": 128, "vision_config": {"pos_emb_height": 8, "pos_emb_width": 8, "patch_temporal": 1}},
+        pixels=_grids(),
+    ),
+    "muse_spark": _qwen(
+        tokens=_MUSE,
+        named=("image_token", "video_token"),
+        image="<|patch|>",
+        config={
+            "out_hidden_size": 128,
+            "vision_config": {"pos_emb_height": 8, "pos_emb_width": 8, "patch_temporal": 1},
+            "audio_config": {"patch_sizes": [4], "hidden_sizes": [16], "depths": [1], "num_hidden_layers": 1},
+        },
+        pixels=_grids(),
+    ),
+    "nemotron_h_omni": Entry(
+        tokens={"image_token": "<image>", "video_token": "<video>", "_a": "<img>", "_b": "</img>", "_c": "<so_embedding>"},
+        ids={"image_token_id": "<image>"},
+        config={
+            "vision_hidden_size": 32,
+            "vision_config": {"max_img_size": 32, "patch_dim": 48, "video_patch_dim": 96, "num_cls_tokens": 1, "num_registers": 1},
+            "text_config": {
+                "layers_block_type": ["linear_attention", "full_attention", "moe"],
+                "mamba_num_heads": 4,
+                "mamba_head_dim": 16,
+                "n_groups": 1,
+                "ssm_state_size": 8,
+                "chunk_size": 8,
+            },
+        },
+        pixels=_grids("image_grid_hw", downsample_ratio=0.5),
+        sizes=((16, 16), (16, 24)),
+    ),
+    "llama4": Entry(
+        tokens={f"_{i}": token for i, token in enumerate(_LLAMA_4)},
+        image="<|image|>",
+        ids={"image_token_index": "<|patch|>", "boi_token_index": "<|image_start|>", "eoi_token_index": "<|image_end|>"},
+        config={
+            "text_config": {"moe_layers": [1], "no_rope_layers": [1, 0], "attention_chunk_size": 64},
+            "vision_config": {"intermediate_size": 128, "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32},
+        },
+        pixels=Noise(_tiles(whole=True, name="aspect_ratios", ratios=True)),
+        processor={"patch_size": 4},
+        sizes=((16, 16), (16, 32)),
+        nested=False,
+    ),
+    "molmo2": Entry(
+        tokens={"image_token": "<|image|>", "video_token": "<|video|>", **{f"_{i}": t for i, t in enumerate(_MOLMO)}},
+        image="<|image|>",
+        ids={"image_patch_id": "<im_patch>"},
+        config={
+            "vision_config": {"image_size": [16, 16]},
+            "adapter_config": {"vision_feature_layer": [-1, -1], "num_key_value_heads": 2},
+        },
+        pixels=Noise(_molmo2),
+        nested=False,
+    ),
+    "minicpm_ocr": Entry(
+        tokens=_MINICPM,
+        image="<image_pad>",
+        ids={"image_token_id": "<image_pad>", "video_token_id": "<video_pad>"},
+        config={"insert_layer_id": 0, "vision_config": {"insert_layer_id": 0}},
+        pixels=Noise(_minicpm, slice_mode=True, use_image_id=True, downsample_mode="4x"),
+    ),
+    "minicpmv4_6": Entry(
+        tokens=_MINICPM,
+        image="<image_pad>",
+        ids={"image_token_id": "<image_pad>", "video_token_id": "<video_pad>"},
+        config={"insert_layer_id": 0, "vision_config": {"insert_layer_id": 0}, "downsample_mode": "4x"},
+        pixels=Noise(_minicpm, slice_mode=True, use_image_id=True, downsample_mode="4x"),
+    ),
+    "minicpmv4_7": Entry(
+        tokens=_MINICPM,
+        image="<image_pad>",
+        ids={"image_token_id": "<image_pad>", "video_token_id": "<video_pad>"},
+        config={"insert_layer_id": 0, "vision_config": {"insert_layer_id": 0}, "downsample_mode": "4x"},
+        pixels=Noise(_minicpm, slice_mode=True, use_image_id=True, downsample_mode="4x"),
+    ),
+    "step3p7": Entry(
+        tokens={"image_token": "<im_patch>", "_a": "<im_start>", "_b": "<im_end>", "_c": "<patch_start>", "_d": "<patch_end>"},
+        image="<im_patch>",
+        ids={"image_token_id": "<im_patch>"},
+        config={"text_config": {"sliding_window": 8}},
+        pixels=Noise(_views(16), vision_patch_size=4, downsampler_stride=4, size={"height": 16}, patch_size=16),
+    ),
+    "deepseek_ocr2": Entry(
+        tokens={"image_token": "<image>"},
+        after="\n",
+        ids={"image_token_id": "<image>"},
+        config={
+            "vision_config": {"sam_config": {"downsample_channels": [16, 32], "window_size": 4, "scale": 32}},
+            "text_config": {
+                "mlp_layer_types": ["dense", "sparse"],
+                "num_experts_per_tok": 2,
+                "n_group": 1,
+                "topk_group": 1,
+                "num_key_value_heads": 2,
+            },
+        },
+        pixels=Noise(_views(64), size={"height": 64, "width": 64}, tile_size=64),
+        processor={"patch_size": 4},
+    ),
+    "unlimited_ocr": Entry(
+        tokens={"image_token": "<image>"},
+        after="\n",
+        ids={"image_token_id": "<image>"},
+        config={"vision_config": {"sam_config": {"downsample_channels": [16, 32], "window_size": 4}}},
+        pixels=Noise(_views(64), size={"height": 64, "width": 64}, tile_size=64),
+        processor={"patch_size": 4},
+    ),
+    "inkling_mm_model": Entry(
+        tokens={"image_token": "<|unused_200054|>", "audio_token": "<|unused_200053|>", "_a": "<|content_image|>", "_b": "<|content_audio_input|>"},
+        image="<|content_image|><|unused_200054|>",
+        ids={"image_token_id": "<|unused_200054|>", "audio_token_id": "<|unused_200053|>", "image_bos_token_id": "<|content_image|>"},
+        config={"vision_config": {"patch_size": 8, "temporal_patch_size": 2, "n_layers": 2, "num_hidden_layers": 2}},
+        pixels=Noise(_inkling),
+        nested=False,
+    ),
+    "inkling2": Entry(
+        tokens={"image_token": "<|unused_200054|>", "_a": "<|content_image|>"},
+        image="<|content_image|><|unused_200054|>",
+        ids={"image_token_id": "<|unused_200054|>"},
+        pixels=Noise(_inkling2),
+        nested=False,
+    ),
+    "gemma4_unified": Entry(
+        tokens=_GEMMA_4,
+        image="<|image|>",
+        ids=_GEMMA_4_IDS,
+        start={"vision_config": {}},
+        config=_TWO_LAYERS,
+        pixels=Noise(_gemma4_unified),
+        sizes=((48, 48),),
+    ),
+    "pp_chart2table": Entry(
+        tokens={"image_token": "<imgpad>", "_a": "<img>", "_b": "</img>"},
+        image="<img><imgpad></img>",
+        after="\n",
+        ids={"image_token_id": "<imgpad>"},
+        pixels={"size": {"height": 16, "width": 16}},
+        nested=False,
+        alone=False,
+    ),
+    "blip-2": Entry(
+        tokens={"_i": "<image>"},
+        image="",
+        ids={"image_token_index": "<image>"},
+        pixels={"size": {"height": 16, "width": 16}},
+        processor={"num_query_tokens": 4},
+        nested=False,
+    ),
+    "instructblip": Entry(
+        tokens={"_i": "<image>"},
+        image="",
+        ids={"image_token_index": "<image>"},
+        pixels={"size": {"height": 16, "width": 16}},
+        processor={"num_query_tokens": 4},
+        nested=False,
+    ),
+    "fuyu": Entry(
+        tokens={"image_token": "|SPEAKER|", "_a": "|NEWLINE|", "_b": "<s>"},
+        image="",
+        ids={"image_token_id": "|SPEAKER|"},
+        pixels={"size": {"height": 16, "width": 16}, "patch_size": {"height": 4, "width": 4}},
+        nested=False,
+    ),
+    "kosmos-2": Entry(
+        tokens={"_i": "<image>", "_j": "</image>"},
+        image="<image>",
+        pixels={"size": {"height": 16, "width": 16}},
+        processor_class="Kosmos2Processor",
+    ),
+    "emu3": Entry(
+        tokens={
+            "image_token": "<image>",
+            "boi_token": "<|image start|>",
+            "eoi_token": "<|image end|>",
+            "image_wrapper_token": "<|image token|>",
+            "eof_token": "<|extra_201|>",
+        },
+        ids={"image_token_id": "<image>"},
+        config={
+            "vocabulary_map": {"<image>": 3, "<|extra_200|>": 160, **{f"<|visual token {i:06d}|>": 161 + i for i in range(16)}},
+            "vq_config": {"codebook_size": 16, "base_channels": 32, "channel_multiplier": [1, 1, 1, 1], "hidden_size": 32},
+        },
+        pixels={"do_resize": False},
+        nested=False,
     ),
 }
