@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from steer_optim.vlm.distillation import DecomposedDistillation
 from steer_optim.vlm.heads import Head, HiddenStates, output_embeddings
-from steer_optim.vlm.prompts import Prompts, Rollout, append_response
+from steer_optim.vlm.prompts import Views, Rollout, append_response
 
 # By model, what the heads consist of whose row was compared.
 _COMPARED: weakref.WeakKeyDictionary[nn.Module, set[tuple[object, ...]]] = weakref.WeakKeyDictionary()
@@ -136,12 +136,12 @@ def response_states(
 def score(
     student: nn.Module,
     teacher: nn.Module,
-    prompts: Prompts,
+    prompts: Views,
     response: Rollout,
     *,
     method: DecomposedDistillation,
     prior: nn.Module | None = None,
-    teacher_prompts: Prompts | None = None,
+    teacher_prompts: Views | None = None,
     hidden_states: bool = True,
 ) -> dict[str, Tensor | HiddenStates]:
     """The views of one response that a decomposition reads, each computed once.
@@ -171,13 +171,13 @@ def score(
     Example:
         >>> import copy, torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> from steer_optim.vlm import DecomposedDistillation, Prompts, Rollout, score
+        >>> from steer_optim.vlm import DecomposedDistillation, Views, Rollout, score
         >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
         >>> student = LlamaForCausalLM(LlamaConfig(vocab_size=16, **sizes))  # which cannot see
         >>> prompt = {"input_ids": torch.tensor([[5, 6, 7]])}
         >>> response = Rollout(torch.tensor([[8, 9]]), torch.ones(1, 2, dtype=torch.bool))
         >>> method = DecomposedDistillation("vgs")
-        >>> views = score(student, copy.deepcopy(student), Prompts(prompt, prompt), response, method=method)
+        >>> views = score(student, copy.deepcopy(student), Views(prompt, prompt), response, method=method)
         >>> {name: tuple(view.shape) for name, view in views.items()}["student_text"]
         (1, 2, 16)
         >>> losses = method(views, response.scored_BT)

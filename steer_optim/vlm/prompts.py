@@ -1,67 +1,193 @@
-"""The two views of a prompt, with its image and without, followed by one response.
+"""The two views of a prompt, with its images and without, each followed by one response.
 
-A batch is the dict of tensors that a transformers processor gives and its model takes. The text view is made from the
-ids: what stands for an image goes, the text keeps its tokens, and so the view is the prompt as it would have been
-written without an image. The response follows either view in the same columns, the last ``T``, however it was padded.
+Where there are messages, the processor renders both views: the text view is the prompt as it would have been written
+without images. Where there is a batch only, the text view is made from its ids. The response follows either view in
+the same columns, the last ``T``, however it was padded.
 
-Dimensions: ``B`` prompts, ``L`` prompt tokens, ``T`` response tokens, ``V`` vocabulary.
+Dimensions: ``B`` prompts, ``L`` prompt tokens, ``T`` response tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any
+import inspect
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-_PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-_BEFORE = ("vision_start_token_id", "boi_token_id", "boi_token_index")
-_AFTER = ("vision_end_token_id", "eoi_token_id", "eoi_token_index")
-_PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
-_POSITIONS = ("position_ids", "rope_deltas", "cache_position")
-# Every Gemma 3 tokenizer has one token for each run of 1 to 31 newlines.
-_GEMMA3_NEWLINES = range(107, 138)
+from steer_optim.vlm.families import PER_TOKEN, family_of, placeholder_ids, refuse, roles, type_of
+
+_MEDIA = ("image", "image_url", "video", "video_url", "audio", "audio_url", "input_audio")
+# Position ids are computed anew by the model; a processor's labels are those of another objective.
+_DROPPED = ("position_ids", "rope_deltas", "cache_position", "labels")
+# An image in the roles of `families.roles`, `t` being text: whatever is between its opening and its closing token,
+# a part between two tokens of the same kind, or placeholders up to the token that closes them.
+_IMAGE = r"o[^oc]*c|b[^pobc]*p+[^pobc]*(?=b)|p+[^pobc]*c|[obc]"
 
 
-def image_ids(config: Any) -> set[int]:
-    """The ids that ``config`` names as standing for images and videos: placeholders, and the tokens around them.
+@dataclass(frozen=True)
+class Views:
+    """The same ``B`` prompts twice, padded on the left, ready for a model.
+
+    Attributes:
+        image: the batch with images: ids, mask, token types, pixels.
+        text: the batch without them.
+    """
+
+    image: dict[str, Any]
+    text: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """The responses to ``B`` prompts.
+
+    A token that the model did not choose, a tool's answer say, is attended and not scored.
+
+    Attributes:
+        response_BT: int64 ids, padded on the right.
+        mask_BT: bool, True for the tokens of a response: what the model attends.
+        scored_BT: bool, the part of ``mask_BT`` that the losses read; all of it by default.
+
+    Raises:
+        ValueError: the shapes differ; a response does not begin in the first column or has a hole in ``mask_BT``;
+            a token is scored and not attended.
 
     Example:
-        >>> from types import SimpleNamespace
-        >>> from steer_optim.vlm.prompts import image_ids
-        >>> sorted(image_ids(SimpleNamespace(image_token_id=7, vision_start_token_id=6, vision_end_token_id=8)))
-        [6, 7, 8]
+        >>> import torch
+        >>> from steer_optim.vlm.prompts import Rollout
+        >>> Rollout(torch.tensor([[3, 4, 0]]), torch.tensor([[True, True, False]])).scored_BT
+        tensor([[ True,  True, False]])
     """
-    return _named(config, *_PLACEHOLDERS, *_BEFORE, *_AFTER)
+
+    response_BT: Tensor
+    mask_BT: Tensor
+    scored_BT: Tensor = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.scored_BT is None:
+            object.__setattr__(self, "scored_BT", self.mask_BT)
+        shapes = [tuple(value.shape) for value in (self.response_BT, self.mask_BT, self.scored_BT)]
+        if len(shapes[0]) != 2 or len(set(shapes)) > 1:
+            raise ValueError(f"responses, their mask and what is scored of them are (B, T); got {shapes}")
+        if (late := ~self.mask_BT[:, :-1] & self.mask_BT[:, 1:]).any():
+            raise ValueError(
+                f"the mask of response {_first(late)} goes on after a hole or begins late: all tokens of a response "
+                "are attended, from the first column on. Pass those that the losses read as scored_BT"
+            )
+        if (unread := self.scored_BT & ~self.mask_BT).any():
+            raise ValueError(f"response {_first(unread)} has scored tokens outside of mask_BT")
+
+    @classmethod
+    def of(
+        cls,
+        responses: Sequence[Sequence[int]],
+        *,
+        config: Any,
+        scored: Sequence[Sequence[int | bool]] | None = None,
+        device: torch.device | str | None = None,
+    ) -> Rollout:
+        """The responses of any sampler, as lists of ids without padding.
+
+        Args:
+            responses: one list of ids, or tensor, for each of ``B`` prompts; end-of-sequence tokens included.
+            config: the model's configuration, which names the placeholders of images.
+            scored: a flag for each token, false for those that the model did not choose; all true by default.
+            device: where the tensors go.
+
+        Raises:
+            ValueError: there are no responses; flags do not match their tokens; a response has a placeholder in it,
+                which the model would take for an image.
+
+        Example:
+            >>> from types import SimpleNamespace
+            >>> from steer_optim.vlm.prompts import Rollout
+            >>> config = SimpleNamespace(image_token_id=7)
+            >>> Rollout.of([[3, 4, 5], [6]], config=config, scored=[[1, 0, 1], [1]]).scored_BT
+            tensor([[ True, False,  True],
+                    [ True, False, False]])
+        """
+        rows = [torch.as_tensor(row, dtype=torch.int64, device="cpu") for row in responses]
+        flags = [torch.ones_like(row) for row in rows] if scored is None else list(map(torch.as_tensor, scored))
+        if not rows:
+            raise ValueError("a rollout of no responses: pass one list of ids for each prompt, empty where it is empty")
+        if [len(row) for row in rows] != [len(row) for row in flags]:
+            raise ValueError("scored needs one flag for each token of each response")
+        placeholders = torch.tensor(sorted(placeholder_ids(config)), dtype=torch.int64)
+        for number, row in enumerate(rows):
+            if (found := torch.isin(row, placeholders)).any():
+                raise ValueError(
+                    f"response {number} has the placeholder {int(row[found][0])} at token {_first(found)}, which the "
+                    "model would take for an image: suppress these ids in the sampler (families.image_ids), or leave "
+                    "the row out"
+                )
+        response_BT, mask_BT, scored_BT = (
+            nn.utils.rnn.pad_sequence(values, batch_first=True).to(device)
+            for values in (rows, [torch.ones_like(row, dtype=torch.bool) for row in rows], [f.bool() for f in flags])
+        )
+        return cls(response_BT, mask_BT, scored_BT)
+
+
+def render(processor: Any, messages: Sequence[Sequence[Mapping[str, Any]]], **template_kwargs: Any) -> Views:
+    """Both views of conversations, through the processor's chat template.
+
+    The text view is rendered again from the messages without their images, videos and audio. This is exactly the prompt
+    that the model would have read without them, where ``text_only`` leaves what a template wrote for an image.
+
+    Args:
+        processor: a transformers processor with a chat template.
+        messages: one conversation for each prompt: ``[{"role": "user", "content": [{"type": "image", "image": picture},
+            {"type": "text", "text": "What is it?"}]}]``; any number of images, of any size, also none.
+        template_kwargs: go to ``apply_chat_template``; ``add_generation_prompt`` is True by default.
+
+    Returns:
+        Two batches of ``B`` prompts, padded on the left.
+
+    Raises:
+        ValueError: there is no conversation, or the processor refuses one, which the message names by its index.
+
+    Example:
+        >>> from steer_optim.vlm.prompts import render
+        >>> views = render(processor, [[{"role": "user", "content": content}]])  # doctest: +SKIP
+        >>> views.image.keys() - views.text.keys()  # doctest: +SKIP
+        {'pixel_values'}
+    """
+    if not messages or isinstance(messages[0], Mapping):
+        raise ValueError("messages are a list of conversations, each a list of messages with a role and a content")
+    bare = [[{**message, "content": _without_media(message.get("content"))} for message in row] for row in messages]
+    image = _rendered(processor, messages, "", template_kwargs)
+    hint = " without its images; text_only makes the view from the ids of the other"
+    return Views(image, _rendered(processor, bare, hint, template_kwargs))
 
 
 def text_only(
-    batch: Mapping[str, Tensor], config: Any, *, drop_ids: Collection[int] | None = None
+    batch: Mapping[str, Tensor], config: Any, *, tokenizer: Any = None, drop_ids: Collection[int] | None = None
 ) -> dict[str, Tensor]:
-    """The same prompts without their images and videos.
+    """The same prompts without their images, videos and audio, for loops that hold batches and no messages.
 
-    Placeholders go, and with them the tokens around an image and whatever stands between the two (the newlines
-    between the tiles of Idefics3). Gemma 3's processor puts two newlines before and two after an image, which its
-    tokenizer merges with those of the text: two are taken back on either side, the text's own stay. Rows are then
-    compacted, on the side on which the batch was padded. Only ids, mask and token types are left.
+    Placeholders go, and with them the tokens around an image and whatever stands between these. The newlines that a
+    Gemma-3-like processor puts around an image are taken back, the text's own stay. Rows are then compacted, on the
+    side on which the batch was padded. Only ids, mask and token types are left.
 
-    Text that a processor or a chat template writes about an image stays: the timestamps of a video, the
-    sentence that introduces Gemma 3's crops, the newline after LLaVA's ``<image>``.
+    Text that a processor or a chat template writes about an image stays: the timestamps of a video, the sentence that
+    introduces Gemma 3's crops, the newline after LLaVA's ``<image>``. ``render`` is exact there.
 
     Args:
         batch: ``input_ids`` (B, L) int64; ``attention_mask`` (B, L), all ones where it is missing; token types (B, L);
             anything else is left out. Prompts only: ``append_response`` comes after.
         config: the model's configuration, read for the ids of placeholders and of the tokens around them.
-        drop_ids: further ids that only ever belong to an image. Needed where they are known to the
-            tokenizer only, as with Idefics3, SmolVLM, and a LLaVA with a Pixtral tower; empty where there are none.
+        tokenizer: the tokenizer or processor, for families whose config does not name the tokens around an image.
+        drop_ids: further ids that only ever belong to an image; empty where placeholders are all there is.
 
     Returns:
         A batch (B, L') of int64 ids, mask and token types. What is masked holds the id 0.
 
     Raises:
-        ValueError: the config does not name the tokens of an image, or not those around it, and ``drop_ids`` is None;
-            an image is not closed by any known token; nothing is left of a row.
+        ValueError: the tokens of an image, or those around it, are not known; an image is not closed by any known
+            token; nothing is left of a row.
 
     Example:
         >>> import torch
@@ -74,43 +200,46 @@ def text_only(
         tensor([[20, 21, 22],
                 [ 0, 20, 21]])
     """
-    placeholders = _named(config, *_PLACEHOLDERS)
-    around = _named(config, *_BEFORE, *_AFTER) | set(drop_ids or ())
-    model_type = getattr(config, "model_type", type(config).__name__)
-    if not placeholders | around or (drop_ids is None and not around and not _bare_images(config)):
-        missing = "around an image" if placeholders else "of an image"
+    family, role_of = family_of(config), roles(config, tokenizer)
+    role_of |= {token: "c" for token in drop_ids or () if token not in role_of}
+    bare = family.bare or (drop_ids is not None and not drop_ids)
+    if not role_of or not (bare or {"b", "c"} & set(role_of.values())):
+        missing = "around an image" if role_of else "of an image"
         raise ValueError(
-            f"the config of {model_type!r} does not name the tokens {missing}: pass their ids, for instance "
-            "drop_ids=tokenizer.convert_tokens_to_ids(['<fake_token_around_image>', '<global-img>', '<row_1_col_1>', "
-            "...]), or drop_ids=() where placeholders are all there is"
+            f"the config of {type_of(config)!r} does not name the tokens {missing}: pass tokenizer=, or their ids as "
+            "drop_ids=tokenizer.convert_tokens_to_ids([...]), or drop_ids=() where placeholders are all there is"
         )
     ids_BL, real_BL = batch["input_ids"], _real(batch)
-    image_BL, drop_BL = _isin(ids_BL, placeholders) & real_BL, _isin(ids_BL, placeholders | around) & real_BL
-    if around:
-        open_BL = _opened(image_BL, drop_BL)
-        if (unclosed := open_BL[:, -1]).any():
-            raise ValueError(
-                f"the last image of row {_first(unclosed)} is not closed by any of the ids {sorted(around)}: the "
-                "prompt was cut off, or drop_ids lacks the token after an image"
-            )
-        drop_BL = drop_BL | open_BL
-    if model_type == "gemma3":
-        ids_BL, drop_BL = _without_gemma3_newlines(ids_BL, drop_BL)
+    image = re.compile(f"{_IMAGE}|p" if bare else _IMAGE)
+    rows = ["".join(role_of.get(token, "t") for token in row) for row in ids_BL.where(real_BL, -1).tolist()]
+    rows = [image.sub(lambda match: "-" * len(match[0]), row) for row in rows]
+    if unclosed := [number for number, row in enumerate(rows) if "p" in row]:
+        raise ValueError(
+            f"an image of row {unclosed[0]} is not closed by any known token: the prompt was cut off, or the token "
+            "after an image is not known: pass tokenizer= or drop_ids="
+        )
+    drop_BL = torch.tensor([[letter == "-" for letter in row] for row in rows], device=ids_BL.device)
+    if family.newlines:
+        ids_BL, drop_BL = _without_newlines(ids_BL, drop_BL, family.newlines)
     keep_BL = real_BL & ~drop_BL
     if (empty := ~keep_BL.any(dim=1)).any():
         raise ValueError(f"nothing but images in row {_first(empty)}: a prompt needs some text to be a text-only view")
-    left = bool(real_BL[:, -1].all())
-    return _compact({**batch, "input_ids": ids_BL}, keep_BL, left=left)
+    types = {key for key in batch.keys() & PER_TOKEN if family.per_token.get(key, 0) is not None}
+    view = {key: batch[key] for key in batch.keys() & {"attention_mask", *types}}
+    return _compact({**view, "input_ids": ids_BL}, keep_BL, left=bool(real_BL[:, -1].all()))
 
 
 def left_padded(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same prompts padded on the left, without position ids, which the model computes anew.
+    """The same prompts padded on the left, without position ids, which the model computes anew, and without labels.
 
     Args:
         batch: prompts padded on either side; pixels and grids are passed on as they are.
 
     Returns:
         The batch, its rows ending in the last column. What is masked holds the id 0.
+
+    Raises:
+        ValueError: a key that no family is known to have holds one value per token.
 
     Example:
         >>> import torch
@@ -120,67 +249,81 @@ def left_padded(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         tensor([[5, 6],
                 [0, 7]])
     """
-    kept = {name: value for name, value in batch.items() if name not in (*_PER_TOKEN, *_POSITIONS)}
-    return {**_compact(batch, _real(batch), left=True), **kept}
+    shape = batch["input_ids"].shape
+    moved = {key: batch[key] for key in batch.keys() & {"input_ids", "attention_mask", *PER_TOKEN}}
+    kept = {key: value for key, value in batch.items() if key not in moved and key not in _DROPPED}
+    for key, value in kept.items():
+        if isinstance(value, Tensor) and value.shape[:2] == shape:
+            raise ValueError(
+                f"{key!r} has the shape {tuple(value.shape)}, a value for each of {tuple(shape)} tokens, and it is not "
+                "known how it goes on over a response: leave it out of the batch, or name it in the per_token of the "
+                "model's entry in families.FAMILIES"
+            )
+    return {**_compact(moved, _real(batch), left=True), **kept}
 
 
-def append_response(batch: Mapping[str, Tensor], response_BT: Tensor, mask_BT: Tensor) -> dict[str, Tensor]:
+def append_response(batch: Mapping[str, Tensor], responses: Rollout, config: Any) -> dict[str, Tensor]:
     """The prompts of ``batch``, either view, each followed by its response in the last ``T`` columns.
 
     Right-padded prompts are padded on the left first, so that no padding stands between a prompt and its response.
 
     Args:
         batch: prompts, padded on either side.
-        response_BT: (B, T) int64 response ids; those outside the mask are not read and become 0.
-        mask_BT: (B, T) bool, True for the tokens of the response.
+        responses: what follows them. All of ``mask_BT`` is attended, scored or not.
+        config: the model's configuration: families differ in the token types of a response.
 
     Returns:
-        A batch of L + T columns: ids, mask and token types extended, pixels as they were, no position ids.
+        A batch of L + T columns: ids, mask and what else there is per token extended, pixels as they were, no position
+        ids. Ids outside of ``mask_BT`` are 0.
 
     Raises:
-        ValueError: the shapes do not fit each other.
+        ValueError: there are not as many responses as prompts; the model is an encoder-decoder; as ``left_padded``.
 
     Example:
         >>> import torch
-        >>> from steer_optim.vlm.prompts import append_response
+        >>> from types import SimpleNamespace
+        >>> from steer_optim.vlm.prompts import Rollout, append_response
+        >>> config = SimpleNamespace(image_token_id=2)
         >>> batch = {"input_ids": torch.tensor([[5, 6, 7], [8, 0, 0]])}
         >>> batch["attention_mask"] = torch.tensor([[1, 1, 1], [1, 0, 0]])
-        >>> response_BT, mask_BT = torch.tensor([[3, 4], [9, 1]]), torch.ones(2, 2, dtype=torch.bool)
-        >>> append_response(batch, response_BT, mask_BT)["input_ids"]
+        >>> append_response(batch, Rollout.of([[3, 4], [9, 1]], config=config), config)["input_ids"]
         tensor([[5, 6, 7, 3, 4],
                 [0, 0, 8, 9, 1]])
     """
-    if response_BT.ndim != 2 or response_BT.shape != mask_BT.shape or len(response_BT) != len(batch["input_ids"]):
-        raise ValueError(
-            f"responses and their mask are (B, T) with B = {len(batch['input_ids'])} prompts; got "
-            f"{tuple(response_BT.shape)} and {tuple(mask_BT.shape)}"
-        )
-    view = left_padded(batch)
-    tail = {"input_ids": response_BT.masked_fill(~mask_BT, 0), "attention_mask": mask_BT}
-    for name in view.keys() & _PER_TOKEN:
-        tail_BT = tail.get(name, torch.zeros_like(response_BT))
-        view[name] = torch.cat([view[name], tail_BT.to(view[name])], dim=1)
+    refuse(config)
+    (B, T), prompts = responses.response_BT.shape, len(batch["input_ids"])
+    if B != prompts:
+        raise ValueError(f"there are {B} responses to {prompts} prompts; they go together row by row")
+    view, per_token = left_padded(batch), family_of(config).per_token
+    tail = {"input_ids": responses.response_BT.where(responses.mask_BT, 0), "attention_mask": responses.mask_BT}
+    for key in view.keys() & {*tail, *PER_TOKEN}:
+        last = view[key][:, -1:].expand(-1, T, *view[key].shape[2:])
+        fill = per_token.get(key, 0)
+        columns = tail.get(key, last if fill is None else torch.full_like(last, fill))
+        view[key] = torch.cat([view[key], columns.to(view[key])], dim=1)
     return view
 
 
-def check_responses(views: Mapping[str, Mapping[str, Tensor]], response_BT: Tensor, mask_BT: Tensor) -> None:
+def check_responses(views: Mapping[str, Mapping[str, Tensor]], responses: Rollout) -> None:
     """Checks that the last ``T`` columns of every view hold the same response; reads from the device.
 
     Args:
         views: batches by name, as ``append_response`` gives them.
-        response_BT: (B, T) int64, the response that all of them should end in.
-        mask_BT: (B, T) bool, its tokens.
+        responses: what all of them should end in.
 
     Raises:
         ValueError: a view, named in the message, ends in other labels or in another mask.
 
     Example:
         >>> import torch
-        >>> from steer_optim.vlm.prompts import append_response, check_responses
-        >>> response_BT, mask_BT = torch.tensor([[3, 4]]), torch.tensor([[True, True]])
-        >>> view = append_response({"input_ids": torch.tensor([[5, 6]])}, response_BT, mask_BT)
-        >>> check_responses({"student": view, "student_text": view}, response_BT, mask_BT)
+        >>> from types import SimpleNamespace
+        >>> from steer_optim.vlm.prompts import Rollout, append_response, check_responses
+        >>> config = SimpleNamespace(image_token_id=2)
+        >>> responses = Rollout.of([[3, 4]], config=config)
+        >>> view = append_response({"input_ids": torch.tensor([[5, 6]])}, responses, config)
+        >>> check_responses({"student": view, "student_text": view}, responses)
     """
+    response_BT, mask_BT = responses.response_BT, responses.mask_BT
     B, T = response_BT.shape
     for name, view in views.items():
         shape = tuple(view["input_ids"].shape)
@@ -197,14 +340,31 @@ def check_responses(views: Mapping[str, Mapping[str, Tensor]], response_BT: Tens
             )
 
 
-def _named(config: Any, *names: str) -> set[int]:
-    return {value for name in names if (value := getattr(config, name, None)) is not None}
+def _without_media(content: Any) -> Any:
+    return content if isinstance(content, str | None) else [part for part in content if part["type"] not in _MEDIA]
 
 
-def _bare_images(config: Any) -> bool:
-    """Whether the processor writes placeholders and nothing around them: LLaVA, but for its Pixtral variant."""
-    tower = getattr(getattr(config, "vision_config", None), "model_type", None)
-    return getattr(config, "model_type", None) == "llava" and tower != "pixtral"
+def _rendered(processor: Any, messages: Sequence[Any], hint: str, template_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    options: dict[str, Any] = {"padding": True, "return_tensors": "pt"}
+    apply = processor.apply_chat_template
+    # Older versions of transformers take the processor's options among the template's.
+    if "processor_kwargs" in inspect.signature(apply).parameters:
+        options = {"processor_kwargs": options}
+    options |= {"tokenize": True, "return_dict": True, "add_generation_prompt": True, **template_kwargs}
+    try:
+        return left_padded(apply(list(messages), **options))
+    except Exception as error:
+        _name_row(lambda row: apply([row], **options), messages, hint, error)
+
+
+def _name_row(render_one: Any, messages: Sequence[Any], hint: str, error: Exception) -> NoReturn:
+    """The error of the first conversation that fails by itself, in place of that of the batch."""
+    for number, row in enumerate(messages):
+        try:
+            render_one(row)
+        except Exception as reason:  # noqa: PERF203
+            raise ValueError(f"the processor cannot render conversation {number}{hint}: {reason}") from reason
+    raise error
 
 
 def _real(batch: Mapping[str, Tensor]) -> Tensor:
@@ -212,27 +372,17 @@ def _real(batch: Mapping[str, Tensor]) -> Tensor:
     return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask_BL is None else mask_BL.bool()
 
 
-def _isin(ids_BL: Tensor, ids: set[int]) -> Tensor:
-    return torch.isin(ids_BL, torch.tensor(sorted(ids), device=ids_BL.device))
+def _first(where: Tensor) -> int:
+    """The first index along the first dimension."""
+    return int(where.nonzero()[0, 0])
 
 
-def _first(rows_B: Tensor) -> int:
-    return int(rows_B.nonzero()[0])
-
-
-def _opened(image_BL: Tensor, drop_BL: Tensor) -> Tensor:
-    """Where the last token of an image, up to here, is a placeholder: the token that closes it is still to come."""
-    columns_BL = torch.arange(drop_BL.shape[1], device=drop_BL.device).expand_as(drop_BL)
-    last_BL = columns_BL.where(drop_BL, -1).cummax(dim=1).values
-    return (last_BL >= 0) & image_BL.gather(1, last_BL.clamp(min=0))
-
-
-def _without_gemma3_newlines(ids_BL: Tensor, drop_BL: Tensor) -> tuple[Tensor, Tensor]:
+def _without_newlines(ids_BL: Tensor, drop_BL: Tensor, newline_ids: range) -> tuple[Tensor, Tensor]:
     """Takes two newlines from the token before an image and two from the one after it."""
     before_BL = nn.functional.pad(drop_BL[:, 1:], (0, 1))
     after_BL = nn.functional.pad(drop_BL[:, :-1], (1, 0))
-    first = _GEMMA3_NEWLINES.start
-    newlines_BL = (ids_BL - first + 1).where((ids_BL >= first) & (ids_BL < _GEMMA3_NEWLINES.stop) & ~drop_BL, 0)
+    first = newline_ids.start
+    newlines_BL = (ids_BL - first + 1).where((ids_BL >= first) & (ids_BL < newline_ids.stop) & ~drop_BL, 0)
     left_BL = (newlines_BL - 2 * before_BL.long() - 2 * after_BL.long()).clamp(min=0)
     return ids_BL.where(newlines_BL == 0, left_BL + first - 1), drop_BL | ((newlines_BL > 0) & (left_BL == 0))
 
@@ -243,5 +393,8 @@ def _compact(batch: Mapping[str, Tensor], keep_BL: Tensor, *, left: bool) -> dic
     order_BL = keep_BL.long().argsort(dim=1, stable=True, descending=not left)
     order_BL = order_BL[:, order_BL.shape[1] - width :] if left else order_BL[:, :width]
     real_BL = keep_BL.gather(1, order_BL)
-    compact = {name: batch[name].gather(1, order_BL) * real_BL for name in _PER_TOKEN if name in batch}
+    rows_B1 = torch.arange(len(keep_BL), device=keep_BL.device)[:, None]
+    compact = {key: value[rows_B1, order_BL] for key, value in batch.items()}
+    for value in compact.values():
+        value[~real_BL] = 0
     return {**compact, "attention_mask": real_BL.to(batch.get("attention_mask", order_BL).dtype)}

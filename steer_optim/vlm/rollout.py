@@ -10,27 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from steer_optim.vlm.families import image_ids, refuse
 from steer_optim.vlm.forward import overridden
-from steer_optim.vlm.prompts import image_ids, left_padded
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """The responses to ``B`` prompts.
-
-    Attributes:
-        response_BT: int64 ids, padded on the right.
-        mask_BT: bool, True for the tokens of a response, its end-of-sequence token included.
-    """
-
-    response_BT: Tensor
-    mask_BT: Tensor
+from steer_optim.vlm.prompts import Rollout, left_padded
 
 
 def rollout(
@@ -86,6 +73,7 @@ def rollout(
             "a rollout needs max_new_tokens >= 1, temperature >= 0 and 0 < top_p <= 1; got "
             f"{max_new_tokens}, {temperature} and {top_p}"
         )
+    refuse(model.config)
     defaults = model.generation_config
     eos = sorted(_ids(defaults.eos_token_id) if eos_ids is None else set(eos_ids))
     pad = pad_id if pad_id is not None else defaults.pad_token_id

@@ -1,0 +1,188 @@
+"""Everything that is known by model type, as data: how an image stands in a prompt, and what a prompt has per token.
+
+Most configs name the ids themselves, under the names listed first; a family whose config says it all needs no entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+_PLACEHOLDERS = ("image_token", "video_token", "audio_token", "image_patch")
+_OPENING = (
+    *("vision_start_token", "image_start_token", "video_start_token", "audio_start_token", "frame_start_token"),
+    *("low_res_image_start_token", "image_bos_token", "audio_bos_token", "boi_token", "boa_token"),
+    *("start_image_token", "start_of_img_token", "img_start_token"),
+)
+_CLOSING = (
+    *("vision_end_token", "image_end_token", "video_end_token", "audio_end_token", "frame_end_token"),
+    *("eoi_token", "eoa_token", "end_image_token", "end_of_img_token", "img_end_token"),
+    *("image_break_token", "visual_indicator_token"),
+)
+_AROUND = ("fake_image_token",)
+
+
+@dataclass(frozen=True)
+class Family:
+    """What is known of a model type beyond the ids that its config names.
+
+    Attributes:
+        opening: tokens before an image that only the tokenizer knows.
+        closing: tokens after an image, or after a part of it, that only the tokenizer knows.
+        around: tokens that stand on both sides of every part of an image.
+        bare: placeholders may stand without any token after them.
+        newlines: ids of one newline, two, ...: the processor writes two on either side of an image, and the tokenizer
+            merges them with those of the text.
+        per_token: what a response token gets in a key that has a value per token; None for what the last prompt token
+            has. Keys with None are about images only, so that the view without images lacks them.
+        refused: the reason why the model cannot read a prompt followed by a response.
+    """
+
+    opening: tuple[str, ...] = ()
+    closing: tuple[str, ...] = ()
+    around: tuple[str, ...] = ()
+    bare: bool = False
+    newlines: range = range(0)
+    per_token: Mapping[str, int | None] = field(default_factory=dict)
+    refused: str = ""
+
+
+_FAKE = Family(around=("<fake_token_around_image>",))
+_GEMMA = Family(newlines=range(107, 138))
+_PIXTRAL = Family(closing=("[IMG_BREAK]", "[IMG_END]"))
+_INTERN = Family(opening=("<img>",), closing=("</img>",))
+_COHERE = Family(opening=("<|START_OF_IMG|>",), closing=("<|END_OF_IMG|>",))
+_BARE = Family(bare=True)
+_DEFAULT = Family(per_token={"token_type_ids": 0, "mm_token_type_ids": 0})
+
+# By model type, or by model type and that of the vision tower.
+FAMILIES = {
+    "aria": Family(opening=("<fim_prefix>",), closing=("<fim_suffix>",)),
+    "aya_vision": _COHERE,
+    "cohere2_vision": _COHERE,
+    "deepseek_vl": _BARE,
+    "deepseek_vl_hybrid": _BARE,
+    "diffusion_gemma": Family(refused="it writes blocks of tokens at once and has no next token to predict"),
+    "emu3": Family(opening=("<|image start|>",), closing=("<|image end|>",)),
+    "ernie4_5_vl_moe": Family(per_token={"moe_mm_token_type_ids": 0}),
+    "fast_vlm": _BARE,
+    "gemma3": _GEMMA,
+    "gemma3n": _GEMMA,
+    "granite4_vision": _BARE,
+    "idefics2": _FAKE,
+    "idefics3": _FAKE,
+    "internvl": _INTERN,
+    "janus": Family(opening=("<begin_of_image>",), closing=("<end_of_image>",)),
+    "lfm2_vl": Family(opening=("<|image_start|>",), closing=("<|image_end|>",)),
+    "llava": _BARE,
+    "llava/pixtral": _PIXTRAL,
+    "llava_next": _BARE,
+    "llava_next_video": _BARE,
+    "llava_onevision": _BARE,
+    "mistral3": _PIXTRAL,
+    "mllama": Family(bare=True, per_token={"cross_attention_mask": None}),
+    "paligemma": Family(bare=True, per_token={"token_type_ids": 1}),
+    "perception_lm": _BARE,
+    "qianfan_ocr": _INTERN,
+    "qwen2_5_omni_thinker": Family(opening=("<|vision_bos|>",), closing=("<|vision_eos|>",)),
+    "qwen3_omni_moe_thinker": Family(
+        opening=("<|vision_start|>", "<|audio_start|>"), closing=("<|vision_end|>", "<|audio_end|>")
+    ),
+    "shieldgemma2": _GEMMA,
+    "smolvlm": _FAKE,
+    "t5gemma2": _GEMMA,
+    "video_llava": _BARE,
+    "vipllava": _BARE,
+}
+# Every name of a per-token key, whatever the family.
+PER_TOKEN = {key for family in (_DEFAULT, *FAMILIES.values()) for key in family.per_token}
+
+
+def family_of(config: Any) -> Family:
+    """The entry of a model, by its config; an empty one where its config has to say everything.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> from steer_optim.vlm.families import family_of
+        >>> family_of(SimpleNamespace(model_type="paligemma")).per_token
+        {'token_type_ids': 1}
+    """
+    model_type, tower = type_of(config), getattr(config, "vision_config", None)
+    tower_type = getattr(tower, "model_type", None)
+    return FAMILIES.get(f"{model_type}/{tower_type}") or FAMILIES.get(model_type) or _DEFAULT
+
+
+def type_of(config: Any) -> str:
+    """The model type, as messages name it."""
+    return getattr(config, "model_type", None) or type(config).__name__
+
+
+def refuse(config: Any) -> None:
+    """Raise where a response cannot follow the prompt in the same columns.
+
+    Raises:
+        ValueError: the model is an encoder-decoder, or its family is refused.
+    """
+    reason = family_of(config).refused
+    if getattr(config, "is_encoder_decoder", False):
+        reason = "it is an encoder-decoder, whose prompt and response are two inputs"
+    if reason:
+        raise ValueError(f"{type_of(config)!r} cannot be distilled on responses that follow their prompts: {reason}")
+
+
+def roles(config: Any, tokenizer: Any = None) -> dict[int, str]:
+    """What ids stand for: ``p`` a placeholder, ``o`` and ``c`` a token that opens or closes an image, ``b`` one that
+    stands on both sides.
+
+    Args:
+        config: the model's configuration.
+        tokenizer: its tokenizer or processor, for tokens that the config does not name.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> from steer_optim.vlm.families import roles
+        >>> roles(SimpleNamespace(image_token_id=7, vision_start_token_id=6, vision_end_token_id=8))
+        {6: 'o', 8: 'c', 7: 'p'}
+    """
+    family, found = family_of(config), {}
+    names = {"o": (_OPENING, family.opening), "c": (_CLOSING, family.closing), "b": (_AROUND, family.around)}
+    for role, (attributes, tokens) in names.items():
+        found.update(dict.fromkeys(_looked_up(tokenizer, attributes, tokens), role))
+    for role, attributes in {"o": _OPENING, "c": _CLOSING, "p": _PLACEHOLDERS}.items():
+        found.update(dict.fromkeys(_named(config, attributes), role))
+    return found
+
+
+def image_ids(config: Any) -> set[int]:
+    """The ids that ``config`` names as standing for images, videos and audio: placeholders, and the tokens around them.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> from steer_optim.vlm.families import image_ids
+        >>> sorted(image_ids(SimpleNamespace(image_token_id=7, vision_start_token_id=6, vision_end_token_id=8)))
+        [6, 7, 8]
+    """
+    return set(roles(config))
+
+
+def placeholder_ids(config: Any) -> set[int]:
+    """The ids in whose place the model puts the features of images, videos and audio."""
+    return set(_named(config, _PLACEHOLDERS))
+
+
+def _named(config: Any, names: tuple[str, ...]) -> list[int]:
+    values = [getattr(config, f"{name}_{end}", None) for name in names for end in ("id", "index", "ids")]
+    return [
+        one for value in values if value is not None for one in (value if isinstance(value, (list, tuple)) else [value])
+    ]
+
+
+def _looked_up(tokenizer: Any, attributes: tuple[str, ...], tokens: tuple[str, ...]) -> list[int]:
+    """The ids of tokens, some by the name of the tokenizer's or processor's attribute; those it lacks are left out."""
+    if tokenizer is None:
+        return []
+    inner = getattr(tokenizer, "tokenizer", tokenizer)
+    texts = [getattr(owner, name, None) for owner in (tokenizer, inner) for name in attributes] + list(tokens)
+    vocabulary = inner.get_vocab()
+    return [vocabulary[str(text)] for text in texts if text is not None and str(text) in vocabulary]
