@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, replace
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 from steer_optim.rules import VGS, Rule, Steer, Sum
 from steer_optim.vlm.divergences import TERMS, Term, View, check_floor, check_temperature
 from steer_optim.vlm.engine import check_chunk_size, weighted_sums
-from steer_optim.vlm.gate import adaptive_strength, check_quantile, select_rows, visual_dependency, visual_tokens
+from steer_optim.vlm.gate import adaptive_strength, check_quantile, select_rows, visual_tokens
 
 Prior = Literal["live", "frozen"]
 Reduction = Literal["token", "sequence"]
@@ -81,7 +82,9 @@ DECOMPOSITIONS: dict[str, Decomposition] = {
     "vgs": Decomposition(_VGS, VGS),
     "vgs-unscaled": Decomposition({**_VGS, "vis": replace(_VIS, factor="gamma")}, _sum),
     "exact": Decomposition({"lang": replace(_STD, less="vis"), "vis": _VIS}, _towards_vision),
-    "tokens": Decomposition({"lang": replace(_STD, tokens="rest"), "vis": replace(_STD, tokens="visual")}, _towards_vision),
+    "tokens": Decomposition(
+        {"lang": replace(_STD, tokens="rest"), "vis": replace(_STD, tokens="visual")}, _towards_vision
+    ),
     "language": Decomposition({**_LANGUAGE, "vp": Component(TERMS["vp"], "visual", factor="lam")}, _towards_language),
     "language-image": Decomposition(
         {**_LANGUAGE, "vp": Component(TERMS["vis"], "visual", factor="lam")}, _towards_language
@@ -118,9 +121,9 @@ class DecomposedDistillation:
     the prior in ``q*`` is that of the student as it was, so that steering keeps the student's language
     (docs/evidence.md). ``vgs`` is the paper's.
 
-    ``lp`` (language preservation) is ``lam * KL(p_tx || q_tx)`` and ``vp`` (vision preservation) ``lam * KL(p_tx || q*)``
-    as Eq. 21 is printed, or ``lam * KL(p || q*)``, as the text around it can be read; all on the most visual tokens
-    only. As printed, ``vp`` teaches the view without the image to guess it.
+    ``lp`` (language preservation) is ``lam * KL(p_tx || q_tx)``, on the most visual tokens only. So is ``vp`` (vision
+    preservation): ``lam * KL(p_tx || q*)`` as Eq. 21 is printed, which teaches the view without the image to guess it,
+    or ``lam * KL(p || q*)``, as the text around the equation can be read.
 
     Unsteered, the sum of ``exact`` and that of ``tokens`` is standard distillation. ``tokens`` needs no text-only pass
     of the student and no ``q*``: steered with ``gain=gamma`` it is plain reweighting of the visual tokens.
@@ -165,11 +168,11 @@ class DecomposedDistillation:
         >>> vds_BT = visual_dependency(views["teacher"], views["teacher_text"], mask_BT)
         >>> gate_BT = visual_tokens(vds_BT, mask_BT, quantile=method.quantile)
         >>> whole = method(views, mask_BT, count=count, gate_BT=gate_BT)
-        >>> parts = [
-        ...     method({n: x[i : i + 1] for n, x in views.items()}, mask_BT[i : i + 1], count=count, gate_BT=gate_BT[i : i + 1])
-        ...     for i in (0, 1)
-        ... ]
-        >>> {name: torch.allclose(whole[name], parts[0][name] + parts[1][name]) for name in whole}
+        >>> def part(i):
+        ...     mine = {name: view[i : i + 1] for name, view in views.items()}
+        ...     return method(mine, mask_BT[i : i + 1], count=count, gate_BT=gate_BT[i : i + 1])
+        >>> first, second = part(0), part(1)
+        >>> {name: torch.allclose(whole[name], first[name] + second[name]) for name in whole}
         {'std': True, 'vis': True, 'lp': True}
         >>> method.rule()
         VGS(gamma=2.0, toward='vis')
@@ -356,46 +359,36 @@ class DecomposedDistillation:
             parts[name] = part
         return parts
 
-    def _components(
-        self, rows: Mapping[str, View], mask_BT: Tensor, given: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def _components(self, rows: Mapping[str, View], mask_BT: Tensor, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The components as sums over tokens, which the count turns into means."""
         parts, every = self._parts, mask_BT[mask_BT]
         weight_N = given.get("weight_BT", torch.ones_like(every, dtype=torch.float64))
         if self.reduction == "sequence":
             weight_N = weight_N / mask_BT.sum(dim=-1, keepdim=True).expand_as(mask_BT)[mask_BT]
-        selected = {part.tokens for part in parts.values()}
-        gate_N, strength_N = given.get("gate_BT"), given.get("strength_BT")
-        if (gate_N is None and selected & {"visual", "rest"}) or (strength_N is None and "graded" in selected):
-            teacher = [rows[name][None] for name in ("teacher", "teacher_text")]
-            vds_N = visual_dependency(*teacher, every[None], temperature=self.temperature)[0]
-            gate_N = visual_tokens(vds_N, every, quantile=self.quantile) if gate_N is None else gate_N
-            if strength_N is None:
-                strength_N = adaptive_strength(vds_N, every)
+        losses_of = partial(
+            weighted_sums, temperature=self.temperature, chunk_size=self.chunk_size, compile=self.compile
+        )
+        gate_N, strength_N = given.get("gate_BT", every), given.get("strength_BT", every)
+        gated = any(part.tokens in ("visual", "rest") for part in parts.values())
+        if (gated and gate_N is every) or (self.adaptive and strength_N is every):
+            vds_N = losses_of(rows, {"vds": TERMS["vds"]}, None)[1]["vds"]
+            gate_N = visual_tokens(vds_N, every, quantile=self.quantile) if gate_N is every else gate_N
+            strength_N = adaptive_strength(vds_N, every) if strength_N is every else strength_N
         totals: dict[str, Tensor] = {}
         # Tokens that are not selected meet no head.
         for tokens in ("all", "visual", "rest"):
             mine = {n: p for n, p in parts.items() if p.tokens == tokens or (tokens == "all" and p.tokens == "graded")}
             if not mine:
                 continue
-            where = None if tokens == "all" else gate_N if tokens == "visual" else ~gate_N
-            kept = {name: x if where is None else x[where] for name, x in rows.items()}
+            where = {"all": every, "visual": gate_N, "rest": ~gate_N}[tokens]
+            kept = {name: x if where is every else x[where] for name, x in rows.items()}
             if self.prior == "live" and "student_text" in kept:
                 kept["prior"] = kept["student_text"]
-            weights = {}
+            terms, weights = {name: part.term for name, part in mine.items()}, {}
             for name, part in mine.items():
-                factor = 1.0 if part.factor is None else getattr(self, part.factor)
-                weight = weight_N * strength_N if part.tokens == "graded" else weight_N
-                weights[name] = factor * (weight if where is None else weight[where])
-            sums, _ = weighted_sums(
-                kept,
-                {name: part.term for name, part in mine.items()},
-                weights,
-                temperature=self.temperature,
-                floor=self.floor,
-                chunk_size=self.chunk_size,
-                compile=self.compile,
-            )
+                graded_N = weight_N * strength_N if part.tokens == "graded" else weight_N
+                weights[name] = (getattr(self, part.factor) if part.factor else 1.0) * graded_N[where]
+            sums, _ = losses_of(kept, terms, weights, floor=self.floor)
             totals |= sums
         return {name: totals[name] - totals[part.less] if part.less else totals[name] for name, part in parts.items()}
 

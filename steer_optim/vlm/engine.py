@@ -99,7 +99,7 @@ def weighted_sums(
     rows = _rows(views, temperature, dtype)
     servers = {name: view for name, view in views.items() if isinstance(view, TopLogProbs)}
     bins_NK = {name: view.bins().to(dtype) for name, view in servers.items()}
-    ids_Nk = {"ids": view.ids_BTk for view in servers.values()}
+    ids_Nk = dict(zip(("ids",), (view.ids_BTk for view in servers.values()), strict=False))
     weights_N = {loss: w.detach().to(dtype) for loss, w in (weights or {}).items()}
     inputs = {loss: [x for of, view in pulls if of == loss for x in rows[view].inputs] for loss in weights_N}
     gradients = {loss: Gradients(reached, dtype) for loss, reached in inputs.items()}

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from steer_optim.vlm.distillation import DecomposedDistillation
 from steer_optim.vlm.heads import Head, HiddenStates, output_embeddings
-from steer_optim.vlm.prompts import Views, Rollout, append_response
+from steer_optim.vlm.prompts import Rollout, Views, append_response
 
 # By model, what the heads consist of whose row was compared.
 _COMPARED: weakref.WeakKeyDictionary[nn.Module, set[tuple[object, ...]]] = weakref.WeakKeyDictionary()
@@ -62,7 +62,8 @@ def response_states(
     """The twin of :func:`response_logits` that stops before the head: what the head would take, and the head.
 
     The pass is the model's own, whose head is handed one row, so that no logits are held. In the first pass of a
-    model, what it makes of that row is compared with what :class:`Head` does. In ``torch.no_grad`` neither the states nor the head have gradients: a loss of them would reach the head alone.
+    model, what it makes of that row is compared with what :class:`Head` does. In ``torch.no_grad`` neither the states
+    nor the head have gradients: a loss of them would reach the head alone.
 
     Args:
         model: a transformers model, or a wrapper that passes keywords on, with a head that :meth:`Head.of` reads.
@@ -186,26 +187,26 @@ def score(
     others = teacher_prompts or prompts
     batches = {"student": prompts.image, "student_text": prompts.text, "prior": prompts.text}
     batches |= {"teacher": others.image, "teacher_text": others.text}
-    switched_off = prior is None and hasattr(student, "disable_adapter")
-    if "prior" in method.views and prior is None and not switched_off:
+    without_adapter = getattr(student, "disable_adapter", None) if prior is None else None
+    if "prior" in method.views and prior is None and without_adapter is None:
         raise ValueError(
             "the method's prior is frozen: pass prior=copy.deepcopy(student), made before training; a student with "
             "PEFT adapters needs none, for they are switched off"
         )
-    frozen = student if switched_off else prior
-    models = {"student": student, "student_text": student, "prior": frozen, "teacher": teacher, "teacher_text": teacher}
-    for model in (teacher, prior):
-        if model is not None:
-            model.eval()
+    models = {"student": student, "student_text": student, "prior": prior or student}
+    models |= {"teacher": teacher, "teacher_text": teacher}
+    teacher.eval()
+    if prior is not None:
+        prior.eval()
     views: dict[str, Tensor | HiddenStates] = {}
     for name in method.views:
-        model: Any = models[name]
+        model = models[name]
         twin = views.get(name.removesuffix("_text"))
         trained = name == "student" or (name == "student_text" and method.trains_text)
         batch = append_response(batches[name], response, config)
         with (
             torch.set_grad_enabled(trained and torch.is_grad_enabled()),
-            model.disable_adapter() if name == "prior" and switched_off else nullcontext(),
+            without_adapter() if name == "prior" and callable(without_adapter) else nullcontext(),
         ):
             if hidden_states:
                 head = twin.head if isinstance(twin, HiddenStates) else None

@@ -84,7 +84,8 @@ def sampled_log_probs(
         >>> sampled_log_probs(torch.zeros(1, 2, 4), torch.tensor([[3, 9]]), mask_BT).exp()
         tensor([[0.2500, 1.0000]])
     """
-    rows = Rows(select_rows(mask_BT, view=view_BTV.detach())["view"], temperature)
+    select_rows(mask_BT, view=view_BTV)
+    rows = Rows(view_BTV.detach()[mask_BT], temperature)
     response_N, found = response_BT[mask_BT], []
     for part in chunks(rows, default_size(mask_BT.device)):
         log_p_CV = rows.logits(part).log_softmax(-1)

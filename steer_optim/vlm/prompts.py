@@ -292,7 +292,7 @@ def append_response(batch: Mapping[str, Tensor], responses: Rollout, config: Any
     """
     refuse(config)
     (B, T), prompts = responses.response_BT.shape, len(batch["input_ids"])
-    if B != prompts:
+    if prompts != B:
         raise ValueError(f"there are {B} responses to {prompts} prompts; they go together row by row")
     view, per_token = left_padded(batch), family_of(config).per_token
     tail = {"input_ids": responses.response_BT.where(responses.mask_BT, 0), "attention_mask": responses.mask_BT}

@@ -34,6 +34,11 @@ def random_states(B, T, V, *, seed=0, d=4, padded=0, kind="plain", dtype=torch.f
     return [*states[:2], *(x.detach() for x in states[2:])]
 
 
+def views_of(four):
+    """Views by name, those that are not None."""
+    return {name: view for name, view in zip(NAMES, four, strict=True) if view is not None}
+
+
 def inputs(states):
     head = states[0].head
     tensors = (head.weight_Vd, head.bias_V, head.lora_A_rd, head.lora_B_Vr)

@@ -2,10 +2,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from steer_optim.vlm.losses import token_losses
 
 from steer_optim import measure
 from steer_optim.vlm.analysis import angles_by_decile
-from steer_optim.vlm.losses import token_losses
 
 
 def batch(B=3, T=9, V=7, d=4, seed=0):

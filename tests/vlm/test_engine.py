@@ -3,21 +3,21 @@ import math
 
 import pytest
 import torch
-from hidden_states import EXACT, MASK, NAMES, assert_same, dense, gradients, random_states
+from hidden_states import EXACT, MASK, assert_same, dense, gradients, random_states, views_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from steer_optim.vlm.divergences import TERMS, token_losses
+from steer_optim.vlm.engine import weighted_sums
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from steer_optim.vlm import DecomposedDistillation, Head, HiddenStates, adaptive_strength, visual_dependency
-from steer_optim.vlm.chunked import ChunkedLosses
-from steer_optim.vlm.losses import EagerLosses
 
 METHODS = [
-    DecomposedDistillation(lam=0.5, chunk_size=3),
-    DecomposedDistillation(lam=0.0, adaptive=True, chunk_size=2),
-    DecomposedDistillation(lam=0.5, adaptive=True, detach_prior=False, temperature=2.0, chunk_size=4),
+    DecomposedDistillation("vgs", lam=0.5, chunk_size=3),
+    DecomposedDistillation("vgs", lam=0.0, adaptive=True, chunk_size=2),
+    DecomposedDistillation("vgs", lam=0.5, adaptive=True, detach_prior=False, temperature=2.0, chunk_size=4),
     DecomposedDistillation("standard", temperature=0.5, chunk_size=1),
     DecomposedDistillation("exact", floor=0.05, chunk_size=100),
     DecomposedDistillation("exact", adaptive=True, detach_prior=False, chunk_size=4),
@@ -32,7 +32,7 @@ every_method = pytest.mark.parametrize("method", METHODS, ids=repr)
 @pytest.mark.parametrize("kind", ["plain", "bias", "softcap", "lora", "everything"])
 def test_every_method_and_head_is_the_eager_one(method, kind):
     states = random_states(3, 4, 9, kind=kind, padded=2)
-    assert_same(method(*states, MASK), method(*dense(states), MASK), states, **EXACT)
+    assert_same(method(views_of(states), MASK), method(views_of(dense(states)), MASK), states, **EXACT)
 
 
 @settings(deadline=None)
@@ -53,7 +53,7 @@ def test_any_mask_chunk_and_vocabulary(method, mask, chunk_size, V, padded, seed
     strength_BT = torch.rand(mask_BT.shape, generator=generator) if method.adaptive else None
     given_too = {"count": 7.0, "gate_BT": gate_BT, "strength_BT": strength_BT}
     for options in ({}, given_too):
-        found, meant = method(*states, mask_BT, **options), method(*dense(states), mask_BT, **options)
+        found, meant = method(views_of(states), mask_BT, **options), method(views_of(dense(states)), mask_BT, **options)
         assert_same(found, meant, states, **EXACT)
 
 
@@ -62,7 +62,7 @@ def test_a_teacher_that_is_logits(padded):
     states = random_states(3, 4, 9, padded=padded)
     logits = [x.logits() for x in states[2:]]
     for method in METHODS:
-        assert_same(method(*states[:2], *logits, MASK), method(*dense(states), MASK), states, **EXACT)
+        assert_same(method(views_of([*states[:2], *logits]), MASK), method(views_of(dense(states)), MASK), states, **EXACT)
 
 
 def test_every_loss_at_once_and_the_scores():
@@ -82,8 +82,8 @@ def test_every_loss_at_once_and_the_scores():
 
 def test_backward_passes_compose():
     states = random_states(3, 4, 9, kind="everything")
-    method = DecomposedDistillation(lam=0.5, detach_prior=False, chunk_size=4)
-    found, meant = (method(*x, MASK) for x in (states, dense(states)))
+    method = DecomposedDistillation("vgs", lam=0.5, detach_prior=False, chunk_size=4)
+    found, meant = (method(views_of(x), MASK) for x in (states, dense(states)))
 
     def weighed(components):
         return 3 * components["std"] - components["vis"] ** 2 + 0 * components["lp"]
@@ -109,7 +109,7 @@ def test_backward_passes_compose():
 
 def test_differentiating_twice_is_refused():
     states = random_states(3, 4, 9)
-    std = DecomposedDistillation("standard")(states[0], None, states[2], None, MASK)["std"]
+    std = DecomposedDistillation("standard")(views_of(states), MASK)["std"]
     (gradient,) = torch.autograd.grad(std, [states[0].hidden_BTd], create_graph=True)
     with pytest.raises(RuntimeError, match="first derivatives only"):
         gradient.sum().backward()
@@ -120,7 +120,7 @@ def test_gradients_of_tied_weights_add_up():
     teacher = random_states(3, 4, 9)[2].logits()
     states = HiddenStates(torch.nn.functional.embedding(ids_BT, weight), Head(weight))
     method = DecomposedDistillation("standard", chunk_size=4)
-    losses = (method(x, None, teacher, None, MASK)["std"] for x in (states, states.logits()))
+    losses = (method({"student": x, "teacher": teacher}, MASK)["std"] for x in (states, states.logits()))
     found, meant = (torch.autograd.grad(loss, [weight], retain_graph=True)[0] for loss in losses)
     assert_close(found, meant, **EXACT)
 
@@ -144,14 +144,14 @@ class Largest(TorchDispatchMode):
 
 def measured(method, states, mask_BT, **options):
     with Largest() as largest:
-        sum(method(*states, mask_BT, **options).values()).backward()
+        sum(method(views_of(states), mask_BT, **options).values()).backward()
     return largest
 
 
 @pytest.mark.parametrize("detach_prior", [True, False])
 @pytest.mark.parametrize("frozen", [True, False])
 def test_no_tensor_grows_with_rows_times_vocabulary(frozen, detach_prior):
-    method = DecomposedDistillation(lam=0.5, adaptive=True, detach_prior=detach_prior, chunk_size=8)
+    method = DecomposedDistillation("vgs", lam=0.5, adaptive=True, detach_prior=detach_prior, chunk_size=8)
     V, d = 50, 16
     for N in (16, 64):
         states = random_states(N // 8, 8, V, d=d)
@@ -165,7 +165,7 @@ def test_no_tensor_grows_with_rows_times_vocabulary(frozen, detach_prior):
 
 def test_the_head_meets_gated_rows_only_and_none_without_weight():
     mask_BT, gate_BT = torch.ones(3, 4, dtype=torch.bool), torch.zeros(3, 4, dtype=torch.bool)
-    method = DecomposedDistillation(lam=0.5, chunk_size=4)
+    method = DecomposedDistillation("vgs", lam=0.5, chunk_size=4)
 
     def products(method, gated):
         gate_BT.view(-1)[:gated], gate_BT.view(-1)[gated:] = True, False
@@ -188,16 +188,16 @@ def test_a_head_in_half_precision_is_cast_once_for_all_views_and_chunks():
             return func(*args, **(kwargs or {}))
 
     with Casts():
-        DecomposedDistillation(lam=0.0, chunk_size=4)(*states, MASK)
+        DecomposedDistillation("vgs", lam=0.0, chunk_size=4)(*states, MASK)
     assert Casts.heads == 2  # the student's and the teacher's
 
 
 def test_nothing_is_precomputed_without_gradients():
-    states, method = random_states(3, 4, 9), DecomposedDistillation(lam=0.5, chunk_size=4)
+    states, method = random_states(3, 4, 9), DecomposedDistillation("vgs", lam=0.5, chunk_size=4)
     with torch.no_grad(), Largest() as without:
-        components = method(*states, MASK)
+        components = method(views_of(states), MASK)
     assert not any(x.requires_grad for x in components.values())
-    assert_close(components, {k: x.detach() for k, x in method(*states, MASK).items()}, rtol=0, atol=0)
+    assert_close(components, {k: x.detach() for k, x in method(views_of(states), MASK).items()}, rtol=0, atol=0)
     assert without.products < measured(method, states, MASK).products
 
 
@@ -206,8 +206,8 @@ def test_nothing_is_precomputed_without_gradients():
 def test_without_a_token_losses_and_gradients_are_zero(method, B):
     states, mask_BT = random_states(B, 4, 5, kind="everything"), torch.zeros(B, 4, dtype=torch.bool)
     full = random_states(1, 1, 5, kind="everything")
-    meant = method(*full, torch.ones(1, 1, dtype=torch.bool))
-    for name, loss in method(*states, mask_BT).items():
+    meant = method(views_of(full), torch.ones(1, 1, dtype=torch.bool))
+    for name, loss in method(views_of(states), mask_BT).items():
         assert loss.item() == 0
         found = gradients(loss, states)
         assert [g is None for g in found] == [g is None for g in gradients(meant[name], full)]
@@ -219,7 +219,7 @@ def test_rows_that_the_mask_drops_may_hold_anything(method):
     clean, poisoned = random_states(3, 4, 5), random_states(3, 4, 5)
     for x, filler in zip(poisoned, (math.nan, math.inf, -math.inf, math.nan), strict=True):
         x.hidden_BTd.data[~MASK] = filler
-    meant, found = method(*clean, MASK), method(*poisoned, MASK)
+    meant, found = method(views_of(clean), MASK), method(views_of(poisoned), MASK)
     for name, loss in found.items():
         assert torch.equal(loss, meant[name])
         for x, y in zip(gradients(loss, poisoned), gradients(meant[name], clean), strict=True):
@@ -234,25 +234,25 @@ def test_logits_that_are_not_finite_are_refused_by_name(wrong, value):
         states[i].hidden_BTd.data[1, 1, 0] = value
     names = ", ".join(NAMES[i] for i in wrong)
     with pytest.raises(ValueError, match=rf"found NaN or infinity in {names}\."):
-        DecomposedDistillation("language", lam=0.3, chunk_size=4)(*[states[i] for i in range(4)], MASK)
+        DecomposedDistillation("language", lam=0.3, chunk_size=4)(views_of(states), MASK)
 
 
 def test_visual_dependency_of_hidden_states():
     states = random_states(3, 4, 9)[2:]
     states[0].hidden_BTd[~MASK] = math.nan
-    vds_BT = visual_dependency(*states, MASK, temperature=2.0)
+    vds_BT = visual_dependency(views_of(states), MASK, temperature=2.0)
     clean = [x.nan_to_num() for x in dense(states)]
-    assert_close(vds_BT, visual_dependency(*clean, MASK, temperature=2.0), **EXACT)
+    assert_close(vds_BT, visual_dependency(views_of(clean), MASK, temperature=2.0), **EXACT)
     assert adaptive_strength(vds_BT, MASK).any()
 
 
 def test_views_that_do_not_fit_are_refused_by_name():
     states, other = random_states(3, 4, 9), random_states(3, 4, 9)
-    method, logits = DecomposedDistillation(), dense(states)
+    method, logits = DecomposedDistillation("vgs"), dense(states)
 
     def refuse(match, *views, mask_BT=MASK):
         with pytest.raises(ValueError, match=match):
-            method(*views, mask_BT)
+            method(views_of(views), mask_BT)
 
     refuse("student is logits.*pass HiddenStates", *logits[:2], *states[2:])
     refuse("student and student_text are two views of one model", states[0], other[1], *states[2:])
@@ -268,8 +268,8 @@ def test_the_prior_may_be_that_of_a_frozen_copy(decomposition, kind):
     method = DecomposedDistillation(decomposition, lam=0.0, floor=0.05, chunk_size=4)
     states, other = random_states(3, 4, 9, kind=kind), random_states(3, 4, 9, seed=1, kind="plain")
     views = [states[0], other[1].detach(), *states[2:]]
-    assert_same(method(*views, MASK), method(*dense(views), MASK), states, **EXACT)
+    assert_same(method(views_of(views), MASK), method(views_of(dense(views)), MASK), states, **EXACT)
     with pytest.raises(ValueError, match=r"a frozen copy of the student, computed in torch.no_grad"):
-        method(states[0], other[1], *states[2:], MASK)
+        method(views_of([states[0], other[1], *states[2:]]), MASK)
     with pytest.raises(ValueError, match="teacher and teacher_text are two views of one model"):
-        method(*states[:3], other[3], MASK)
+        method(views_of([*states[:3], other[3]]), MASK)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from hidden_states import views_of
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
@@ -15,9 +16,9 @@ from steer_optim.vlm import DecomposedDistillation, adaptive_strength, token_los
 EXACT = {"rtol": 1e-12, "atol": 1e-13}
 
 METHODS = [
-    DecomposedDistillation(),
-    DecomposedDistillation(lam=0.0, adaptive=True),
-    DecomposedDistillation(lam=0.5, adaptive=True, detach_prior=False, temperature=2.0),
+    DecomposedDistillation("vgs"),
+    DecomposedDistillation("vgs", lam=0.0, adaptive=True),
+    DecomposedDistillation("vgs", lam=0.5, adaptive=True, detach_prior=False, temperature=2.0),
     DecomposedDistillation("standard", temperature=0.5),
     DecomposedDistillation("exact", floor=0.05),
     DecomposedDistillation("exact", adaptive=True),
@@ -57,14 +58,14 @@ MASK = torch.tensor([[True, True, True, True], [True, True, False, False], [Fals
     ("method", "meant"),
     [
         (
-            DecomposedDistillation(),
+            DecomposedDistillation("vgs"),
             {"std": [True, False], "vis": [True, False], "lp": [False, True]},
         ),
         (
-            DecomposedDistillation(detach_prior=False),
+            DecomposedDistillation("vgs", detach_prior=False),
             {"std": [True, False], "vis": [True, True], "lp": [False, True]},
         ),
-        (DecomposedDistillation(lam=0), {"std": [True, False], "vis": [True, False]}),
+        (DecomposedDistillation("vgs", lam=0), {"std": [True, False], "vis": [True, False]}),
         (DecomposedDistillation("standard"), {"std": [True, False]}),
         (DecomposedDistillation("exact"), {"lang": [True, False], "vis": [True, False]}),
         (DecomposedDistillation("exact", detach_prior=False), {"lang": [True, True], "vis": [True, True]}),
@@ -77,7 +78,7 @@ MASK = torch.tensor([[True, True, True, True], [True, True, False, False], [Fals
 )
 def test_components_and_where_their_gradients_flow(method, meant):
     batch = random_batch(3, 4, 5)
-    components = method(*batch, MASK)
+    components = method(views_of(batch), MASK)
     assert {name: reached(loss, batch) for name, loss in components.items()} == meant
     assert list(components) == list(meant)
     assert method.trains_text == any(text for _, text in meant.values())
@@ -86,11 +87,11 @@ def test_components_and_where_their_gradients_flow(method, meant):
 
 def test_means_over_tokens_and_over_responses_by_hand():
     batch = random_batch(3, 4, 5)
-    tokens = token_losses(*batch)
+    tokens = token_losses(views_of(batch))
     gate_BT = torch.tensor([[True, False, True, False], [False, True, True, True], [True, True, True, True]])
-    by_token = DecomposedDistillation(lam=0.5)(*batch, MASK, gate_BT=gate_BT)
-    by_response = DecomposedDistillation(lam=0.5, reduction="sequence")(*batch, MASK, gate_BT=gate_BT)
-    std, lang = tokens.std, tokens.lang
+    by_token = DecomposedDistillation("vgs", lam=0.5)(views_of(batch), MASK, gate_BT=gate_BT)
+    by_response = DecomposedDistillation("vgs", lam=0.5, reduction="sequence")(views_of(batch), MASK, gate_BT=gate_BT)
+    std, lang = tokens["std"], tokens["lang"]
     assert_close(by_token["std"], (std[0].sum() + std[1, :2].sum()) / 6, **EXACT)
     assert_close(by_response["std"], (std[0].mean() + std[1, :2].mean()) / 2, **EXACT)
     assert_close(by_token["lp"], 0.5 * (lang[0, 0] + lang[0, 2] + lang[1, 1]) / 6, **EXACT)
@@ -100,12 +101,12 @@ def test_means_over_tokens_and_over_responses_by_hand():
 def test_without_a_gate_the_given_tokens_are_gated_among_themselves():
     batch = random_batch(3, 4, 5)
     vds_BT = visual_dependency(*batch[2:], MASK)
-    method = DecomposedDistillation(adaptive=True)
-    own = method(*batch, MASK)
+    method = DecomposedDistillation("vgs", adaptive=True)
+    own = method(views_of(batch), MASK)
     gate_BT, strength_BT = visual_tokens(vds_BT, MASK), adaptive_strength(vds_BT, MASK)
-    given_both = method(*batch, MASK, gate_BT=gate_BT, strength_BT=strength_BT)
+    given_both = method(views_of(batch), MASK, gate_BT=gate_BT, strength_BT=strength_BT)
     assert values(own) == values(given_both)
-    other = method(*batch, MASK, gate_BT=~gate_BT, strength_BT=1 - strength_BT)
+    other = method(views_of(batch), MASK, gate_BT=~gate_BT, strength_BT=1 - strength_BT)
     assert values(other)["lp"] != values(own)["lp"]
     assert values(other)["vis"] != values(own)["vis"]
 
@@ -126,7 +127,7 @@ def test_the_split_into_micro_batches_does_not_matter(method, mask, cuts, V, see
     strength_BT = adaptive_strength(vds_BT, mask_BT) if method.adaptive else None
     count = method.count(mask_BT)
 
-    whole = method(*batch, mask_BT)
+    whole = method(views_of(batch), mask_BT)
     total = {name: torch.zeros_like(loss) for name, loss in whole.items()}
     bounds = [0, *sorted(cut for cut in cuts if cut < B), B]
     for start, stop in itertools.pairwise(bounds):
@@ -147,11 +148,11 @@ def test_the_split_into_micro_batches_does_not_matter(method, mask, cuts, V, see
 
 @pytest.mark.parametrize("reduction", ["token", "sequence"])
 def test_averaging_over_replicas_needs_the_mean_count(reduction):
-    method = DecomposedDistillation(lam=0, reduction=reduction)
+    method = DecomposedDistillation("vgs", lam=0, reduction=reduction)
     batch = random_batch(3, 4, 5)
     count = int(method.count(MASK)) / 3
-    replicas = [method(*(x[r : r + 1] for x in batch), MASK[r : r + 1], count=count)["vis"] for r in range(3)]
-    assert_close(sum(replicas) / 3, method(*batch, MASK)["vis"], **EXACT)
+    replicas = [method(views_of([x[r : r + 1] for x in batch]), MASK[r : r + 1], count=count)["vis"] for r in range(3)]
+    assert_close(sum(replicas) / 3, method(views_of(batch), MASK)["vis"], **EXACT)
 
 
 @every_method
@@ -159,7 +160,7 @@ def test_rows_that_the_mask_drops_may_hold_anything(method):
     batch, poisoned = random_batch(3, 4, 5), random_batch(3, 4, 5)
     for x, filler in zip(poisoned, (math.nan, math.inf, -math.inf, math.nan), strict=True):
         x.data[~MASK] = filler
-    clean, components = method(*batch, MASK), method(*poisoned, MASK)
+    clean, components = method(views_of(batch), MASK), method(views_of(poisoned), MASK)
     for name, loss in components.items():
         assert torch.equal(loss, clean[name])
         for found, meant in zip(gradients(loss, poisoned), gradients(clean[name], batch), strict=True):
@@ -174,16 +175,16 @@ def test_without_a_token_losses_and_gradients_are_zero(method, count, B):
     batch = random_batch(B, 4, 5)
     mask_BT = torch.zeros(B, 4, dtype=torch.bool)
     full, whole_mask = random_batch(1, 1, 5), torch.ones(1, 1, dtype=torch.bool)
-    for name, loss in method(*batch, mask_BT, count=count).items():
+    for name, loss in method(views_of(batch), mask_BT, count=count).items():
         assert loss.item() == 0
-        assert reached(loss, batch) == reached(method(*full, whole_mask)[name], full)
+        assert reached(loss, batch) == reached(method(views_of(full), whole_mask)[name], full)
         assert all(torch.equal(g, torch.zeros(B, 4, 5, dtype=torch.float64)) for g in gradients(loss, batch))
 
 
 @every_method
 def test_padding_the_batch_with_an_empty_response_changes_nothing(method):
     batch = random_batch(3, 4, 5)
-    with_empty, without = method(*batch, MASK), method(*(x[:2] for x in batch), MASK[:2])
+    with_empty, without = method(views_of(batch), MASK), method(views_of([x[:2] for x in batch]), MASK[:2])
     assert values(with_empty) == values(without)
 
 
@@ -193,24 +194,24 @@ def test_padding_the_batch_with_an_empty_response_changes_nothing(method):
 def test_the_exact_decomposition_sums_to_standard_distillation(reduction, adaptive, detach_prior):
     batch = random_batch(3, 4, 5)
     options = {"reduction": reduction, "temperature": 1.5, "detach_prior": detach_prior}
-    exact = DecomposedDistillation("exact", adaptive=adaptive, **options)(*batch, MASK)
-    standard = DecomposedDistillation("standard", **options)(*batch, MASK)["std"]
+    exact = DecomposedDistillation("exact", adaptive=adaptive, **options)(views_of(batch), MASK)
+    standard = DecomposedDistillation("standard", **options)(views_of(batch), MASK)["std"]
     assert_close(exact["lang"] + exact["vis"], standard, **EXACT)
     for found, meant in zip(gradients(exact["lang"] + exact["vis"], batch), gradients(standard, batch), strict=True):
         assert_close(found, meant, **EXACT)
 
 
 def test_adaptive_steering_is_its_definition():
-    method = DecomposedDistillation(gamma=3.0, adaptive=True, lam=0)
+    method = DecomposedDistillation("vgs", gamma=3.0, adaptive=True, lam=0)
     batch, mask_BT = random_batch(5, 2, 6), torch.ones(5, 2, dtype=torch.bool)
-    tokens = token_losses(*batch)
+    tokens = token_losses(views_of(batch))
     # Of ten tokens, gamma_t is 0 for the four lowest, gamma / 2 for the next three, and gamma for the top three.
     gamma_by_rank = torch.tensor([0, 0, 0, 0, 1.5, 1.5, 1.5, 3, 3, 3], dtype=torch.float64)
-    rank = tokens.vds.flatten().argsort().argsort()
-    meant = (tokens.std.flatten() + gamma_by_rank[rank] * tokens.vis.flatten()).mean()
-    components = method(*batch, mask_BT)
+    rank = tokens["vds"].flatten().argsort().argsort()
+    meant = (tokens["std"].flatten() + gamma_by_rank[rank] * tokens["vis"].flatten()).mean()
+    components = method(views_of(batch), mask_BT)
     assert_close(components["std"] + 3.0 * components["vis"], meant, **EXACT)
-    exact = dataclasses.replace(method, decomposition="exact")(*batch, mask_BT)
+    exact = dataclasses.replace(method, decomposition="exact")(views_of(batch), mask_BT)
     assert_close(exact["lang"] + (1 + 3.0) * exact["vis"], meant, **EXACT)
 
 
@@ -220,7 +221,7 @@ def test_standard_distillation_reads_neither_text_only_view():
     without = method(student, None, teacher, None, MASK)["std"]
     assert torch.equal(without, method(student, student_text, teacher, teacher_text, MASK)["std"])
     with pytest.raises(ValueError, match="vgs needs student_text_BTV and teacher_text_BTV"):
-        DecomposedDistillation()(student, None, teacher, teacher_text, MASK)
+        DecomposedDistillation("vgs")(student, None, teacher, teacher_text, MASK)
 
 
 def test_a_text_view_that_is_trained_must_require_grad():
@@ -240,16 +241,16 @@ def test_a_text_view_that_is_trained_must_require_grad():
 def test_half_precision_and_a_padded_teacher(method):
     batch = random_batch(3, 4, 5, dtype=torch.bfloat16)
     padded = [*batch[:2], *(torch.nn.functional.pad(x, (0, 3), value=9.0) for x in batch[2:])]
-    for name, loss in method(*padded, MASK).items():
+    for name, loss in method(views_of(padded), MASK).items():
         assert loss.dtype == torch.float32
-        assert torch.equal(loss, method(*batch, MASK)[name])
+        assert torch.equal(loss, method(views_of(batch), MASK)[name])
         assert all(g.dtype == torch.bfloat16 and g.isfinite().all() for g in gradients(loss, batch))
 
 
 def test_no_component_reaches_the_teacher():
     batch = [x.detach().requires_grad_() for x in random_batch(3, 4, 5)]
     for method in METHODS:
-        total = sum(method(*batch, MASK).values())
+        total = sum(method(views_of(batch), MASK).values())
         assert torch.autograd.grad(total, batch[2:], allow_unused=True) == (None, None)
 
 
@@ -272,12 +273,12 @@ def test_steering_the_exact_decomposition_is_steering_the_papers():
     batch = random_batch(3, 4, 5)
 
     def update(method):
-        components = method(*batch, MASK)
+        components = method(views_of(batch), MASK)
         sets = torch.stack([torch.cat([g.flatten() for g in gradients(x, batch)]) for x in components.values()])
         weights, _ = method.rule()(sets @ sets.T, list(components))
         return weights @ sets
 
-    paper = update(DecomposedDistillation(lam=0, gamma=1.5))
+    paper = update(DecomposedDistillation("vgs", lam=0, gamma=1.5))
     assert_close(update(DecomposedDistillation("exact", gamma=1.5)), paper, **EXACT)
 
 
@@ -303,11 +304,11 @@ def test_hyperparameters_out_of_range_are_refused(options, match):
 
 
 def test_inputs_that_do_not_fit_are_refused_by_name():
-    batch, method = random_batch(3, 4, 5), DecomposedDistillation(adaptive=True)
+    batch, method = random_batch(3, 4, 5), DecomposedDistillation("vgs", adaptive=True)
 
     def refuse(kind, match, method=method, batch=batch, mask_BT=MASK, **options):
         with pytest.raises(kind, match=match):
-            method(*batch, mask_BT, **options)
+            method(views_of(batch), mask_BT, **options)
 
     refuse(TypeError, "mask_BT must be bool", mask_BT=MASK.float())
     refuse(ValueError, r"mask_BT must be \(B, T\) and student .* got \(4, 3\) and \(3, 4, 5\)", mask_BT=MASK.T)
@@ -316,6 +317,6 @@ def test_inputs_that_do_not_fit_are_refused_by_name():
     refuse(TypeError, "gate_BT must be bool; got torch.float32", gate_BT=MASK.float())
     refuse(ValueError, r"gate_BT must be \(3, 4\) .* got \(3, 4, 1\)", gate_BT=MASK[..., None])
     refuse(ValueError, r"strength_BT must be \(3, 4\) .* got \(1, 4\)", strength_BT=torch.ones(1, 4))
-    refuse(ValueError, "adaptive=True", method=DecomposedDistillation(), strength_BT=torch.ones(3, 4))
+    refuse(ValueError, "adaptive=True", method=DecomposedDistillation("vgs"), strength_BT=torch.ones(3, 4))
     for count in (0, -6, math.nan, math.inf, torch.tensor(0)):
         refuse(ValueError, "count must be the positive number of tokens .* this micro-batch alone has 6", count=count)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hidden_states import MASK, assert_same, dense, random_states
+from hidden_states import MASK, assert_same, dense, random_states, views_of
 from torch.testing import assert_close
 
 from steer_optim.vlm import DecomposedDistillation, Head, HiddenStates
@@ -39,9 +39,9 @@ REGIMES = [(0.3, 5e-6), (0.03, 2e-5), (0.003, 2e-4)]
 @pytest.mark.parametrize(("scale", "tolerance"), REGIMES)
 def test_gradients_keep_their_accuracy_close_to_the_teacher(scale, tolerance, dtype):
     exact = correlated(scale, dtype)
-    mask_BT, method = torch.ones(1, 64, dtype=torch.bool), DecomposedDistillation(lam=1.0, chunk_size=24)
+    mask_BT, method = torch.ones(1, 64, dtype=torch.bool), DecomposedDistillation("vgs", lam=1.0, chunk_size=24)
     rounded = cast(exact, dtype)
-    found, meant = method(*rounded, mask_BT), method(*dense(exact), mask_BT)
+    found, meant = method(views_of(rounded), mask_BT), method(views_of(dense(exact)), mask_BT)
     for name in meant:
         view = 1 if name == "lp" else 0
         x, y = (
@@ -59,8 +59,8 @@ def test_a_gradient_scaler_lifts_what_float16_cannot_hold(scaled):
     exact = correlated(0.03, torch.float16)
     states, mask_BT = cast(exact, torch.float16), torch.ones(1, 64, dtype=torch.bool)
     method = DecomposedDistillation("standard", chunk_size=24)
-    std = method(states[0], None, states[2], None, mask_BT, count=2.0**16)["std"] * scaled
-    meant = method(exact[0].logits(), None, exact[2].logits(), None, mask_BT, count=2.0**16)["std"] * scaled
+    std = method(views_of(states), mask_BT, count=2.0**16)["std"] * scaled
+    meant = method(views_of(dense(exact)), mask_BT, count=2.0**16)["std"] * scaled
     x, y = (torch.autograd.grad(c, s[0].hidden_BTd)[0] for c, s in ((std, states), (meant, exact)))
     assert relative(x, y) < 1e-3 if scaled > 1 else relative(x, y) > 0.1
 
@@ -68,12 +68,12 @@ def test_a_gradient_scaler_lifts_what_float16_cannot_hold(scaled):
 def test_half_precision_heads_are_trained_in_it_and_add_up_in_float32():
     states = random_states(3, 4, 9, kind="everything", dtype=torch.bfloat16)
     wide = [HiddenStates(x.hidden_BTd.float(), x.head) for x in states]
-    method = DecomposedDistillation(lam=0.5, chunk_size=1)
+    method = DecomposedDistillation("vgs", lam=0.5, chunk_size=1)
     with torch.autocast("cpu", torch.bfloat16):  # which would round the logits
-        found = method(*states, MASK)
-    assert_same(found, method(*dense(wide), MASK), states, rtol=2**-7, atol=1e-3)
+        found = method(views_of(states), MASK)
+    assert_same(found, method(views_of(dense(wide)), MASK), states, rtol=2**-7, atol=1e-3)
     assert all(x.dtype == torch.float32 for x in found.values())
-    assert_close(found["std"], method(*dense(wide), MASK)["std"], rtol=1e-6, atol=0)
+    assert_close(found["std"], method(views_of(dense(wide)), MASK)["std"], rtol=1e-6, atol=0)
 
 
 # Dynamo imports what is deprecated.
@@ -83,8 +83,8 @@ def test_a_compiled_chunk_gives_the_same():
     exact = correlated(0.3, torch.float32, N=11, V=64, d=8)
     states = cast(exact, torch.float32)
     mask_BT = torch.ones(1, 11, dtype=torch.bool)
-    method = DecomposedDistillation(lam=0.0, chunk_size=4, compile=True)  # the last chunk has one row of padding
-    found, meant = method(*states, mask_BT), method(*dense(exact), mask_BT)
+    method = DecomposedDistillation("vgs", lam=0.0, chunk_size=4, compile=True)  # the last chunk has one row of padding
+    found, meant = method(views_of(states), mask_BT), method(views_of(dense(exact)), mask_BT)
     for name in meant:
         x, y = (
             torch.autograd.grad(c[name], s[0].hidden_BTd, retain_graph=True)[0]
