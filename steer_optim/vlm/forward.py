@@ -145,7 +145,7 @@ def score(
     teacher_prompts: Views | None = None,
     hidden_states: bool = True,
 ) -> dict[str, Tensor | HiddenStates]:
-    """The views of one response that a decomposition reads, each computed once.
+    """The views of one response that a decomposition reads, each computed once; views of other names are yours to add.
 
     The student runs as it is, in the caller's autocast, with gradients where a component trains the view; teacher and
     prior run in evaluation mode without gradients. The teacher's hidden states serve the gate and the losses.
@@ -199,7 +199,7 @@ def score(
     if prior is not None:
         prior.eval()
     views: dict[str, Tensor | HiddenStates] = {}
-    for name in method.views:
+    for name in (name for name in method.views if name in models):
         model = models[name]
         twin = views.get(name.removesuffix("_text"))
         trained = name == "student" or (name == "student_text" and method.trains_text)
