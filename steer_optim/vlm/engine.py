@@ -79,16 +79,18 @@ def weighted_sums(
         (torch.Size([7, 4]), torch.Size([5]))
     """
     check_chunk_size(chunk_size)
-    if not any(isinstance(view, HiddenStates) for view in views.values()):
-        logits = {name: view for name, view in views.items() if not isinstance(view, HiddenStates)}
-        losses = token_losses(logits, terms=terms, temperature=temperature, floor=floor)
-        sums = {loss: (w.to(losses[loss].dtype) * losses[loss]).sum() for loss, w in (weights or {}).items()}
-        return sums, {loss: losses[loss].detach() for loss in terms}
     check_temperature(temperature)
     check_floor(floor)
     check_views(views, terms, temperature)
     V = common_vocabulary(views)
     views = {name: views[name] for term in terms.values() for name in term.views}
+    logits = {
+        name: x[..., :V] if isinstance(x, Tensor) else x for name, x in views.items() if not isinstance(x, HiddenStates)
+    }
+    if len(logits) == len(views):
+        losses = token_losses(logits, terms=terms, temperature=temperature, floor=floor)
+        sums = {loss: (w.to(losses[loss].dtype) * losses[loss]).sum() for loss, w in (weights or {}).items()}
+        return sums, {loss: losses[loss].detach() for loss in terms}
     pulls = [(loss, view) for loss, term in terms.items() for view in dict.fromkeys([term.left, *term.attached])]
     for _, name in pulls:
         if isinstance(views[name], Tensor) and views[name].requires_grad:
