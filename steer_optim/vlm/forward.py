@@ -128,6 +128,16 @@ def response_states(
     if made_of not in _COMPARED.setdefault(model, set()) and x_BLd.numel():
         _compare(model, head, x_BLd[:1, -1:], logits_BLV)
         _COMPARED[model].add(made_of)
+    sharded: list[Any] = [x for x in model.modules() if hasattr(x, "unshard") and any(y is module for y in x.modules())]
+
+    def gather(_: Tensor) -> None:
+        for around in sharded:
+            around.unshard()
+
+    if x_BLd.requires_grad and sharded:
+        # FSDP2 gathers a module for the backward pass when a gradient reaches what it returned, here logits that no
+        # loss reads: from the second pass on, weights that the graph has saved would be memory that was freed.
+        x_BLd.register_hook(gather)
     device = x_BLd.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     states = HiddenStates(x_BLd, head, autocast)[:, -(num_tokens + 1) : -1]
