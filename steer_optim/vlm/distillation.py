@@ -369,26 +369,34 @@ class DecomposedDistillation:
         losses_of = partial(
             weighted_sums, temperature=self.temperature, chunk_size=self.chunk_size, compile=self.compile
         )
-        gate_N, strength_N = given.get("gate_BT", every), given.get("strength_BT", every)
-        gated = any(part.tokens in ("visual", "rest") for part in parts.values())
-        if (gated and gate_N is every) or (self.adaptive and strength_N is every):
-            vds_N = losses_of(rows, {"vds": TERMS["vds"]}, None)[1]["vds"]
-            gate_N = visual_tokens(vds_N, every, quantile=self.quantile) if gate_N is every else gate_N
-            strength_N = adaptive_strength(vds_N, every) if strength_N is every else strength_N
+        gate_N, strength_N, score = given.get("gate_BT"), given.get("strength_BT"), {"vds": TERMS["vds"]}
+        known: dict[str, Tensor] = {}  # by term, the losses of all tokens
         totals: dict[str, Tensor] = {}
+        gated = any(part.tokens in ("visual", "rest") for part in parts.values())
+        if self.adaptive and strength_N is None:
+            known = losses_of(rows, score, {})[1]
+            strength_N = adaptive_strength(known["vds"], every)
         # Tokens that are not selected meet no head.
         for tokens in ("all", "visual", "rest"):
             mine = {n: p for n, p in parts.items() if p.tokens == tokens or (tokens == "all" and p.tokens == "graded")}
             if not mine:
                 continue
-            where = {"all": every, "visual": gate_N, "rest": ~gate_N}[tokens]
-            kept = {name: x if where is every else x[where] for name, x in rows.items()}
+            where = every
+            if tokens != "all":
+                if gate_N is None:
+                    known = known or losses_of(rows, score, {})[1]
+                    gate_N = visual_tokens(known["vds"], every, quantile=self.quantile)
+                where = gate_N if tokens == "visual" else ~gate_N
             terms, weights = {name: part.term for name, part in mine.items()}, {}
             for name, part in mine.items():
-                graded_N = weight_N * strength_N if part.tokens == "graded" else weight_N
+                graded_N = weight_N if strength_N is None or part.tokens != "graded" else weight_N * strength_N
                 weights[name] = (getattr(self, part.factor) if part.factor else 1.0) * graded_N[where]
-            sums, _ = losses_of(kept, terms, weights, floor=self.floor)
+            if tokens == "all" and gated and gate_N is None:
+                terms |= score  # on the way, from logits that are computed in any case
+            kept = {name: x if where is every else x[where] for name, x in rows.items()}
+            sums, losses = losses_of(kept, terms, weights, floor=self.floor)
             totals |= sums
+            known = losses if tokens == "all" and "vds" in losses else known
         return {name: totals[name] - totals[part.less] if part.less else totals[name] for name, part in parts.items()}
 
     def _denominator(self, mask_BT: Tensor, count: float | Tensor | None) -> float:

@@ -120,18 +120,21 @@ def divergence(term: Term, log_p: Tensor, log_q: Tensor) -> Tensor:
     return term.beta * kl(log_q, log_m) + (1 - term.beta) * kl(log_p, log_m)
 
 
-def value_and_gradients(term: Term, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def value_and_gradients(
+    term: Term, log_p: Tensor, log_q: Tensor, *, attached: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """What :func:`divergence` gives, and its gradients with respect to the logits of the left view and the target.
 
     With ``r = log(p / m)``, that of ``KL(p || m)`` with respect to the logits of ``p`` is ``p (r - E_p r)``, and with
     respect to those of ``m`` it is ``m - p``; both sum to zero over the vocabulary. In JSD what ``m`` moves cancels.
+    The target's is None unless views of it are ``attached``.
     """
     if term.divergence == "reverse":
         value, left = _pulled(log_p, log_q)
-        return value, left, log_q.exp() - log_p.exp()
+        return value, left, log_q.exp().sub_(log_p.exp()) if attached else None
     if term.divergence == "forward":
         value, target = _pulled(log_q, log_p)
-        return value, log_p.exp() - log_q.exp(), target
+        return value, log_p.exp().sub_(log_q.exp()), target
     log_m = _mixture(term, log_p, log_q)
     (value_p, left), (value_q, target) = _pulled(log_p, log_m), _pulled(log_q, log_m)
     beta = term.beta

@@ -41,7 +41,7 @@ _Pull = tuple[str, str]
 def weighted_sums(
     views: Mapping[str, View],
     terms: Mapping[str, Term],
-    weights: Mapping[str, Tensor] | None,
+    weights: Mapping[str, Tensor],
     *,
     temperature: float = 1.0,
     floor: float | None = None,
@@ -55,7 +55,7 @@ def weighted_sums(
             ``(N, V)`` or :class:`~steer_optim.vlm.topk.TopLogProbs`. The vocabularies are cut to the common ids. Where
             none is hidden states, autograd differentiates the oracle.
         terms: by the name of the loss, all over the same ids.
-        weights: ``(N,)`` by the name of the loss, constants; None for the losses of the rows alone.
+        weights: ``(N,)`` by the name of the loss, constants; of a loss without any, only those of the rows are given.
         temperature: as of ``token_losses``, like the one that follows.
         floor: on the teacher's probabilities before its visual gain is taken.
         chunk_size: how many rows meet a head at once. By default 128 on a CPU, 1024 on an accelerator.
@@ -89,7 +89,7 @@ def weighted_sums(
     }
     if len(logits) == len(views):
         losses = token_losses(logits, terms=terms, temperature=temperature, floor=floor)
-        sums = {loss: (w.to(losses[loss].dtype) * losses[loss]).sum() for loss, w in (weights or {}).items()}
+        sums = {loss: (w.to(losses[loss].dtype) * losses[loss]).sum() for loss, w in weights.items()}
         return sums, {loss: losses[loss].detach() for loss in terms}
     pulls = [(loss, view) for loss, term in terms.items() for view in dict.fromkeys([term.left, *term.attached])]
     for _, name in pulls:
@@ -108,7 +108,7 @@ def weighted_sums(
     servers = {name: view for name, view in views.items() if isinstance(view, TopLogProbs)}
     bins_NK = {name: view.bins().to(dtype) for name, view in servers.items()}
     ids_Nk = dict(zip(("ids",), (view.ids_BTk for view in servers.values()), strict=False))
-    weights_N = {loss: w.detach().to(dtype) for loss, w in (weights or {}).items()}
+    weights_N = {loss: w.detach().to(dtype) for loss, w in weights.items()}
     inputs = {loss: [x for of, view in pulls if of == loss for x in rows[view].inputs] for loss in weights_N}
     gradients = {loss: Gradients(reached, dtype) for loss, reached in inputs.items()}
     pulls = [(loss, view) for loss, view in pulls if gradients.get(loss)]
@@ -149,7 +149,6 @@ def _losses(
     ids_ck: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     """The losses of some rows, and the weighted gradients ``(c, V)`` at the logits of each pull."""
-
     top = next(iter(terms.values())).top
     ids = ids_ck.get("ids") if top is None else heaviest(logits_cV[top[0]], top[1])
     full = {name: x.log_softmax(-1) for name, x in logits_cV.items()}
@@ -157,11 +156,13 @@ def _losses(
     values, found = {}, {}
     for loss, term in terms.items():
         log_q = log_target(term, log_probs, floor)
-        values[loss], left, target = value_and_gradients(term, log_probs[term.left], log_q)
+        values[loss], left, target = value_and_gradients(
+            term, log_probs[term.left], log_q, attached=bool(term.attached)
+        )
         for name in (view for of, view in pulls if of == loss):
             shares = [left] if name == term.left else []
-            shares += [term.target[name] * target] if name in term.attached else []
-            gradient = sum(shares) * weights_c[loss][:, None]
+            shares += [target * term.target[name]] if target is not None and name in term.attached else []
+            gradient = reduce(torch.add, shares).mul(weights_c[loss][:, None])
             found[loss, name] = gradient if ids is None else expand(gradient, full[name], log_probs[name], ids)
     return values, [found[pull] for pull in pulls]
 

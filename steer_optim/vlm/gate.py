@@ -57,7 +57,7 @@ def visual_dependency(
         True
     """
     rows = select_rows(mask_BT, teacher=teacher_BTV.detach(), teacher_text=teacher_text_BTV.detach())
-    _, losses = weighted_sums(rows, {"vds": TERMS["vds"]}, None, temperature=temperature)
+    _, losses = weighted_sums(rows, {"vds": TERMS["vds"]}, {}, temperature=temperature)
     return losses["vds"].new_zeros(mask_BT.shape).masked_scatter(mask_BT, losses["vds"])
 
 

@@ -325,7 +325,7 @@ def test_the_gradients_of_the_table_are_those_of_autograd(case, kind, beta):
     student, teacher = logits[0], logits[2].requires_grad_()
     log_p, log_q = student.log_softmax(-1), teacher.log_softmax(-1)
     loss = divergence(term, log_p, log_q)
-    value, left, target = value_and_gradients(term, log_p.detach(), log_q.detach())
+    value, left, target = value_and_gradients(term, log_p.detach(), log_q.detach(), attached=True)
     assert_close(value, loss.detach(), **EXACT)
     found = torch.autograd.grad(loss.sum(), (student, teacher))
     assert_close((left, target), found, **EXACT)
