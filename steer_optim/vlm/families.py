@@ -13,12 +13,12 @@ _PLACEHOLDERS = ("image_token", "video_token", "audio_token", "image_patch")
 _OPENING = (
     *("vision_start_token", "image_start_token", "video_start_token", "audio_start_token", "frame_start_token"),
     *("low_res_image_start_token", "image_bos_token", "audio_bos_token", "boi_token", "boa_token"),
-    *("start_image_token", "start_of_img_token", "img_start_token"),
+    *("start_image_token", "start_of_img_token", "img_start_token", "image_id_start_token", "slice_start_token"),
 )
 _CLOSING = (
     *("vision_end_token", "image_end_token", "video_end_token", "audio_end_token", "frame_end_token"),
     *("eoi_token", "eoa_token", "end_image_token", "end_of_img_token", "img_end_token"),
-    *("image_break_token", "visual_indicator_token"),
+    *("image_id_end_token", "slice_end_token", "image_break_token", "visual_indicator_token"),
 )
 _AROUND = ("fake_image_token",)
 
@@ -47,6 +47,11 @@ class Family:
     per_token: Mapping[str, int | None] = field(default_factory=dict)
     refused: str = ""
 
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """What has to be looked up in the tokenizer."""
+        return self.opening + self.closing + self.around
+
 
 _FAKE = Family(around=("<fake_token_around_image>",))
 _GEMMA = Family(newlines=range(107, 138))
@@ -61,6 +66,7 @@ FAMILIES = {
     "aria": Family(opening=("<fim_prefix>",), closing=("<fim_suffix>",)),
     "aya_vision": _COHERE,
     "cohere2_vision": _COHERE,
+    "deepseek_ocr2": _BARE,
     "deepseek_vl": _BARE,
     "deepseek_vl_hybrid": _BARE,
     "diffusion_gemma": Family(refused="it writes blocks of tokens at once and has no next token to predict"),
@@ -72,6 +78,8 @@ FAMILIES = {
     "granite4_vision": _BARE,
     "idefics2": _FAKE,
     "idefics3": _FAKE,
+    "inkling2": Family(bare=True, opening=("<|content_image|>",)),
+    "inkling_mm_model": _BARE,
     "internvl": _INTERN,
     "janus": Family(opening=("<begin_of_image>",), closing=("<end_of_image>",)),
     "lfm2_vl": Family(opening=("<|image_start|>",), closing=("<|image_end|>",)),
@@ -80,8 +88,11 @@ FAMILIES = {
     "llava_next": _BARE,
     "llava_next_video": _BARE,
     "llava_onevision": _BARE,
+    "minimax_m3_vl": Family(opening=("]<]start of image[>[",), closing=("]<]end of image[>[",)),
     "mistral3": _PIXTRAL,
+    "mistral_large4": _PIXTRAL,
     "mllama": Family(bare=True, per_token={"cross_attention_mask": None}),
+    "nemotron_h_omni": _INTERN,
     "paligemma": Family(bare=True, per_token={"token_type_ids": 1}),
     "perception_lm": _BARE,
     "qianfan_ocr": _INTERN,
@@ -91,7 +102,9 @@ FAMILIES = {
     ),
     "shieldgemma2": _GEMMA,
     "smolvlm": _FAKE,
+    "step3p7": Family(opening=("<patch_start>", "<im_start>"), closing=("<patch_end>", "<im_end>", "<patch_newline>")),
     "t5gemma2": _GEMMA,
+    "unlimited_ocr": _BARE,
     "video_llava": _BARE,
     "vipllava": _BARE,
 }

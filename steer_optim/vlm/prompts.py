@@ -141,7 +141,8 @@ def render(processor: Any, messages: Sequence[Sequence[Mapping[str, Any]]], **te
         processor: a transformers processor with a chat template.
         messages: one conversation for each prompt: ``[{"role": "user", "content": [{"type": "image", "image": picture},
             {"type": "text", "text": "What is it?"}]}]``; any number of images, of any size, also none.
-        template_kwargs: go to ``apply_chat_template``; ``add_generation_prompt`` is True by default.
+        template_kwargs: go to ``apply_chat_template``, ``processor_kwargs`` among them; ``add_generation_prompt`` is
+            True by default.
 
     Returns:
         Two batches of ``B`` prompts, padded on the left.
@@ -202,13 +203,14 @@ def text_only(
     """
     family, role_of = family_of(config), roles(config, tokenizer)
     role_of |= {token: "c" for token in drop_ids or () if token not in role_of}
-    bare = family.bare or (drop_ids is not None and not drop_ids)
-    if not role_of or not (bare or {"b", "c"} & set(role_of.values())):
-        missing = "around an image" if role_of else "of an image"
+    known = drop_ids is not None or family.bare or {"b", "c"} & set(role_of.values())
+    if not role_of or not known or (family.tokens and tokenizer is None and drop_ids is None):
+        missing = "of an image" if not role_of else " ".join(family.tokens) or "around an image"
         raise ValueError(
             f"the config of {type_of(config)!r} does not name the tokens {missing}: pass tokenizer=, or their ids as "
             "drop_ids=tokenizer.convert_tokens_to_ids([...]), or drop_ids=() where placeholders are all there is"
         )
+    bare = family.bare or (drop_ids is not None and not drop_ids)
     ids_BL, real_BL = batch["input_ids"], _real(batch)
     image = re.compile(f"{_IMAGE}|p" if bare else _IMAGE)
     rows = ["".join(role_of.get(token, "t") for token in row) for row in ids_BL.where(real_BL, -1).tolist()]
@@ -291,10 +293,9 @@ def append_response(batch: Mapping[str, Tensor], responses: Rollout, config: Any
                 [0, 0, 8, 9, 1]])
     """
     refuse(config)
-    (B, T), prompts = responses.response_BT.shape, len(batch["input_ids"])
-    if B != prompts:
-        raise ValueError(f"there are {B} responses to {prompts} prompts; they go together row by row")
-    view, per_token = left_padded(batch), family_of(config).per_token
+    if (found := len(responses.response_BT)) != (prompts := len(batch["input_ids"])):
+        raise ValueError(f"there are {found} responses to {prompts} prompts; they go together row by row")
+    view, per_token, T = left_padded(batch), family_of(config).per_token, responses.response_BT.shape[1]
     tail = {"input_ids": responses.response_BT.where(responses.mask_BT, 0), "attention_mask": responses.mask_BT}
     for key in view.keys() & {*tail, *PER_TOKEN}:
         last = view[key][:, -1:].expand(-1, T, *view[key].shape[2:])
@@ -345,12 +346,12 @@ def _without_media(content: Any) -> Any:
 
 
 def _rendered(processor: Any, messages: Sequence[Any], hint: str, template_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    options: dict[str, Any] = {"padding": True, "return_tensors": "pt"}
-    apply = processor.apply_chat_template
+    apply, given = processor.apply_chat_template, dict(template_kwargs)
+    options: dict[str, Any] = {"padding": True, "return_tensors": "pt", **given.pop("processor_kwargs", {})}
     # Older versions of transformers take the processor's options among the template's.
     if "processor_kwargs" in inspect.signature(apply).parameters:
         options = {"processor_kwargs": options}
-    options |= {"tokenize": True, "return_dict": True, "add_generation_prompt": True, **template_kwargs}
+    options |= {"tokenize": True, "return_dict": True, "add_generation_prompt": True, **given}
     try:
         return left_padded(apply(list(messages), **options))
     except Exception as error:
