@@ -78,6 +78,9 @@ SIZES: dict[str, Any] = {
 
 class _AnyOption(ImagesKwargs, total=False):
     return_row_col_info: bool
+    crop_to_patches: bool
+    min_patches: int
+    max_patches: int
 
 
 class Noise(BaseImageProcessor):
@@ -118,6 +121,9 @@ class Entry:
             newlines: whether the tokenizer has one token for each run of newlines, as Gemma's has.
         call: further arguments of each call of the processor.
         alone: whether the processor takes prompts without an image.
+        images: how many images a prompt may have.
+        front: whether images stand before all text.
+        frame: what the processor makes of a text without an image, where it takes none.
     """
 
     tokens: Mapping[str, str] = field(default_factory=dict)
@@ -135,6 +141,9 @@ class Entry:
     newlines: bool = False
     call: Mapping[str, Any] = field(default_factory=dict)
     alone: bool = True
+    images: Sequence[int] = (1, 0, 2)
+    front: bool = False
+    frame: str = "{}"
 
 
 class Zoo:
@@ -218,6 +227,8 @@ class Zoo:
 
     def text(self, prompt: Sequence[int]) -> str:
         """The prompt before the processor expands its images."""
+        if self.entry.front:
+            prompt = sorted((token for token in prompt if token != BOS), key=lambda token: token != IMAGE)
         pieces = [self.entry.image if i == IMAGE else self.tokenizer.convert_ids_to_tokens(i) for i in prompt]
         return "".join(pieces)
 
@@ -226,24 +237,56 @@ class Zoo:
         after = [abs(prompt[i + 1]) if i + 1 < len(prompt) else 0 for i, token in enumerate(prompt) if token == IMAGE]
         return [noise(seed, self.entry.sizes[(seed + i) % len(self.entry.sizes)]) for i, seed in enumerate(after)]
 
-    def batch(self, prompts: Sequence[Sequence[int]], side: str = "left") -> dict[str, Tensor]:
+    def batch(self, prompts: Sequence[Sequence[int]], side: str = "left") -> dict[str, Any]:
         """The prompts as the processor gives them, padded on ``side``."""
         images = [self.images(prompt) for prompt in prompts]
         flat = [image for row in images for image in row]
         given = None if not flat else images if self.entry.nested else flat
         texts = [self.text(prompt) for prompt in prompts]
+        return self._call(texts, given, side)
+
+    def _call(self, texts: list[str], images: Any, side: str) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             batch = self.processor(
                 text=texts,
-                images=given,
+                images=images,
                 padding=True,
                 padding_side=side,
                 return_tensors="pt",
                 add_special_tokens=False,
                 **self.entry.call,
             )
-        return {k: v for k, v in batch.items() if isinstance(v, Tensor)}
+        return {key: value for key, value in batch.items() if value is not None}
+
+    def without(self, prompt: Sequence[int]) -> list[int]:
+        """The ids of the prompt as the processor writes it without its images."""
+        text = self.text([token for token in prompt if token != IMAGE])
+        if not self.entry.alone:
+            return list(self.tokenizer(self.entry.frame.format(text), add_special_tokens=False)["input_ids"])
+        return list(self._call([text], None, "left")["input_ids"][0].tolist())
+
+    def conversation(self, prompt: Sequence[int]) -> list[dict[str, Any]]:
+        """The prompt as a message, its text in pieces around its images."""
+        content: list[dict[str, Any]] = []
+        images = iter(self.images(prompt))
+        for token in prompt:
+            if token == IMAGE:
+                content.append({"type": "image", "image": next(images)})
+            elif token != BOS:
+                content.append({"type": "text", "text": self.tokenizer.convert_ids_to_tokens(token)})
+        return [{"role": "user", "content": content}]
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        """What `apply_chat_template` needs beyond its defaults."""
+        return {"processor_kwargs": dict(self.entry.call)} if self.entry.call else {}
+
+    def bare_keys(self, side: str) -> set[str]:
+        """The keys of a batch without images."""
+        if not self.entry.alone:
+            return {"input_ids", "attention_mask", "token_type_ids"}
+        return set(self.batch([[BOS, FIRST]], side))
 
 
 def noise(seed: int, size: tuple[int, int]) -> Any:
@@ -466,7 +509,7 @@ _GEMMA_4 = {"image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<
 _GEMMA_4 |= {"audio_token": "<|audio|>", "boa_token": "<|audio>", "eoa_token": "<audio|>"}
 _GEMMA_4_IDS = {f"{name}_token_id": _GEMMA_4[f"{name}_token"] for name in ("image", "boi", "eoi", "video", "audio", "boa")}
 _GEMMA_4_IDS |= {"eoa_token_index": "<audio|>"}
-_GEMMA_IDS = {f"{name}_index": _GEMMA[f"{name}_token"] for name in ("boi", "eoi")}
+_GEMMA_IDS = {f"{name}_token_index": _GEMMA[f"{name}_token"] for name in ("boi", "eoi")}
 _GEMMA_IDS |= {"image_token_index": "<image_soft_token>"}
 _TWO_LAYERS = {"text_config": {"layer_types": ["sliding_attention", "full_attention"]}}
 _ROWS = [f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)]
@@ -663,6 +706,9 @@ ENTRIES: dict[str, Entry] = {
         ids={"image_token_index": "<image>"},
         pixels={"size": {"height": 16, "width": 16}, "image_seq_length": 16},
         alone=False,
+        images=(1, 2),
+        front=True,
+        frame="<bos>{}\n",
     ),
     "idefics2": Entry(
         tokens={"image_token": "<image>", "image_boundary_token": "<fake_token_around_image>", "_e": "<end_of_utterance>"},
@@ -728,6 +774,7 @@ ENTRIES: dict[str, Entry] = {
         call={"num_image_tokens": 1},
         nested=False,
         alone=False,
+        images=(1, 2),
     ),
     "mistral3": Entry(
         tokens=_PIXTRAL,
@@ -1045,6 +1092,7 @@ ENTRIES: dict[str, Entry] = {
         pixels={"size": {"height": 16, "width": 16}},
         nested=False,
         alone=False,
+        images=(1, 2),
     ),
     "blip-2": Entry(
         tokens={"_i": "<image>"},
@@ -1092,3 +1140,5 @@ ENTRIES: dict[str, Entry] = {
         nested=False,
     ),
 }
+
+NOT_BUILT: dict[str, str] = {}
