@@ -1,6 +1,7 @@
 """Decomposed on-policy distillation of vision-language models: losses, gate, views, rollouts. Needs only torch."""
 
 from steer_optim.vlm.analysis import angles_by_decile
+from steer_optim.vlm.check import check_views
 from steer_optim.vlm.forward import response_logits, response_states
 from steer_optim.vlm.gate import adaptive_strength, visual_dependency, visual_tokens
 from steer_optim.vlm.heads import Head, HiddenStates
@@ -20,6 +21,7 @@ __all__ = [
     "angles_by_decile",
     "append_response",
     "check_responses",
+    "check_views",
     "left_padded",
     "render",
     "response_logits",

@@ -347,11 +347,12 @@ def _without_media(content: Any) -> Any:
 
 def _rendered(processor: Any, messages: Sequence[Any], hint: str, template_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     apply, given = processor.apply_chat_template, dict(template_kwargs)
-    options: dict[str, Any] = {"padding": True, "return_tensors": "pt", **given.pop("processor_kwargs", {})}
+    padded = {"padding": True, **given.pop("processor_kwargs", {})}
     # Older versions of transformers take the processor's options among the template's.
-    if "processor_kwargs" in inspect.signature(apply).parameters:
-        options = {"processor_kwargs": options}
-    options |= {"tokenize": True, "return_dict": True, "add_generation_prompt": True, **given}
+    new = "processor_kwargs" in inspect.signature(apply).parameters
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+    options |= {"processor_kwargs": padded} if new else padded
+    options |= given
     try:
         return left_padded(apply(list(messages), **options))
     except Exception as error:
