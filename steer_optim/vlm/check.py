@@ -117,8 +117,8 @@ def check_views(
         differ = _largest(logits_BTV, said_BTV)
         if not differ <= limit:
             raise RuntimeError(
-                f"logits of the appended response differ by {differ:.2g} from those with which generate wrote it, in the "
-                f"{name} view and at logits of up to {scale:.3g}: the losses would be those of another policy"
+                f"logits of the appended response differ by {differ:.2g} from those that generate wrote it with, in "
+                f"the {name} view, at logits of up to {scale:.3g}: the losses would be those of another policy"
             )
         future, generation = max(future, moved), max(generation, differ)
     return ViewReport(_difference(views, config, processor), future, generation, scale)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.fsdp import register_fsdp_forward_method
 
 from steer_optim.vlm.families import image_ids, refuse
 from steer_optim.vlm.forward import overridden
@@ -95,8 +95,6 @@ def rollout(
             pad_token_id=pad,
             suppress_tokens=sorted(suppress) or None,
             use_cache=True,
-            # Shards are gathered together: every process runs as many passes as the longest response of all needs.
-            synced_gpus=any(isinstance(module, FSDPModule) for module in model.modules()) or None,
             **sampling,
         )
     response_BT = sequences[:, prompts["input_ids"].shape[1] :]
