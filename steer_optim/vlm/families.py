@@ -59,30 +59,55 @@ _PIXTRAL = Family(closing=("[IMG_BREAK]", "[IMG_END]"))
 _INTERN = Family(opening=("<img>",), closing=("</img>",))
 _COHERE = Family(opening=("<|START_OF_IMG|>",), closing=("<|END_OF_IMG|>",))
 _BARE = Family(bare=True)
+_IN_FRONT = Family(refused="its processor puts one image before every prompt, marked by a mask and not by placeholders")
+_PIXELS = Family(refused="it takes no prompt without pixel values")
 _DEFAULT = Family(per_token={"token_type_ids": 0, "mm_token_type_ids": 0})
 
 # By model type, or by model type and that of the vision tower.
 FAMILIES = {
     "aria": Family(opening=("<fim_prefix>",), closing=("<fim_suffix>",)),
     "aya_vision": _COHERE,
+    "blip": Family(refused="its text model attends to one image and reads no prompt without it"),
+    "blip-2": _PIXELS,
     "cohere2_vision": _COHERE,
     "deepseek_ocr2": _BARE,
     "deepseek_vl": _BARE,
     "deepseek_vl_hybrid": _BARE,
     "diffusion_gemma": Family(refused="it writes blocks of tokens at once and has no next token to predict"),
+    "dots3_note": Family(opening=("<|img|>",), closing=("<|endofimg|>",)),
     "emu3": Family(opening=("<|image start|>",), closing=("<|image end|>",)),
     "ernie4_5_vl_moe": Family(per_token={"moe_mm_token_type_ids": 0}),
+    "evolla": Family(refused="its prompt is a protein and no image"),
+    "exaone4_5": Family(opening=("<vision>",), closing=("</vision>",)),
     "fast_vlm": _BARE,
+    "fuyu": Family(refused="its processor puts the image before the whole prompt, with coordinates in the text"),
     "gemma3": _GEMMA,
     "gemma3n": _GEMMA,
+    "git": Family(refused="its image is no part of the prompt's ids"),
     "granite4_vision": _BARE,
+    "granite_docling": Family(
+        # An image of one tile has no token after it; the newline of each row of tiles stays.
+        opening=("<global-img>", *(f"<row_{row}_col_{column}>" for row in range(1, 11) for column in range(1, 11))),
+        bare=True,
+    ),
+    "hunyuan_vl": Family(
+        refused="transformers numbers the images of a batch from its first row on, so that a row's logits depend on "
+        "the rows before it"
+    ),
+    "hyperclovax_vision_v2": Family(opening=("<|image_start|>",), closing=("<|image_end|>",)),
+    "idefics": _PIXELS,
     "idefics2": _FAKE,
     "idefics3": _FAKE,
     "inkling2": Family(bare=True, opening=("<|content_image|>",)),
     "inkling_mm_model": _BARE,
+    "instructblip": _PIXELS,
+    "instructblipvideo": Family(refused="it reads videos only"),
     "internvl": _INTERN,
     "janus": Family(opening=("<begin_of_image>",), closing=("<end_of_image>",)),
+    "kosmos-2": _IN_FRONT,
+    "kosmos-2.5": _IN_FRONT,
     "lfm2_vl": Family(opening=("<|image_start|>",), closing=("<|image_end|>",)),
+    "lighton_ocr": _BARE,
     "llava": _BARE,
     "llava/pixtral": _PIXTRAL,
     "llava_next": _BARE,
@@ -93,8 +118,11 @@ FAMILIES = {
     "mistral_large4": _PIXTRAL,
     "mllama": Family(bare=True, per_token={"cross_attention_mask": None}),
     "nemotron_h_omni": _INTERN,
+    "paddleocr_vl": Family(opening=("<|IMAGE_START|>",), closing=("<|IMAGE_END|>",)),
     "paligemma": Family(bare=True, per_token={"token_type_ids": 1}),
     "perception_lm": _BARE,
+    "pi0": Family(refused="it predicts a robot's actions and no tokens"),
+    "pp_chart2table": _INTERN,
     "qianfan_ocr": _INTERN,
     "qwen2_5_omni_thinker": Family(opening=("<|vision_bos|>",), closing=("<|vision_eos|>",)),
     "qwen3_omni_moe_thinker": Family(
@@ -105,6 +133,7 @@ FAMILIES = {
     "step3p7": Family(opening=("<patch_start>", "<im_start>"), closing=("<patch_end>", "<im_end>", "<patch_newline>")),
     "t5gemma2": _GEMMA,
     "unlimited_ocr": _BARE,
+    "video_llama_3": _BARE,
     "video_llava": _BARE,
     "vipllava": _BARE,
 }
