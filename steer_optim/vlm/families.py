@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 _PLACEHOLDERS = ("image_token", "video_token", "audio_token", "image_patch")
 _OPENING = (
     *("vision_start_token", "image_start_token", "video_start_token", "audio_start_token", "frame_start_token"),
@@ -36,6 +38,7 @@ class Family:
             merges them with those of the text.
         per_token: what a response token gets in a key that has a value per token; None for what the last prompt token
             has. Keys with None are about images only, so that the view without images lacks them.
+        mixed: whether a row without images, in a batch with images, is what it is by itself.
         refused: the reason why the model cannot read a prompt followed by a response.
     """
 
@@ -45,6 +48,7 @@ class Family:
     bare: bool = False
     newlines: range = range(0)
     per_token: Mapping[str, int | None] = field(default_factory=dict)
+    mixed: bool = True
     refused: str = ""
 
     @property
@@ -116,7 +120,8 @@ FAMILIES = {
     "minimax_m3_vl": Family(opening=("]<]start of image[>[",), closing=("]<]end of image[>[",)),
     "mistral3": _PIXTRAL,
     "mistral_large4": _PIXTRAL,
-    "mllama": Family(bare=True, per_token={"cross_attention_mask": None}),
+    # In a row without images its tokens attend to the zeros that stand for other rows' images.
+    "mllama": Family(bare=True, mixed=False, per_token={"cross_attention_mask": None}),
     "nemotron_h_omni": _INTERN,
     "paddleocr_vl": Family(opening=("<|IMAGE_START|>",), closing=("<|IMAGE_END|>",)),
     "paligemma": Family(bare=True, per_token={"token_type_ids": 1}),
@@ -160,17 +165,27 @@ def type_of(config: Any) -> str:
     return getattr(config, "model_type", None) or type(config).__name__
 
 
-def refuse(config: Any) -> None:
-    """Raise where a response cannot follow the prompt in the same columns.
+def refuse(config: Any, batch: Mapping[str, Any]) -> None:
+    """Raise where a response cannot follow the prompts of ``batch`` in the same columns.
 
     Raises:
-        ValueError: the model is an encoder-decoder, or its family is refused.
+        ValueError: the model is an encoder-decoder, or its family is refused, or it takes no mixed batches and the
+            batch is one.
     """
-    reason = family_of(config).refused
+    family = family_of(config)
+    reason = family.refused
     if getattr(config, "is_encoder_decoder", False):
         reason = "it is an encoder-decoder, whose prompt and response are two inputs"
     if reason:
         raise ValueError(f"{type_of(config)!r} cannot be distilled on responses that follow their prompts: {reason}")
+    if not family.mixed:
+        ids_BL = batch["input_ids"]
+        placeholders = torch.tensor(sorted(placeholder_ids(config)), device=ids_BL.device)
+        if len(torch.isin(ids_BL, placeholders).any(dim=1).unique()) > 1:
+            raise ValueError(
+                f"rows with and without images stand in one batch, and {type_of(config)!r} reads the latter as if they "
+                "had an empty image: give each kind a batch of its own"
+            )
 
 
 def roles(config: Any, tokenizer: Any = None) -> dict[int, str]:

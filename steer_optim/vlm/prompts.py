@@ -279,7 +279,7 @@ def append_response(batch: Mapping[str, Tensor], responses: Rollout, config: Any
         ids. Ids outside of ``mask_BT`` are 0.
 
     Raises:
-        ValueError: there are not as many responses as prompts; the model is an encoder-decoder; as ``left_padded``.
+        ValueError: there are not as many responses as prompts; the model's family is refused; as ``left_padded``.
 
     Example:
         >>> import torch
@@ -292,7 +292,7 @@ def append_response(batch: Mapping[str, Tensor], responses: Rollout, config: Any
         tensor([[5, 6, 7, 3, 4],
                 [0, 0, 8, 9, 1]])
     """
-    refuse(config)
+    refuse(config, batch)
     if (found := len(responses.response_BT)) != (prompts := len(batch["input_ids"])):
         raise ValueError(f"there are {found} responses to {prompts} prompts; they go together row by row")
     view, per_token, T = left_padded(batch), family_of(config).per_token, responses.response_BT.shape[1]

@@ -55,7 +55,7 @@ def rollout(
         The responses, ``T`` ≤ ``max_new_tokens`` columns. A response that did not end has no end-of-sequence token.
 
     Raises:
-        ValueError: a number is out of its range.
+        ValueError: a number is out of its range; the model's family is refused; as ``left_padded``.
 
     Example:
         >>> import torch
@@ -76,7 +76,7 @@ def rollout(
             "a rollout needs max_new_tokens >= 1, temperature >= 0 and 0 < top_p <= 1; got "
             f"{max_new_tokens}, {temperature} and {top_p}"
         )
-    refuse(model.config)
+    refuse(model.config, batch)
     defaults = model.generation_config
     eos = sorted(_ids(defaults.eos_token_id) if eos_ids is None else set(eos_ids))
     pad = pad_id if pad_id is not None else defaults.pad_token_id
