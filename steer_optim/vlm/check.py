@@ -84,7 +84,7 @@ def check_views(
     views = render(processor, _examples() if messages is None else messages, **template_kwargs)
     never = torch.tensor(sorted(image_ids(config)), device=model.device)
     future = generation = scale = 0.0
-    for name, view in (("image", views.image), ("text", views.text)):
+    for name, view in views._asdict().items():
         batch = {key: _to(value, model) for key, value in view.items()}
         with evaluating(model):
             said = model.generate(
@@ -154,8 +154,8 @@ def _difference(views: Views, config: Any, processor: Any) -> str:
             at = next((i for i, pair in enumerate(zip(made, rendered, strict=False)) if len(set(pair)) > 1), 0)
             texts = [processor.decode(ids[max(at - 4, 0) : at + 8]) for ids in (made, rendered)]
             return (
-                f"prompt {number} without its images is ... {texts[0]!r} from ids and ... {texts[1]!r} from messages; \
-the second is right"
+                f"prompt {number} without its images has {texts[0]!r} from ids and {texts[1]!r} from messages; the "
+                "second is right"
             )
     return ""
 

@@ -13,7 +13,7 @@ import inspect
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +28,8 @@ _DROPPED = ("position_ids", "rope_deltas", "cache_position", "labels")
 _IMAGE = r"o[^oc]*c|b[^pobc]*p+[^pobc]*(?=b)|p+[^pobc]*c|[obc]"
 
 
-@dataclass(frozen=True)
-class Views:
-    """The same ``B`` prompts twice, padded on the left, ready for a model.
-
-    Attributes:
-        image: the batch with images: ids, mask, token types, pixels.
-        text: the batch without them.
-    """
+class Views(NamedTuple):
+    """The same ``B`` prompts twice, padded on the left: a batch with images and the batch without them."""
 
     image: dict[str, Any]
     text: dict[str, Any]
@@ -111,24 +105,20 @@ class Rollout:
                     [ True, False, False]])
         """
         rows = [torch.as_tensor(row, dtype=torch.int64, device="cpu") for row in responses]
-        flags = [torch.ones_like(row) for row in rows] if scored is None else list(map(torch.as_tensor, scored))
+        real = [torch.ones_like(row, dtype=torch.bool) for row in rows]
+        flags = real if scored is None else [torch.as_tensor(row, dtype=torch.bool, device="cpu") for row in scored]
         if not rows:
             raise ValueError("a rollout of no responses: pass one list of ids for each prompt, empty where it is empty")
-        if [len(row) for row in rows] != [len(row) for row in flags]:
-            raise ValueError("scored needs one flag for each token of each response")
-        placeholders = torch.tensor(sorted(placeholder_ids(config)), dtype=torch.int64)
-        for number, row in enumerate(rows):
-            if (found := torch.isin(row, placeholders)).any():
-                raise ValueError(
-                    f"response {number} has the placeholder {int(row[found][0])} at token {_first(found)}, which the "
-                    "model would take for an image: suppress these ids in the sampler (families.image_ids), or leave "
-                    "the row out"
-                )
-        response_BT, mask_BT, scored_BT = (
-            nn.utils.rnn.pad_sequence(values, batch_first=True).to(device)
-            for values in (rows, [torch.ones_like(row, dtype=torch.bool) for row in rows], [f.bool() for f in flags])
-        )
-        return cls(response_BT, mask_BT, scored_BT)
+        if (lengths := [len(row) for row in rows]) != (found := [len(row) for row in flags]):
+            raise ValueError(f"scored needs one flag for each token: responses have {lengths} tokens, scored {found}")
+        ids_BT, mask_BT, scored_BT = (nn.utils.rnn.pad_sequence(each, batch_first=True) for each in (rows, real, flags))
+        if (images_BT := torch.isin(ids_BT, torch.tensor(sorted(placeholder_ids(config)))) & mask_BT).any():
+            row, column = images_BT.nonzero()[0].tolist()
+            raise ValueError(
+                f"response {row} has the placeholder {int(ids_BT[row, column])} at token {column}, which the model "
+                "would take for an image: suppress families.image_ids(config) in the sampler, or leave the row out"
+            )
+        return cls(ids_BT.to(device), mask_BT.to(device), scored_BT.to(device))
 
 
 def render(processor: Any, messages: Sequence[Sequence[Mapping[str, Any]]], **template_kwargs: Any) -> Views:
@@ -152,8 +142,8 @@ def render(processor: Any, messages: Sequence[Sequence[Mapping[str, Any]]], **te
 
     Example:
         >>> from steer_optim.vlm.prompts import render
-        >>> views = render(processor, [[{"role": "user", "content": content}]])  # doctest: +SKIP
-        >>> views.image.keys() - views.text.keys()  # doctest: +SKIP
+        >>> image, text = render(processor, [[{"role": "user", "content": content}]])  # doctest: +SKIP
+        >>> image.keys() - text.keys()  # doctest: +SKIP
         {'pixel_values'}
     """
     if not messages or isinstance(messages[0], Mapping):
@@ -355,18 +345,13 @@ def _rendered(processor: Any, messages: Sequence[Any], hint: str, template_kwarg
     options |= given
     try:
         return left_padded(apply(list(messages), **options))
-    except Exception as error:
-        _name_row(lambda row: apply([row], **options), messages, hint, error)
-
-
-def _name_row(render_one: Any, messages: Sequence[Any], hint: str, error: Exception) -> NoReturn:
-    """The error of the first conversation that fails by itself, in place of that of the batch."""
-    for number, row in enumerate(messages):
-        try:
-            render_one(row)
-        except Exception as reason:  # noqa: PERF203
-            raise ValueError(f"the processor cannot render conversation {number}{hint}: {reason}") from reason
-    raise error
+    except Exception:
+        for number, row in enumerate(messages):
+            try:
+                apply([row], **options)
+            except Exception as error:  # noqa: PERF203
+                raise ValueError(f"the processor cannot render conversation {number}{hint}: {error}") from error
+        raise
 
 
 def _real(batch: Mapping[str, Tensor]) -> Tensor:

@@ -60,7 +60,7 @@ def test_what_is_no_rollout_is_refused():
     with pytest.raises(ValueError, match="a rollout of no responses"):
         Rollout.of([], config=CONFIG)
     for scored in ([[1]], [[1], [1]], [[1, 1], []]):
-        with pytest.raises(ValueError, match="one flag for each token of each response"):
+        with pytest.raises(ValueError, match="scored needs one flag for each token: responses have"):
             Rollout.of([[20, 21], [22]], config=CONFIG, scored=scored)
     ids_BT = torch.full((2, 3), 20)
     hole, late = torch.tensor([[1, 1, 1], [1, 0, 1]]).bool(), torch.tensor([[1, 1, 0], [0, 1, 1]]).bool()
