@@ -142,8 +142,11 @@ FAMILIES = {
     "video_llava": _BARE,
     "vipllava": _BARE,
 }
-# Every name of a per-token key, whatever the family.
-PER_TOKEN = {key for family in (_DEFAULT, *FAMILIES.values()) for key in family.per_token}
+
+
+def per_token_keys() -> set[str]:
+    """The keys that hold a value per token, beside ids and mask, in any family."""
+    return {key for family in (_DEFAULT, *FAMILIES.values()) for key in family.per_token}
 
 
 def family_of(config: Any) -> Family:

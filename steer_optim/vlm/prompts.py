@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from steer_optim.vlm.families import PER_TOKEN, family_of, placeholder_ids, refuse, roles, type_of
+from steer_optim.vlm.families import family_of, per_token_keys, placeholder_ids, refuse, roles, type_of
 
 _MEDIA = ("image", "image_url", "video", "video_url", "audio", "audio_url", "input_audio")
 # Position ids are computed anew by the model; a processor's labels are those of another objective.
@@ -62,8 +62,9 @@ class Rollout:
     scored_BT: Tensor = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        if self.scored_BT is None:
-            object.__setattr__(self, "scored_BT", self.mask_BT)
+        scored_BT = self.mask_BT if self.scored_BT is None else self.scored_BT
+        for name, mask_BT in (("mask_BT", self.mask_BT), ("scored_BT", scored_BT)):
+            object.__setattr__(self, name, mask_BT.bool())  # samplers give masks of integers, too
         shapes = [tuple(value.shape) for value in (self.response_BT, self.mask_BT, self.scored_BT)]
         if len(shapes[0]) != 2 or len(set(shapes)) > 1:
             raise ValueError(f"responses, their mask and what is scored of them are (B, T); got {shapes}")
@@ -216,7 +217,7 @@ def text_only(
     keep_BL = real_BL & ~drop_BL
     if (empty := ~keep_BL.any(dim=1)).any():
         raise ValueError(f"nothing but images in row {_first(empty)}: a prompt needs some text to be a text-only view")
-    types = {key for key in batch.keys() & PER_TOKEN if family.per_token.get(key, 0) is not None}
+    types = {key for key in batch.keys() & per_token_keys() if family.per_token.get(key, 0) is not None}
     view = {key: batch[key] for key in batch.keys() & {"attention_mask", *types}}
     return _compact({**view, "input_ids": ids_BL}, keep_BL, left=bool(real_BL[:, -1].all()))
 
@@ -242,7 +243,7 @@ def left_padded(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 [0, 7]])
     """
     shape = batch["input_ids"].shape
-    moved = {key: batch[key] for key in batch.keys() & {"input_ids", "attention_mask", *PER_TOKEN}}
+    moved = {key: batch[key] for key in batch.keys() & {"input_ids", "attention_mask", *per_token_keys()}}
     kept = {key: value for key, value in batch.items() if key not in moved and key not in _DROPPED}
     for key, value in kept.items():
         if isinstance(value, Tensor) and value.shape[:2] == shape:
@@ -287,7 +288,7 @@ def append_response(batch: Mapping[str, Tensor], responses: Rollout, config: Any
         raise ValueError(f"there are {found} responses to {prompts} prompts; they go together row by row")
     view, per_token, T = left_padded(batch), family_of(config).per_token, responses.response_BT.shape[1]
     tail = {"input_ids": responses.response_BT.where(responses.mask_BT, 0), "attention_mask": responses.mask_BT}
-    for key in view.keys() & {*tail, *PER_TOKEN}:
+    for key in view.keys() & {*tail, *per_token_keys()}:
         last = view[key][:, -1:].expand(-1, T, *view[key].shape[2:])
         fill = per_token.get(key, 0)
         columns = tail.get(key, last if fill is None else torch.full_like(last, fill))

@@ -183,7 +183,7 @@ def test_a_config_that_names_everything_needs_no_entry():
 
 def test_a_family_is_one_entry(monkeypatch):
     """Tokens, bare placeholders and a key per token, all from the table."""
-    entry = Family(opening=("<open>",), bare=True, per_token={"token_type_ids": 2})
+    entry = Family(opening=("<open>",), bare=True, per_token={"token_type_ids": 2, "novel_mask": None})
     monkeypatch.setitem(families.FAMILIES, "novel", entry)
     settings, known = config("novel"), tokenizer("<open>")
     batch = {"input_ids": torch.tensor([[20, OPEN, P, P, 21]]), "token_type_ids": torch.tensor([[0, 1, 1, 1, 0]])}
@@ -191,6 +191,10 @@ def test_a_family_is_one_entry(monkeypatch):
     assert view["input_ids"].tolist() == [[20, 21]]
     appended = append_response(view, Rollout.of([[30]], config=settings), settings)
     assert appended["token_type_ids"].tolist() == [[0, 0, 2]]
+    batch["novel_mask"] = torch.arange(10).view(1, 5, 2)
+    assert "novel_mask" not in text_only(batch, settings, tokenizer=known)
+    novel = append_response(batch, Rollout.of([[30, 31]], config=settings), settings)["novel_mask"]
+    assert novel.tolist() == [[[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [8, 9], [8, 9]]]
 
 
 def test_the_tower_may_decide(monkeypatch):

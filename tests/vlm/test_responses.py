@@ -35,6 +35,9 @@ def test_lists_of_any_lengths_become_a_rollout_and_back(rows, data):
     assert not (rollout.scored_BT & ~rollout.mask_BT).any()
     assert Rollout.of(rows, config=CONFIG).scored_BT.equal(rollout.mask_BT)
     assert Rollout.of(list(map(torch.tensor, rows)), config=CONFIG).response_BT.equal(rollout.response_BT)
+    integers = Rollout(rollout.response_BT, rollout.mask_BT.long(), rollout.scored_BT.long())
+    assert integers.mask_BT.equal(rollout.mask_BT)
+    assert integers.scored_BT.equal(rollout.scored_BT)
 
 
 @given(rows=responses, data=st.data())
