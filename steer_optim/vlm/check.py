@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steer_optim.vlm.families import image_ids
+from steer_optim.vlm.families import family_of, image_ids
 from steer_optim.vlm.forward import response_logits
 from steer_optim.vlm.prompts import Rollout, Views, append_response, render, text_only
 from steer_optim.vlm.rollout import evaluating
@@ -64,7 +64,7 @@ def check_views(
     Args:
         model: a transformers model with ``generate``. In float32 the checks see more than in half precision.
         processor: its processor, with a chat template.
-        messages: conversations as ``render`` takes them; by default one with an image and one without.
+        messages: conversations as ``render`` takes them; by default two with an image and one without.
         template_kwargs: those of ``render``.
 
     Returns:
@@ -81,7 +81,7 @@ def check_views(
         a later token moves logits by at most 0.0e+00, and generate's logits differ by at most 3.8e-06; ...
     """
     config, half = model.config, _TOKENS // 2
-    views = render(processor, _examples() if messages is None else messages, **template_kwargs)
+    views = render(processor, messages or _examples(mixed=family_of(config).mixed), **template_kwargs)
     never = torch.tensor(sorted(image_ids(config)), device=model.device)
     future = generation = scale = 0.0
     for name, view in views._asdict().items():
@@ -124,12 +124,13 @@ def check_views(
     return ViewReport(_difference(views, config, processor), future, generation, scale)
 
 
-def _examples() -> list[list[dict[str, Any]]]:
+def _examples(*, mixed: bool) -> list[list[dict[str, Any]]]:
     from PIL import Image
 
-    picture = Image.effect_noise((64, 48), 80).convert("RGB")
-    image, text = {"type": "image", "image": picture}, {"type": "text", "text": "What is in the middle, and why?"}
-    return [[{"role": "user", "content": content}] for content in ([image, text], [text])]
+    image = {"type": "image", "image": Image.effect_noise((64, 48), 80).convert("RGB")}
+    text, more = {"type": "text", "text": "What is this?"}, {"type": "text", "text": "What is in the middle, and why?"}
+    contents = [[image, text], [more, image], [text]] if mixed else [[image, text], [more, image]]
+    return [[{"role": "user", "content": content}] for content in contents]
 
 
 def _to(value: Any, model: Any) -> Any:

@@ -38,8 +38,9 @@ def test_a_family_that_is_right_passes(name):
     model.eval()
 
 
-def test_examples_are_made_where_none_are_given():
-    assert check_views(zoo("gemma3").model, zoo("gemma3").processor).text_view == ""
+@pytest.mark.parametrize("name", ["gemma3", "mllama"])
+def test_examples_are_made_where_none_are_given(name):
+    assert check_views(zoo(name).model, zoo(name).processor).text_view == ""
 
 
 def test_half_precision_has_its_own_limits():

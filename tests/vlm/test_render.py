@@ -158,6 +158,19 @@ def test_messages_are_left_as_they_were_and_options_passed_on():
             assert value.equal(again.image[key])
 
 
+def test_older_processors_take_their_options_among_those_of_the_template():
+    asked = []
+
+    class Processor:
+        def apply_chat_template(self, conversation, **options):
+            asked.append(options)
+            return {"input_ids": torch.full((len(conversation), 3), 20)}
+
+    render(Processor(), [conversation(HELLO)], processor_kwargs={"fps": 2})
+    common = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+    assert asked == [{**common, "padding": True, "fps": 2}] * 2
+
+
 def test_bad_conversations_are_named_by_their_index(tmp_path):
     family = zoo("qwen2_vl")
     good, missing = conversation(HELLO), conversation({"type": "image", "path": str(tmp_path / "missing.png")}, HELLO)
