@@ -176,6 +176,8 @@ class Zoo:
         vocabulary |= {character: FIRST + i for i, character in enumerate(TEXT)}
         vocabulary |= {"\n" * (i + 1): NEWLINE + i for i in range(31 if self.entry.newlines else 1)}
         vocabulary["<unk>"] = VOCABULARY - 1
+        # Every id has a token: a model samples any of them.
+        vocabulary |= {chr(0xE000 + i): i for i in {*range(VOCABULARY)} - {*vocabulary.values()}}
         model = tokenizers.models.BPE(vocabulary, [], unk_token="<unk>")
         raw = tokenizers.Tokenizer(model)
         runs = [token for token, i in vocabulary.items() if NEWLINE <= i < NEWLINE + 31]
@@ -392,8 +394,8 @@ def _merged(config: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
 
 def _qwen(**more: Any) -> Entry:
     """Qwen's habits: a grid for each image, and two tokens around its placeholders, which the template writes."""
-    names = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
-    names |= {"vision_start_token": "<|vision_start|>", "vision_end_token": "<|vision_end|>"}
+    names = {"vision_start_token": "<|vision_start|>", "image_token": "<|image_pad|>"}
+    names |= {"vision_end_token": "<|vision_end|>", "video_token": "<|video_pad|>"}
     tokens = more.pop("tokens", names)
     image = more.pop("image", "<|vision_start|><|image_pad|><|vision_end|>")
     ids = {f"{name}_id": tokens[name] for name in more.pop("named", names)}
@@ -545,11 +547,11 @@ def _llava(**more: Any) -> Entry:
     processor = {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
     more = {"processor": processor, **more}
     more = {"pixels": _SQUARE, "ids": {"image_token_id": "<image>"}, "after": "\n", **more}
-    return Entry(tokens={"image_token": "<image>", "video_token": "<video>"}, **more)
+    return Entry(tokens={"_s": "<s>", "image_token": "<image>", "_e": "</s>", "video_token": "<video>"}, **more)
 
 
 _PINPOINTS = [[16, 32], [32, 16], [32, 32]]
-_GEMMA = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
+_GEMMA = {"boi_token": "<start_of_image>", "image_token": "<image_soft_token>", "eoi_token": "<end_of_image>"}
 _AUDIO = {"audio_token": "<audio_soft_token>", "boa_token": "<start_of_audio>", "eoa_token": "<end_of_audio>"}
 _GEMMA_4 = {"image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>", "video_token": "<|video|>"}
 _GEMMA_4 |= {"audio_token": "<|audio|>", "boa_token": "<|audio>", "eoa_token": "<audio|>"}
@@ -561,8 +563,9 @@ _GEMMA_IDS = {f"{name}_token_index": _GEMMA[f"{name}_token"] for name in ("boi",
 _GEMMA_IDS |= {"image_token_index": "<image_soft_token>"}
 _TWO_LAYERS = {"text_config": {"layer_types": ["sliding_attention", "full_attention"]}}
 _ROWS = [f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)]
-_IDEFICS = {name: name for name in ()} | {"image_token": "<image>", "_fake": "<fake_token_around_image>"}
-_IDEFICS |= {"_global": "<global-img>", "_end": "<end_of_utterance>"} | {f"_{token}": token for token in _ROWS}
+_IDEFICS = {"_fake": "<fake_token_around_image>", "image_token": "<image>", "_end": "<end_of_utterance>"}
+_IDEFICS |= {"_video": "<video>", **{f"_{token}": token for token in _ROWS[:2]}, "_global": "<global-img>"}
+_IDEFICS |= {f"_{token}": token for token in _ROWS[2:]}
 _TILES = {"size": {"longest_edge": 32}, "max_image_size": {"longest_edge": 16}}
 _INTERN = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
 _INTERN |= {"video_token": "<video>"}
@@ -837,7 +840,6 @@ ENTRIES: dict[str, Entry] = {
         pixels=_TILES,
         processor={"image_seq_len": 4},
         sizes=((16, 32), (16, 16)),
-        newlines=True,
     ),
     "smolvlm": Entry(
         tokens=_IDEFICS,
@@ -846,7 +848,6 @@ ENTRIES: dict[str, Entry] = {
         pixels=_TILES,
         processor={"image_seq_len": 4},
         sizes=((16, 32), (16, 16)),
-        newlines=True,
     ),
     "granite_docling": Entry(
         tokens=_IDEFICS,
