@@ -92,6 +92,7 @@ FAMILIES = {
     "granite_docling": Family(
         # An image of one tile has no token after it; the newline of each row of tiles stays.
         opening=("<global-img>", *(f"<row_{row}_col_{column}>" for row in range(1, 11) for column in range(1, 11))),
+        around=("<fake_token_around_image>",),
         bare=True,
     ),
     "hunyuan_vl": Family(
