@@ -13,7 +13,7 @@ import re
 import traceback
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -94,11 +94,7 @@ def written(zoo: Zoo, _: list[list[int]]) -> str:
 def ids(zoo: Zoo, prompts: list[list[int]]) -> str:
     """The text view from ids against the prompt as the processor writes it without an image."""
     expected = [zoo.without(prompt, kept=True) for prompt in prompts]
-    needs = "the config says it all"
-    try:
-        text_only(zoo.batch(prompts), zoo.config)
-    except ValueError as error:
-        needs = "tokenizer= needed" if "pass tokenizer=" in str(error) else str(error)
+    needs = _needs(zoo, prompts)
     for side in ("left", "right"):
         view = text_only(zoo.batch(prompts, side), zoo.config, tokenizer=zoo.processor)
         for row, mask, wanted in zip(view["input_ids"], view["attention_mask"], expected, strict=True):
@@ -111,6 +107,16 @@ def ids(zoo: Zoo, prompts: list[list[int]]) -> str:
             return f"{WRONG}: keys {sorted(keys)} of images are left"
     kept = " or ".join(map(repr, sorted({*zoo.entry.kept} - {""})))
     return f"{RIGHT}: {needs}" + (f"; {kept} of an image stays" if kept else "")
+
+
+def _needs(zoo: Zoo, prompts: list[list[int]]) -> str:
+    """What has to be passed beside the configuration."""
+    wanted = text_only(zoo.batch(prompts), zoo.config, tokenizer=zoo.processor)["input_ids"]
+    for needs, tokenizer in {"the config says it all": None, "tokenizer= needed": zoo.tokenizer}.items():
+        with suppress(ValueError):
+            view = text_only(zoo.batch(prompts), zoo.config, tokenizer=tokenizer)["input_ids"]
+            return needs if torch.equal(view, wanted) else f"{WRONG} with less than the processor"
+    return "tokenizer=processor needed"
 
 
 def messages(zoo: Zoo, prompts: list[list[int]]) -> str:
@@ -283,7 +289,8 @@ def _cell(key: str, value: str) -> str:
     if key == "states" and verdict == REFUSED:
         return "`response_logits` only"
     note = re.sub(r"the processor cannot render conversation 0[^:]*: ", "", note)
-    note = note.replace("the config says it all", "").replace("tokenizer= needed", "with `tokenizer=`")
+    note = note.replace("the config says it all", "")
+    note = re.sub(r"(tokenizer=\w*) needed", r"with `\1`", note)
     note = re.sub(r"\s*('[^' ]*')", lambda match: f" `{match[1][1:-1] or ' '}`", note) if verdict == RIGHT else note
     return f"{verdict}: {note}".removesuffix(": ").replace(": ;", ":").replace("|", "\\|")
 
@@ -307,8 +314,8 @@ def report(result: dict[str, Any]) -> str:
     return TEMPLATE.format(
         transformers=result["transformers"],
         torch=result["machine"]["torch"],
-        number=len(families),
-        right=len(right),
+        number=len(MODELS),
+        right=len({name for name in right if name in MODELS}),
         refusals=len(refused),
         absent=len(NOT_BUILT),
         table=common.table(head, [row(name, tried[name]) for name in sorted(tried)]),
