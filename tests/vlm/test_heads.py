@@ -14,6 +14,7 @@ from steer_optim.vlm import (
     DecomposedDistillation,
     Head,
     HiddenStates,
+    Rollout,
     append_response,
     response_logits,
     response_states,
@@ -37,7 +38,7 @@ def text_model(name, **options):
 
 
 def batch_of(*prompts):
-    return append_response({"input_ids": torch.tensor(prompts)}, RESPONSE, MASK)
+    return append_response({"input_ids": torch.tensor(prompts)}, Rollout(RESPONSE, MASK), transformers.LlamaConfig())
 
 
 AFTER = {
@@ -73,7 +74,7 @@ def test_a_vision_language_model_trains_through_its_states_as_through_its_logits
     batch = family.batch([[BOS, 20, IMAGE, 21], [BOS, IMAGE, 22, 23]])
     batch = {key: x.double() if x.is_floating_point() else x for key, x in batch.items()}
     prompts = batch, text_only(batch, student.config, drop_ids=family.drop_ids)
-    views = [append_response(prompt, RESPONSE, MASK) for prompt in prompts]
+    views = [append_response(prompt, Rollout(RESPONSE, MASK), student.config) for prompt in prompts]
     teacher = [0.5 * torch.randn(2, 3, 140, dtype=torch.float64) for _ in range(2)]
     # Large random weights of Gemma make one token certain, whose gradient is a difference of nearly equal numbers.
     method = DecomposedDistillation(lam=1.0, temperature=8.0, chunk_size=2)
