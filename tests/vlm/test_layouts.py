@@ -25,7 +25,7 @@ def config(model_type: str = "mystery", **ids: int | None) -> SimpleNamespace:
 def tokenizer(*tokens: str, **attributes: str) -> SimpleNamespace:
     """Knows ``tokens`` under the ids from OPEN on."""
     vocabulary = {token: OPEN + i for i, token in enumerate(tokens)}
-    return SimpleNamespace(get_vocab=lambda: vocabulary, **attributes)
+    return SimpleNamespace(convert_tokens_to_ids=lambda token: vocabulary.get(token, 1), unk_token_id=1, **attributes)
 
 
 def images(*pieces: list[int]) -> st.SearchStrategy[list[int]]:
