@@ -36,7 +36,7 @@ PROMPTS = {
 }
 TOKENS = 4
 # Rotations, norms and routers run in float32 whatever the dtype, and padding moves the positions that are rotated: some
-# dozens of roundings of 6e-8, relative to the largest logit.
+# dozens of roundings of 6e-8, relative to the largest logit; MiniCPM's are 6e-6 apart.
 TOLERANCE = 2e-5
 
 
@@ -83,7 +83,7 @@ def written(zoo: Zoo, _: list[list[int]]) -> str:
     tokens = [zoo.tokenizer.convert_ids_to_tokens(token) for token in ids if token != BOS]
     runs: list[list[Any]] = []
     for token in tokens:
-        if runs and runs[-1][0] == token:
+        if runs and runs[-1][0] == token and len(token) > 1:
             runs[-1][1] += 1
         else:
             runs.append([token, 1])
@@ -288,6 +288,8 @@ def _cell(key: str, value: str) -> str:
         return "no model"
     if key == "states" and verdict == REFUSED:
         return "`response_logits` only"
+    if key == "messages" and verdict == REFUSED:
+        note += " Use `text_only`."
     note = re.sub(r"the processor cannot render conversation 0[^:]*: ", "", note)
     note = note.replace("the config says it all", "")
     note = re.sub(r"(tokenizer=\w*) needed", r"with `\1`", note)
@@ -331,23 +333,26 @@ Written by `python -m benchmarks.families` with transformers {transformers} and 
 runs the same checks as tests, and writes this page.
 
 Of the {number} model types of transformers' image-text-to-text mapping {right} are right, {refusals} are refused by
-name, and {absent} have no model here. Each is a tiny random model of the real class. Its own processor writes the
-prompts; the tokenizer is made for the test, and the chat template writes an image as the released ones do.
+name, and {absent} have no model here. Each is a tiny random model of the real class, and its own processor writes the
+prompts. The tokenizer, with one character a token, and a short chat template that puts the family's tokens around an
+image are made for the test: transformers has neither without a download. A name after a slash is another way to write
+an image.
 
 - **an image in a prompt**: what the processor writes between the letters `a` and `bc`; `\\n` is a newline.
 - **from messages**: `render` gives both views. Where the text view that `text_only` makes from the ids differs, the
   rendered one is right, and the text that stays in the other is named.
 - **from ids**: `text_only` gives the prompt as the processor writes it without an image. *With `tokenizer=`*: the
   configuration does not name the tokens around an image, and `text_only` raises without the tokenizer.
-- **padding**: logits of responses of 1 to 4 tokens, in batches of prompts with no, one and two images, padded on
-  either side, are those that `generate` gives for each row by itself; in both views.
+- **padding**: responses of 1 to 4 tokens follow prompts with no, one and two images in one batch, padded on either
+  side. Their logits are those that `generate` gives for each row by itself, in both views, and another image changes them.
 - **future**: a late token of the response changes no earlier logit, in both views.
 - **hidden states**: the logits that `response_states` gives are the model's; else it raises and names what to pass.
 - **rollout**: samples no placeholder, however likely the model makes it.
 
 {table}
 
-Image processors of these need torchvision, and the pixels are noise of the same shape: {noise}.
+Pixels are those of the family's image processor, except for these, whose image processors need torchvision: {noise}.
+They read noise of the same shape.
 
 ## Refused
 

@@ -18,7 +18,7 @@ import string
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -1319,6 +1319,28 @@ ENTRIES: dict[str, Entry] = {
         processor={"patch_size": 4},
     ),
 }
+
+# Other ways in which processors of the same families write an image.
+ENTRIES |= {
+    "idefics2/split": replace(
+        ENTRIES["idefics2"],
+        pixels={"size": {"shortest_edge": 16, "longest_edge": 16}, "do_image_splitting": True},
+    ),
+    "idefics3/whole": replace(ENTRIES["idefics3"], pixels={**_TILES, "do_image_splitting": False}),
+    "smolvlm/whole": replace(ENTRIES["smolvlm"], pixels={**_TILES, "do_image_splitting": False}),
+    "gemma3/crops": replace(
+        ENTRIES["gemma3"],
+        sizes=((32, 64),),
+        call={
+            "do_pan_and_scan": True,
+            "pan_and_scan_min_crop_size": 16,
+            "pan_and_scan_max_num_crops": 2,
+            "pan_and_scan_min_ratio_to_activate": 1.2,
+        },
+        kept=("Here is the original image  and here are some crops to help you see better  ",),
+    ),
+}
+
 
 NOT_BUILT = {
     "fast_vlm": "its vision tower needs timm",
