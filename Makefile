@@ -10,7 +10,7 @@ PYTEST_PROCESSES ?= 2
 BENCHMARKS ?= steering_cost steering_growth steering_memory replica_memory host_reads losses_cost vgs_step rollout_speed topk_bias
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo test check fmt bench parity third-party clean
+.PHONY: demo test check fmt bench parity third-party families clean
 
 demo: .venv/examples.stamp
 	$(BIN)/python examples/distill_digits.py $(ARGS)
@@ -39,6 +39,10 @@ third-party: .venv/dev.stamp
 	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[third-party]"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m third_party tests/third_party $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.third_party
+
+families: .venv/dev.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_PROCESSES) -m "families or not families" tests/vlm/test_families.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.families
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

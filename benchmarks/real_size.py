@@ -187,11 +187,11 @@ class Bench:
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.device)
                 resident = torch.cuda.memory_allocated(self.device)
-            ids_BT, mask_BT = self.sampled.response_BT, self.sampled.mask_BT
-            T = ids_BT.shape[1]
-            views = [append_response(self.prompt, ids_BT, mask_BT)]
+            mask_BT, config = self.sampled.mask_BT, self.student.config
+            T = mask_BT.shape[1]
+            views = [append_response(self.prompt, self.sampled, config)]
             if not plain:
-                views.append(append_response(text_only(self.prompt, self.student.config), ids_BT, mask_BT))
+                views.append(append_response(text_only(self.prompt, config), self.sampled, config))
             done("views")
             with torch.no_grad():
                 teacher = [response_states(self.teacher, view, T) for view in views]

@@ -59,9 +59,9 @@ def step(setting: Setting, method: DecomposedDistillation, *, refresh_every: int
         sampled = rollout(student, prompt, max_new_tokens=setting.max_new_tokens)
         T = sampled.response_BT.shape[1]
         mark("rollout")
-        image = append_response(prompt, sampled.response_BT, sampled.mask_BT)
+        image = append_response(prompt, sampled, student.config)
         if text:
-            bare = append_response(text_only(prompt, student.config), sampled.response_BT, sampled.mask_BT)
+            bare = append_response(text_only(prompt, student.config), sampled, student.config)
         mark("views")
         student_view = response_states(student, image, T)
         mark("student")
@@ -144,7 +144,7 @@ def teacher_passes(name: str, repeats: int) -> dict[str, Any]:
     sampled = rollout(setting.student, prompt, max_new_tokens=setting.max_new_tokens)
     T = sampled.response_BT.shape[1]
     image, bare = (
-        append_response(view, sampled.response_BT, sampled.mask_BT)
+        append_response(view, sampled, setting.teacher.config)
         for view in (prompt, text_only(prompt, setting.teacher.config))
     )
 

@@ -132,8 +132,8 @@ def four_views(
         ``(B, T, V)`` each: student, student without the image, teacher, teacher without the image.
     """
     T = sampled.response_BT.shape[1]
-    image = append_response(prompt, sampled.response_BT, sampled.mask_BT)
-    bare = append_response(text_only(prompt, student.config), sampled.response_BT, sampled.mask_BT) if text else None
+    image = append_response(prompt, sampled, student.config)
+    bare = append_response(text_only(prompt, student.config), sampled, student.config) if text else None
     student_view, student_text_view = of(student, image, T), None
     if bare:
         with torch.set_grad_enabled(train_text):

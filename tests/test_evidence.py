@@ -21,7 +21,7 @@ from benchmarks.evidence.records import Series, rounded  # noqa: E402
 from benchmarks.evidence.results import load, score  # noqa: E402
 from benchmarks.evidence.tasks import TASKS  # noqa: E402
 from steer_optim import Geometry, Sum  # noqa: E402
-from steer_optim.vlm import append_response, response_logits, rollout, text_only, token_losses  # noqa: E402
+from steer_optim.vlm import Rollout, append_response, response_logits, rollout, text_only, token_losses  # noqa: E402
 
 TINY = {
     "steps": 4,
@@ -73,7 +73,9 @@ def test_the_harness_and_the_library_run_a_model_alike(questions, name):
             (models.with_image(model, prompt), prompt),
             (models.without_image(model, prompt), text_only(prompt, model.config)),
         ):
-            wanted = response_logits(model, append_response(view, answer_BT, everything), task.length)
+            wanted = response_logits(
+                model, append_response(view, Rollout(answer_BT, everything), model.config), task.length
+            )
             # Two orders of float32 sums over two layers.
             torch.testing.assert_close(models.response_logits(model, ours, answer_BT), wanted, atol=1e-5, rtol=1e-5)
         seen = models.with_image(model, prompt)

@@ -13,7 +13,7 @@ from torchrun import EXAMPLES, run_two_processes
 from toys import assert_equal, memory
 
 from steer_optim import SteeredOptimizer
-from steer_optim.vlm import append_response, response_logits, text_only, visual_dependency, visual_tokens
+from steer_optim.vlm import Rollout, append_response, response_logits, text_only, visual_dependency, visual_tokens
 
 sys.path.insert(0, str(EXAMPLES))
 
@@ -301,7 +301,8 @@ def test_trl_reaches_a_plain_loop_on_the_same_responses_and_resumes(trl_distilla
             prompt = {"input_ids": batch["prompt_ids"], "attention_mask": batch["prompt_mask"]}
             prompt["pixel_values"] = batch["pixel_values"]
             prompts = (prompt, text_only(prompt, config))
-            views.append([append_response(p, batch["completion_ids"], mask_BT) for p in prompts])
+            responses = Rollout(batch["completion_ids"], mask_BT)
+            views.append([append_response(p, responses, config) for p in prompts])
         T = masks[0].shape[1]
         with torch.no_grad():
             teachers = [[response_logits(teacher, view, T) for view in pair] for pair in views]

@@ -22,6 +22,7 @@ from trl import DistillationConfig, DistillationTrainer
 from steer_optim import SteeredOptimizer
 from steer_optim.vlm import (
     DecomposedDistillation,
+    Rollout,
     append_response,
     response_logits,
     text_only,
@@ -74,9 +75,9 @@ class SteeredDistillationTrainer(DistillationTrainer):
         prompt = {"input_ids": inputs["prompt_ids"], "attention_mask": inputs["prompt_mask"]}
         prompt |= {name: inputs[name][:, :length] for name in TOKEN_TYPES if name in inputs}
         prompt |= {name: inputs[name] for name in PIXELS if name in inputs}
-        response_BT, mask_BT = inputs["completion_ids"], inputs["completion_mask"].bool()
-        text = text_only(prompt, self.model.config)
-        return append_response(prompt, response_BT, mask_BT), append_response(text, response_BT, mask_BT), mask_BT
+        config, responses = self.model.config, Rollout(inputs["completion_ids"], inputs["completion_mask"].bool())
+        image, text = (append_response(view, responses, config) for view in (prompt, text_only(prompt, config)))
+        return image, text, responses.scored_BT
 
     @torch.no_grad()
     def _teacher_logits(self, inputs):

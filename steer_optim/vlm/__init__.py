@@ -1,6 +1,7 @@
 """Decomposed on-policy distillation of vision-language models: prompts, rollouts, views, losses. Needs only torch."""
 
 from steer_optim.vlm.analysis import angles_by_decile
+from steer_optim.vlm.check import check_views
 from steer_optim.vlm.distillation import DecomposedDistillation
 from steer_optim.vlm.divergences import token_losses
 from steer_optim.vlm.forward import response_logits, response_states, score
@@ -19,6 +20,7 @@ __all__ = [
     "angles_by_decile",
     "append_response",
     "check_responses",
+    "check_views",
     "left_padded",
     "render",
     "response_logits",

@@ -9,16 +9,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 _PLACEHOLDERS = ("image_token", "video_token", "audio_token", "image_patch")
 _OPENING = (
     *("vision_start_token", "image_start_token", "video_start_token", "audio_start_token", "frame_start_token"),
     *("low_res_image_start_token", "image_bos_token", "audio_bos_token", "boi_token", "boa_token"),
-    *("start_image_token", "start_of_img_token", "img_start_token"),
+    *("start_image_token", "start_of_img_token", "img_start_token", "image_id_start_token", "slice_start_token"),
 )
 _CLOSING = (
     *("vision_end_token", "image_end_token", "video_end_token", "audio_end_token", "frame_end_token"),
     *("eoi_token", "eoa_token", "end_image_token", "end_of_img_token", "img_end_token"),
-    *("image_break_token", "visual_indicator_token"),
+    *("image_id_end_token", "slice_end_token", "image_break_token", "visual_indicator_token"),
 )
 _AROUND = ("fake_image_token",)
 
@@ -36,6 +38,7 @@ class Family:
             merges them with those of the text.
         per_token: what a response token gets in a key that has a value per token; None for what the last prompt token
             has. Keys with None are about images only, so that the view without images lacks them.
+        mixed: whether a row without images, in a batch with images, is what it is by itself.
         refused: the reason why the model cannot read a prompt followed by a response.
     """
 
@@ -45,7 +48,13 @@ class Family:
     bare: bool = False
     newlines: range = range(0)
     per_token: Mapping[str, int | None] = field(default_factory=dict)
+    mixed: bool = True
     refused: str = ""
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """What has to be looked up in the tokenizer."""
+        return self.opening + self.closing + self.around
 
 
 _FAKE = Family(around=("<fake_token_around_image>",))
@@ -54,36 +63,72 @@ _PIXTRAL = Family(closing=("[IMG_BREAK]", "[IMG_END]"))
 _INTERN = Family(opening=("<img>",), closing=("</img>",))
 _COHERE = Family(opening=("<|START_OF_IMG|>",), closing=("<|END_OF_IMG|>",))
 _BARE = Family(bare=True)
+_IN_FRONT = Family(refused="its processor puts one image before every prompt, marked by a mask and not by placeholders")
+_PIXELS = Family(refused="it takes no prompt without pixel values")
 _DEFAULT = Family(per_token={"token_type_ids": 0, "mm_token_type_ids": 0})
 
 # By model type, or by model type and that of the vision tower.
 FAMILIES = {
     "aria": Family(opening=("<fim_prefix>",), closing=("<fim_suffix>",)),
     "aya_vision": _COHERE,
+    "blip": Family(refused="its text model attends to one image and reads no prompt without it"),
+    "blip-2": _PIXELS,
     "cohere2_vision": _COHERE,
+    "deepseek_ocr2": _BARE,
     "deepseek_vl": _BARE,
     "deepseek_vl_hybrid": _BARE,
     "diffusion_gemma": Family(refused="it writes blocks of tokens at once and has no next token to predict"),
+    "dots3_note": Family(opening=("<|img|>",), closing=("<|endofimg|>",)),
     "emu3": Family(opening=("<|image start|>",), closing=("<|image end|>",)),
     "ernie4_5_vl_moe": Family(per_token={"moe_mm_token_type_ids": 0}),
+    "evolla": Family(refused="its prompt is a protein and no image"),
+    "exaone4_5": Family(opening=("<vision>",), closing=("</vision>",)),
     "fast_vlm": _BARE,
+    "fuyu": Family(refused="its processor puts the image before the whole prompt, with coordinates in the text"),
     "gemma3": _GEMMA,
     "gemma3n": _GEMMA,
+    "git": Family(refused="its image is no part of the prompt's ids"),
     "granite4_vision": _BARE,
+    "granite_docling": Family(
+        # An image of one tile has no token after it; the newline of each row of tiles stays.
+        opening=("<global-img>", *(f"<row_{row}_col_{column}>" for row in range(1, 11) for column in range(1, 11))),
+        around=("<fake_token_around_image>",),
+        bare=True,
+    ),
+    "hunyuan_vl": Family(
+        refused="transformers numbers the images of a batch from its first row on, so that a row's logits depend on "
+        "the rows before it"
+    ),
+    "hyperclovax_vision_v2": Family(opening=("<|image_start|>",), closing=("<|image_end|>",)),
+    "idefics": _PIXELS,
     "idefics2": _FAKE,
     "idefics3": _FAKE,
+    "inkling2": Family(bare=True, opening=("<|content_image|>",)),
+    "inkling_mm_model": _BARE,
+    "instructblip": _PIXELS,
+    "instructblipvideo": Family(refused="it reads videos only"),
     "internvl": _INTERN,
     "janus": Family(opening=("<begin_of_image>",), closing=("<end_of_image>",)),
+    "kosmos-2": _IN_FRONT,
+    "kosmos-2.5": _IN_FRONT,
     "lfm2_vl": Family(opening=("<|image_start|>",), closing=("<|image_end|>",)),
+    "lighton_ocr": _BARE,
     "llava": _BARE,
     "llava/pixtral": _PIXTRAL,
     "llava_next": _BARE,
     "llava_next_video": _BARE,
     "llava_onevision": _BARE,
+    "minimax_m3_vl": Family(opening=("]<]start of image[>[",), closing=("]<]end of image[>[",)),
     "mistral3": _PIXTRAL,
-    "mllama": Family(bare=True, per_token={"cross_attention_mask": None}),
+    "mistral_large4": _PIXTRAL,
+    # In a row without images its tokens attend to the zeros that stand for other rows' images.
+    "mllama": Family(bare=True, mixed=False, per_token={"cross_attention_mask": None}),
+    "nemotron_h_omni": _INTERN,
+    "paddleocr_vl": Family(opening=("<|IMAGE_START|>",), closing=("<|IMAGE_END|>",)),
     "paligemma": Family(bare=True, per_token={"token_type_ids": 1}),
     "perception_lm": _BARE,
+    "pi0": Family(refused="it predicts a robot's actions and no tokens"),
+    "pp_chart2table": _INTERN,
     "qianfan_ocr": _INTERN,
     "qwen2_5_omni_thinker": Family(opening=("<|vision_bos|>",), closing=("<|vision_eos|>",)),
     "qwen3_omni_moe_thinker": Family(
@@ -91,12 +136,18 @@ FAMILIES = {
     ),
     "shieldgemma2": _GEMMA,
     "smolvlm": _FAKE,
+    "step3p7": Family(opening=("<patch_start>", "<im_start>"), closing=("<patch_end>", "<im_end>", "<patch_newline>")),
     "t5gemma2": _GEMMA,
+    "unlimited_ocr": _BARE,
+    "video_llama_3": _BARE,
     "video_llava": _BARE,
     "vipllava": _BARE,
 }
-# Every name of a per-token key, whatever the family.
-PER_TOKEN = {key for family in (_DEFAULT, *FAMILIES.values()) for key in family.per_token}
+
+
+def per_token_keys() -> set[str]:
+    """The keys that hold a value per token, beside ids and mask, in any family."""
+    return {key for family in (_DEFAULT, *FAMILIES.values()) for key in family.per_token}
 
 
 def family_of(config: Any) -> Family:
@@ -118,17 +169,27 @@ def type_of(config: Any) -> str:
     return getattr(config, "model_type", None) or type(config).__name__
 
 
-def refuse(config: Any) -> None:
-    """Raise where a response cannot follow the prompt in the same columns.
+def refuse(config: Any, batch: Mapping[str, Any]) -> None:
+    """Raise where a response cannot follow the prompts of ``batch`` in the same columns.
 
     Raises:
-        ValueError: the model is an encoder-decoder, or its family is refused.
+        ValueError: the model is an encoder-decoder, or its family is refused, or it takes no mixed batches and the
+            batch is one.
     """
-    reason = family_of(config).refused
+    family = family_of(config)
+    reason = family.refused
     if getattr(config, "is_encoder_decoder", False):
         reason = "it is an encoder-decoder, whose prompt and response are two inputs"
     if reason:
         raise ValueError(f"{type_of(config)!r} cannot be distilled on responses that follow their prompts: {reason}")
+    if not family.mixed:
+        ids_BL = batch["input_ids"]
+        placeholders = torch.tensor(sorted(placeholder_ids(config)), device=ids_BL.device)
+        if len(torch.isin(ids_BL, placeholders).any(dim=1).unique()) > 1:
+            raise ValueError(
+                f"rows with and without images stand in one batch, and {type_of(config)!r} reads the latter as if they "
+                "had an empty image: give each kind a batch of its own"
+            )
 
 
 def roles(config: Any, tokenizer: Any = None) -> dict[int, str]:
@@ -184,5 +245,6 @@ def _looked_up(tokenizer: Any, attributes: tuple[str, ...], tokens: tuple[str, .
         return []
     inner = getattr(tokenizer, "tokenizer", tokenizer)
     texts = [getattr(owner, name, None) for owner in (tokenizer, inner) for name in attributes] + list(tokens)
-    vocabulary = inner.get_vocab()
-    return [vocabulary[str(text)] for text in texts if text is not None and str(text) in vocabulary]
+    # A call for each: the whole vocabulary takes a tenth of a second to copy.
+    ids = [inner.convert_tokens_to_ids(str(text)) for text in texts if text is not None]
+    return [token for token in ids if token not in (None, inner.unk_token_id)]

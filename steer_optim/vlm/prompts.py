@@ -13,12 +13,12 @@ import inspect
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from steer_optim.vlm.families import PER_TOKEN, family_of, placeholder_ids, refuse, roles, type_of
+from steer_optim.vlm.families import family_of, per_token_keys, placeholder_ids, refuse, roles, type_of
 
 _MEDIA = ("image", "image_url", "video", "video_url", "audio", "audio_url", "input_audio")
 # Position ids are computed anew by the model; a processor's labels are those of another objective.
@@ -28,14 +28,8 @@ _DROPPED = ("position_ids", "rope_deltas", "cache_position", "labels")
 _IMAGE = r"o[^oc]*c|b[^pobc]*p+[^pobc]*(?=b)|p+[^pobc]*c|[obc]"
 
 
-@dataclass(frozen=True)
-class Views:
-    """The same ``B`` prompts twice, padded on the left, ready for a model.
-
-    Attributes:
-        image: the batch with images: ids, mask, token types, pixels.
-        text: the batch without them.
-    """
+class Views(NamedTuple):
+    """The same ``B`` prompts twice, padded on the left: a batch with images and the batch without them."""
 
     image: dict[str, Any]
     text: dict[str, Any]
@@ -68,8 +62,9 @@ class Rollout:
     scored_BT: Tensor = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        if self.scored_BT is None:
-            object.__setattr__(self, "scored_BT", self.mask_BT)
+        scored_BT = self.mask_BT if self.scored_BT is None else self.scored_BT
+        for name, mask_BT in (("mask_BT", self.mask_BT), ("scored_BT", scored_BT)):
+            object.__setattr__(self, name, mask_BT.bool())  # samplers give masks of integers, too
         shapes = [tuple(value.shape) for value in (self.response_BT, self.mask_BT, self.scored_BT)]
         if len(shapes[0]) != 2 or len(set(shapes)) > 1:
             raise ValueError(f"responses, their mask and what is scored of them are (B, T); got {shapes}")
@@ -111,24 +106,20 @@ class Rollout:
                     [ True, False, False]])
         """
         rows = [torch.as_tensor(row, dtype=torch.int64, device="cpu") for row in responses]
-        flags = [torch.ones_like(row) for row in rows] if scored is None else list(map(torch.as_tensor, scored))
+        real = [torch.ones_like(row, dtype=torch.bool) for row in rows]
+        flags = real if scored is None else [torch.as_tensor(row, dtype=torch.bool, device="cpu") for row in scored]
         if not rows:
             raise ValueError("a rollout of no responses: pass one list of ids for each prompt, empty where it is empty")
-        if [len(row) for row in rows] != [len(row) for row in flags]:
-            raise ValueError("scored needs one flag for each token of each response")
-        placeholders = torch.tensor(sorted(placeholder_ids(config)), dtype=torch.int64)
-        for number, row in enumerate(rows):
-            if (found := torch.isin(row, placeholders)).any():
-                raise ValueError(
-                    f"response {number} has the placeholder {int(row[found][0])} at token {_first(found)}, which the "
-                    "model would take for an image: suppress these ids in the sampler (families.image_ids), or leave "
-                    "the row out"
-                )
-        response_BT, mask_BT, scored_BT = (
-            nn.utils.rnn.pad_sequence(values, batch_first=True).to(device)
-            for values in (rows, [torch.ones_like(row, dtype=torch.bool) for row in rows], [f.bool() for f in flags])
-        )
-        return cls(response_BT, mask_BT, scored_BT)
+        if (lengths := [len(row) for row in rows]) != (found := [len(row) for row in flags]):
+            raise ValueError(f"scored needs one flag for each token: responses have {lengths} tokens, scored {found}")
+        ids_BT, mask_BT, scored_BT = (nn.utils.rnn.pad_sequence(each, batch_first=True) for each in (rows, real, flags))
+        if (images_BT := torch.isin(ids_BT, torch.tensor(sorted(placeholder_ids(config)))) & mask_BT).any():
+            row, column = images_BT.nonzero()[0].tolist()
+            raise ValueError(
+                f"response {row} has the placeholder {int(ids_BT[row, column])} at token {column}, which the model "
+                "would take for an image: suppress families.image_ids(config) in the sampler, or leave the row out"
+            )
+        return cls(ids_BT.to(device), mask_BT.to(device), scored_BT.to(device))
 
 
 def render(processor: Any, messages: Sequence[Sequence[Mapping[str, Any]]], **template_kwargs: Any) -> Views:
@@ -141,7 +132,8 @@ def render(processor: Any, messages: Sequence[Sequence[Mapping[str, Any]]], **te
         processor: a transformers processor with a chat template.
         messages: one conversation for each prompt: ``[{"role": "user", "content": [{"type": "image", "image": picture},
             {"type": "text", "text": "What is it?"}]}]``; any number of images, of any size, also none.
-        template_kwargs: go to ``apply_chat_template``; ``add_generation_prompt`` is True by default.
+        template_kwargs: go to ``apply_chat_template``, ``processor_kwargs`` among them; ``add_generation_prompt`` is
+            True by default.
 
     Returns:
         Two batches of ``B`` prompts, padded on the left.
@@ -151,8 +143,8 @@ def render(processor: Any, messages: Sequence[Sequence[Mapping[str, Any]]], **te
 
     Example:
         >>> from steer_optim.vlm.prompts import render
-        >>> views = render(processor, [[{"role": "user", "content": content}]])  # doctest: +SKIP
-        >>> views.image.keys() - views.text.keys()  # doctest: +SKIP
+        >>> image, text = render(processor, [[{"role": "user", "content": content}]])  # doctest: +SKIP
+        >>> image.keys() - text.keys()  # doctest: +SKIP
         {'pixel_values'}
     """
     if not messages or isinstance(messages[0], Mapping):
@@ -202,13 +194,14 @@ def text_only(
     """
     family, role_of = family_of(config), roles(config, tokenizer)
     role_of |= {token: "c" for token in drop_ids or () if token not in role_of}
-    bare = family.bare or (drop_ids is not None and not drop_ids)
-    if not role_of or not (bare or {"b", "c"} & set(role_of.values())):
-        missing = "around an image" if role_of else "of an image"
+    known = drop_ids is not None or family.bare or {"b", "c"} & set(role_of.values())
+    if not role_of or not known or (family.tokens and tokenizer is None and drop_ids is None):
+        missing = "of an image" if not role_of else " ".join(family.tokens) or "around an image"
         raise ValueError(
             f"the config of {type_of(config)!r} does not name the tokens {missing}: pass tokenizer=, or their ids as "
             "drop_ids=tokenizer.convert_tokens_to_ids([...]), or drop_ids=() where placeholders are all there is"
         )
+    bare = family.bare or (drop_ids is not None and not drop_ids)
     ids_BL, real_BL = batch["input_ids"], _real(batch)
     image = re.compile(f"{_IMAGE}|p" if bare else _IMAGE)
     rows = ["".join(role_of.get(token, "t") for token in row) for row in ids_BL.where(real_BL, -1).tolist()]
@@ -224,7 +217,7 @@ def text_only(
     keep_BL = real_BL & ~drop_BL
     if (empty := ~keep_BL.any(dim=1)).any():
         raise ValueError(f"nothing but images in row {_first(empty)}: a prompt needs some text to be a text-only view")
-    types = {key for key in batch.keys() & PER_TOKEN if family.per_token.get(key, 0) is not None}
+    types = {key for key in batch.keys() & per_token_keys() if family.per_token.get(key, 0) is not None}
     view = {key: batch[key] for key in batch.keys() & {"attention_mask", *types}}
     return _compact({**view, "input_ids": ids_BL}, keep_BL, left=bool(real_BL[:, -1].all()))
 
@@ -250,7 +243,7 @@ def left_padded(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 [0, 7]])
     """
     shape = batch["input_ids"].shape
-    moved = {key: batch[key] for key in batch.keys() & {"input_ids", "attention_mask", *PER_TOKEN}}
+    moved = {key: batch[key] for key in batch.keys() & {"input_ids", "attention_mask", *per_token_keys()}}
     kept = {key: value for key, value in batch.items() if key not in moved and key not in _DROPPED}
     for key, value in kept.items():
         if isinstance(value, Tensor) and value.shape[:2] == shape:
@@ -277,7 +270,7 @@ def append_response(batch: Mapping[str, Tensor], responses: Rollout, config: Any
         ids. Ids outside of ``mask_BT`` are 0.
 
     Raises:
-        ValueError: there are not as many responses as prompts; the model is an encoder-decoder; as ``left_padded``.
+        ValueError: there are not as many responses as prompts; the model's family is refused; as ``left_padded``.
 
     Example:
         >>> import torch
@@ -290,13 +283,12 @@ def append_response(batch: Mapping[str, Tensor], responses: Rollout, config: Any
         tensor([[5, 6, 7, 3, 4],
                 [0, 0, 8, 9, 1]])
     """
-    refuse(config)
-    (B, T), prompts = responses.response_BT.shape, len(batch["input_ids"])
-    if prompts != B:
-        raise ValueError(f"there are {B} responses to {prompts} prompts; they go together row by row")
-    view, per_token = left_padded(batch), family_of(config).per_token
+    refuse(config, batch)
+    if (found := len(responses.response_BT)) != (prompts := len(batch["input_ids"])):
+        raise ValueError(f"there are {found} responses to {prompts} prompts; they go together row by row")
+    view, per_token, T = left_padded(batch), family_of(config).per_token, responses.response_BT.shape[1]
     tail = {"input_ids": responses.response_BT.where(responses.mask_BT, 0), "attention_mask": responses.mask_BT}
-    for key in view.keys() & {*tail, *PER_TOKEN}:
+    for key in view.keys() & {*tail, *per_token_keys()}:
         last = view[key][:, -1:].expand(-1, T, *view[key].shape[2:])
         fill = per_token.get(key, 0)
         columns = tail.get(key, last if fill is None else torch.full_like(last, fill))
@@ -345,26 +337,22 @@ def _without_media(content: Any) -> Any:
 
 
 def _rendered(processor: Any, messages: Sequence[Any], hint: str, template_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    options: dict[str, Any] = {"padding": True, "return_tensors": "pt"}
-    apply = processor.apply_chat_template
+    apply, given = processor.apply_chat_template, dict(template_kwargs)
+    padded = {"padding": True, **given.pop("processor_kwargs", {})}
     # Older versions of transformers take the processor's options among the template's.
-    if "processor_kwargs" in inspect.signature(apply).parameters:
-        options = {"processor_kwargs": options}
-    options |= {"tokenize": True, "return_dict": True, "add_generation_prompt": True, **template_kwargs}
+    new = "processor_kwargs" in inspect.signature(apply).parameters
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+    options |= {"processor_kwargs": padded} if new else padded
+    options |= given
     try:
         return left_padded(apply(list(messages), **options))
-    except Exception as error:
-        _name_row(lambda row: apply([row], **options), messages, hint, error)
-
-
-def _name_row(render_one: Any, messages: Sequence[Any], hint: str, error: Exception) -> NoReturn:
-    """The error of the first conversation that fails by itself, in place of that of the batch."""
-    for number, row in enumerate(messages):
-        try:
-            render_one(row)
-        except Exception as reason:  # noqa: PERF203
-            raise ValueError(f"the processor cannot render conversation {number}{hint}: {reason}") from reason
-    raise error
+    except Exception:
+        for number, row in enumerate(messages):
+            try:
+                apply([row], **options)
+            except Exception as error:  # noqa: PERF203
+                raise ValueError(f"the processor cannot render conversation {number}{hint}: {error}") from error
+        raise
 
 
 def _real(batch: Mapping[str, Tensor]) -> Tensor:

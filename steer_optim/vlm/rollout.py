@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import register_fsdp_forward_method
 
 from steer_optim.vlm.families import image_ids, refuse
 from steer_optim.vlm.forward import overridden
@@ -32,6 +33,8 @@ def rollout(
     pad_id: int | None = None,
 ) -> Rollout:
     """One response to each prompt, sampled from the model in evaluation mode and without gradients.
+
+    A model that ``fully_shard`` sharded works as it is, if all of its processes sample at the same time.
 
     Ids that stand for images and videos are never sampled, nor is padding: a response with a placeholder in it could
     not be fed back. The distribution is therefore the policy's renormalised over the other ids, which the losses of
@@ -52,7 +55,7 @@ def rollout(
         The responses, ``T`` ≤ ``max_new_tokens`` columns. A response that did not end has no end-of-sequence token.
 
     Raises:
-        ValueError: a number is out of its range.
+        ValueError: a number is out of its range; the model's family is refused; as ``left_padded``.
 
     Example:
         >>> import torch
@@ -73,7 +76,7 @@ def rollout(
             "a rollout needs max_new_tokens >= 1, temperature >= 0 and 0 < top_p <= 1; got "
             f"{max_new_tokens}, {temperature} and {top_p}"
         )
-    refuse(model.config)
+    refuse(model.config, batch)
     defaults = model.generation_config
     eos = sorted(_ids(defaults.eos_token_id) if eos_ids is None else set(eos_ids))
     pad = pad_id if pad_id is not None else defaults.pad_token_id
@@ -83,7 +86,7 @@ def rollout(
     # top_k=0 switches off what would be 50 by default.
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
     prompts = left_padded(batch)
-    with _evaluating(model):
+    with evaluating(model):
         sequences = model.generate(
             **prompts,
             max_new_tokens=max_new_tokens,
@@ -100,17 +103,23 @@ def rollout(
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode, an empty generation config, no rotary offsets; afterwards every module is as it was."""
+def evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode, an empty generation config, no rotary offsets, shards gathered; then all is as it was."""
     # Each module by itself: a frozen tower may be in evaluation mode while the rest trains.
     training = [module for module in model.modules() if module.training]
     # `generate` falls back to the model's own config for every option that it is not given.
     empty = type(model.generation_config)()
+    own = "generate" in vars(model)
     with overridden(model, "generation_config", empty), overridden(model, "rope_deltas", None):
         try:
             model.eval()
+            if not own:
+                # `generate` calls towers before `forward` gathers their shards; on whole models this does nothing.
+                register_fsdp_forward_method(model, "generate")
             yield
         finally:
+            if not own:
+                vars(model).pop("generate", None)
             for module in training:
                 module.training = True
 

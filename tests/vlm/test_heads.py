@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hidden_states import EXACT, views_of
-from tiny_models import _TEXT, BOS, FAMILIES, IMAGE, transformers
+from tiny_models import _TEXT, BOS, FAMILIES, IMAGE, VOCABULARY, transformers
 from torch import nn
 from torch.testing import assert_close
 
@@ -38,7 +38,7 @@ def text_model(name, **options):
 
 
 def batch_of(*prompts):
-    return append_response({"input_ids": torch.tensor(prompts)}, Rollout(RESPONSE, MASK), SimpleNamespace())
+    return append_response({"input_ids": torch.tensor(prompts)}, Rollout(RESPONSE, MASK), transformers.LlamaConfig())
 
 
 AFTER = {
@@ -72,7 +72,7 @@ def test_a_vision_language_model_trains_through_its_states_as_through_its_logits
     batch = {key: x.double() if x.is_floating_point() else x for key, x in batch.items()}
     prompts = batch, text_only(batch, student.config, drop_ids=family.drop_ids)
     views = [append_response(prompt, Rollout(RESPONSE, MASK), student.config) for prompt in prompts]
-    teacher = [0.5 * torch.randn(2, 3, 140, dtype=torch.float64) for _ in range(2)]
+    teacher = [0.5 * torch.randn(2, 3, VOCABULARY, dtype=torch.float64) for _ in range(2)]
     # Large random weights of Gemma make one token certain, whose gradient is a difference of nearly equal numbers.
     method = DecomposedDistillation("vgs", lam=1.0, temperature=8.0, chunk_size=2)
     found, meant = (
@@ -102,7 +102,7 @@ class Bigram(nn.Module):
 
     def __init__(self, after=lambda x: x, head=None):
         super().__init__()
-        self.embedding, self.head, self.after = nn.Embedding(140, 6), head or Counting(6, 140), after
+        self.embedding, self.head, self.after = nn.Embedding(VOCABULARY, 6), head or Counting(6, VOCABULARY), after
 
     def get_output_embeddings(self):
         return self.head
@@ -130,7 +130,7 @@ def test_the_head_computes_one_row_and_the_wrapper_is_passed_through():
         rows.append(Counting.rows)
         assert_close(states.logits(), meant, **CLOSE)
     assert rows == [1, 1, 1]
-    assert response_states(model, batch, 0).shape == (2, 0, 140)
+    assert response_states(model, batch, 0).shape == (2, 0, VOCABULARY)
 
 
 def test_a_model_that_is_not_what_its_head_says_is_refused():
@@ -142,7 +142,7 @@ def test_a_model_that_is_not_what_its_head_says_is_refused():
     with pytest.raises(RuntimeError, match=r"once in a forward pass.*it did 2 times"):
         response_states(twice, batch, 3)
     with pytest.raises(ValueError, match=r"must be a torch.nn.Linear; got Sequential"):
-        response_states(Bigram(head=nn.Sequential(nn.Linear(6, 140))), batch, 3)
+        response_states(Bigram(head=nn.Sequential(nn.Linear(6, VOCABULARY))), batch, 3)
     with pytest.raises(ValueError, match="Linear names no head: it needs get_output_embeddings"):
         Head.of(nn.Linear(2, 3))
     failed = Bigram(after=lambda x: x * 1.1)
@@ -173,7 +173,7 @@ def peft_model(**options):
 )
 def test_adapters_on_the_head_are_trained(options):
     model, batch = peft_model(**options), batch_of([2, 20, 21], [2, 22, 23])
-    teacher = torch.randn(2, 3, 140)
+    teacher = torch.randn(2, 3, VOCABULARY)
     views = [f(model, batch, 3) for f in (response_states, response_logits)]
     assert_close(views[0].logits(), views[1], **CLOSE)
     method = DecomposedDistillation("standard", chunk_size=2)
@@ -254,7 +254,7 @@ def test_heads_are_the_same_where_they_are_made_of_the_same():
 def test_a_view_without_gradients_is_a_constant_to_the_head_too(kind, padded):
     model = Bigram() if kind == "weight" else peft_model(target_modules=["lm_head"])
     batch = batch_of([2, 20], [2, 21])
-    teacher = torch.randn(2, 2, 3, 140 + padded).unbind()
+    teacher = torch.randn(2, 2, 3, VOCABULARY + padded).unbind()
     found, meant = {}, {}
     for components, of in ((found, response_states), (meant, response_logits)):
         with torch.no_grad():
@@ -280,6 +280,6 @@ def test_a_static_graph_which_would_not_average_is_refused():
         with pytest.raises(RuntimeError, match=r"static_graph averages no gradient.*model\.module"):
             response_states(model, batch, 3)
         with torch.no_grad():
-            assert response_states(model, batch, 3).shape == (2, 3, 140)
+            assert response_states(model, batch, 3).shape == (2, 3, VOCABULARY)
     finally:
         torch.distributed.destroy_process_group()

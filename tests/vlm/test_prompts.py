@@ -22,8 +22,9 @@ from tiny_models import (
 )
 from torch import Tensor, nn
 
+from steer_optim.vlm.families import image_ids
 from steer_optim.vlm.forward import response_logits
-from steer_optim.vlm.prompts import append_response, check_responses, image_ids, left_padded, text_only
+from steer_optim.vlm.prompts import Rollout, append_response, check_responses, left_padded, text_only
 
 # The models normalise and rotate in float32 whatever the dtype, and padding moves the positions that are rotated: a
 # few roundings of 6e-8 per layer, over logits of up to 20 (Gemma 3).
@@ -48,11 +49,11 @@ def view_of(family: Family, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return text_only(batch, family.model.config, drop_ids=family.drop_ids)
 
 
-def responses(rows: int) -> tuple[Tensor, Tensor]:
+def responses(rows: int) -> Rollout:
     """Responses of 4, 0, 1, 2, ... tokens; what follows them is a label that no embedding has."""
     lengths = torch.tensor([4, 0, 1, 2, 3])[:rows]
     mask_BT = torch.arange(4) < lengths[:, None]
-    return torch.randint(20, 100, (rows, 4)).masked_fill(~mask_BT, -100), mask_BT
+    return Rollout(torch.randint(20, 100, (rows, 4)).masked_fill(~mask_BT, -100), mask_BT)
 
 
 def naive_logits(family: Family, prompt: list[int], response: list[int]) -> Tensor:
@@ -81,15 +82,15 @@ def test_the_text_view_is_the_prompt_written_without_an_image(name, side):
 def test_response_rows_are_those_of_every_row_by_itself(name, side):
     family = family_of(name)
     batch = family.batch(PROMPTS, side)
-    response_BT, mask_BT = responses(len(PROMPTS))
+    given = responses(len(PROMPTS))
     for view, prompts in ((batch, PROMPTS), (view_of(family, batch), WITHOUT_IMAGES)):
-        appended = append_response(view, response_BT, mask_BT)
+        appended = append_response(view, given, family.model.config)
         with torch.no_grad():
             logits_BTV = response_logits(family.model, appended, 4)
         assert logits_BTV.shape == (len(PROMPTS), 4, VOCABULARY)
         assert logits_BTV.isfinite().all()
         for row, prompt in enumerate(prompts):
-            expected = naive_logits(family, prompt, response_BT[row, mask_BT[row]].tolist())
+            expected = naive_logits(family, prompt, given.response_BT[row, given.mask_BT[row]].tolist())
             torch.testing.assert_close(logits_BTV[row, : len(expected)], expected, rtol=0, atol=ATOL)
 
 
@@ -97,10 +98,10 @@ def test_response_rows_are_those_of_every_row_by_itself(name, side):
 def test_the_image_changes_the_logits_and_no_image_does_not(name):
     family = family_of(name)
     batch = family.batch(PROMPTS)
-    response_BT, mask_BT = torch.full((5, 2), 33), torch.ones(5, 2, dtype=torch.bool)
+    given = Rollout.of([[33, 33]] * 5, config=family.model.config)
     with torch.no_grad():
         with_image, without = (
-            response_logits(family.model, append_response(view, response_BT, mask_BT), 2)
+            response_logits(family.model, append_response(view, given, family.model.config), 2)
             for view in (batch, view_of(family, batch))
         )
     difference_B = (with_image - without).abs().amax(dim=(1, 2))
@@ -163,10 +164,12 @@ def test_videos_go_too():
 @pytest.mark.parametrize("name", ["idefics3", "smolvlm"])
 def test_tokens_that_only_the_tokenizer_knows_must_be_named(name):
     family = family_of(name)
-    with pytest.raises(ValueError, match=rf"config of '{name}' does not name the tokens around an image: pass"):
+    with pytest.raises(
+        ValueError, match=f"config of '{name}' does not name the tokens <fake_token_around_image>: pass"
+    ):
         text_only(family.batch(PROMPTS), family.model.config)
     # The token that closes an image is missing: what follows the image would look like a part of it.
-    with pytest.raises(ValueError, match="last image of row 0 is not closed by any of the ids"):
+    with pytest.raises(ValueError, match="an image of row 0 is not closed by any known token"):
         text_only(family.batch(PROMPTS), family.model.config, drop_ids=(ROW_1, GLOBAL))
 
 
@@ -177,16 +180,18 @@ def test_a_config_without_any_known_id_is_refused():
     pixtral = SimpleNamespace(
         model_type="llava", image_token_index=10, vision_config=SimpleNamespace(model_type="pixtral")
     )
-    with pytest.raises(ValueError, match="config of 'llava' does not name the tokens around an image"):
+    with pytest.raises(ValueError, match=r"config of 'llava' does not name the tokens \[IMG_BREAK\] \[IMG_END\]: pass"):
         text_only(batch, pixtral)
     bare = SimpleNamespace(model_type="mystery", image_token_id=20)
+    with pytest.raises(ValueError, match="config of 'mystery' does not name the tokens around an image"):
+        text_only(batch, bare)
     assert text_only(batch, bare, drop_ids=())["input_ids"].tolist() == [[21]]
 
 
 def test_a_cut_image_and_a_row_without_text_are_refused():
     config = family_of("qwen3_vl").model.config
     rows = torch.tensor([[20, 21, 22, 23], [20, START, PLACEHOLDER, PLACEHOLDER]])
-    with pytest.raises(ValueError, match="last image of row 1 is not closed"):
+    with pytest.raises(ValueError, match="an image of row 1 is not closed"):
         text_only({"input_ids": rows}, config)
     rows = torch.tensor([[20, 21, 22], [START, PLACEHOLDER, END]])
     with pytest.raises(ValueError, match="nothing but images in row 1"):
@@ -197,8 +202,8 @@ def test_a_cut_image_and_a_row_without_text_are_refused():
 def test_rotary_offsets_of_another_pass_are_neither_read_nor_changed(name):
     family = family_of(name)
     batch = family.batch(PROMPTS)
-    response_BT, mask_BT = responses(len(PROMPTS))
-    views = [append_response(view, response_BT, mask_BT) for view in (batch, view_of(family, batch))]
+    given, config = responses(len(PROMPTS)), family.model.config
+    views = [append_response(view, given, config) for view in (batch, view_of(family, batch))]
     with torch.no_grad():
         expected = [response_logits(family.model, view, 4) for view in views]
         family.model.generate(**family.batch(PROMPTS[:1] * 3), max_new_tokens=1, do_sample=False, pad_token_id=0)
@@ -215,7 +220,7 @@ def test_only_the_response_rows_meet_the_head(name):
     rows = []
     head = family.model.get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[1]))
-    appended = append_response(family.batch(PROMPTS), *responses(len(PROMPTS)))
+    appended = append_response(family.batch(PROMPTS), responses(len(PROMPTS)), family.model.config)
     with torch.no_grad():
         response_logits(family.model, appended, 4)
     hook.remove()
@@ -241,7 +246,7 @@ class Wrapper(nn.Module):
 
 def test_a_wrapped_model_gives_the_same_logits():
     model = family_of("qwen3_vl").model
-    appended = append_response(family_of("qwen3_vl").batch(PROMPTS), *responses(len(PROMPTS)))
+    appended = append_response(family_of("qwen3_vl").batch(PROMPTS), responses(len(PROMPTS)), model.config)
     model.model.rope_deltas = offsets = torch.full((7, 1), 5)
     inner, model.model = model.model, Wrapper(model.model)
     try:
@@ -259,9 +264,9 @@ def test_a_wrapped_model_gives_the_same_logits():
 @families
 def test_gradients_through_padded_rows_are_finite(name):
     family = FAMILIES[name]()
-    response_BT, mask_BT = responses(len(PROMPTS))
-    appended = append_response(family.batch(PROMPTS, "right"), response_BT, mask_BT)
-    response_logits(family.model.train(), appended, 4)[mask_BT].logsumexp(dim=-1).sum().backward()
+    given = responses(len(PROMPTS))
+    appended = append_response(family.batch(PROMPTS, "right"), given, family.model.config)
+    response_logits(family.model.train(), appended, 4)[given.mask_BT].logsumexp(dim=-1).sum().backward()
     gradients = [p.grad for p in family.model.parameters() if p.grad is not None]
     assert all(gradient.isfinite().all() for gradient in gradients)
     assert sum(gradient.count_nonzero() for gradient in gradients) > 0
@@ -271,10 +276,11 @@ def test_gradients_through_padded_rows_are_finite(name):
 def test_a_response_without_tokens(name):
     family = family_of(name)
     batch = family.batch(PROMPTS)
-    empty = append_response(batch, torch.empty(5, 0, dtype=torch.int64), torch.empty(5, 0, dtype=torch.bool))
+    config = family.model.config
+    empty = append_response(batch, Rollout.of([[]] * 5, config=config), config)
     assert empty["input_ids"].shape == batch["input_ids"].shape
     assert response_logits(family.model, empty, 0).shape == (5, 0, VOCABULARY)
-    masked = append_response(batch, torch.full((5, 3), -100), torch.zeros(5, 3, dtype=torch.bool))
+    masked = append_response(batch, Rollout(torch.full((5, 3), -100), torch.zeros(5, 3, dtype=torch.bool)), config)
     with torch.no_grad():
         first_BV = response_logits(family.model, masked, 3)[:, 0]
         expected_BV = family.model(**batch).logits[:, -1]
@@ -286,13 +292,13 @@ def test_appending_extends_what_is_per_token_and_nothing_else(side):
     family = family_of("gemma3")
     batch = family.batch(PROMPTS, side)
     batch["position_ids"] = batch["attention_mask"].cumsum(dim=1)
-    response_BT, mask_BT = responses(len(PROMPTS))
-    appended = append_response(batch, response_BT, mask_BT)
+    given = responses(len(PROMPTS))
+    appended = append_response(batch, given, family.model.config)
     length = batch["input_ids"].shape[1]
     assert "position_ids" not in appended
     assert appended["pixel_values"] is batch["pixel_values"]
-    assert appended["input_ids"][:, length:].equal(response_BT.where(mask_BT, 0))
-    assert appended["attention_mask"][:, length:].equal(mask_BT.long())
+    assert appended["input_ids"][:, length:].equal(given.response_BT.where(given.mask_BT, 0))
+    assert appended["attention_mask"][:, length:].equal(given.mask_BT.long())
     assert not appended["token_type_ids"][:, length:].any()
     expected = family.batch(PROMPTS, "left")
     for key in ("input_ids", "attention_mask", "token_type_ids"):
@@ -310,9 +316,11 @@ def test_prompts_are_moved_to_the_left_whole():
 def test_shapes_that_do_not_fit_are_refused():
     batch = {"input_ids": torch.ones(2, 3, dtype=torch.int64)}
     response_BT, mask_BT = torch.ones(2, 4, dtype=torch.int64), torch.ones(2, 4, dtype=torch.bool)
-    for ids, mask in ((response_BT[:1], mask_BT[:1]), (response_BT, mask_BT[:, :3]), (response_BT[0], mask_BT[0])):
-        with pytest.raises(ValueError, match=r"responses and their mask are \(B, T\) with B = 2 prompts"):
-            append_response(batch, ids, mask)
+    for wrong in ((response_BT, mask_BT[:, :3]), (response_BT[0], mask_BT[0]), (response_BT, mask_BT, mask_BT[:1])):
+        with pytest.raises(ValueError, match=r"responses, their mask and what is scored of them are \(B, T\); got"):
+            Rollout(*wrong)
+    with pytest.raises(ValueError, match="there are 1 responses to 2 prompts"):
+        append_response(batch, Rollout(response_BT[:1], mask_BT[:1]), SimpleNamespace())
     with pytest.raises(ValueError, match="response of 3 tokens needs a prompt before it; the batch has 3 columns"):
         response_logits(family_of("llava").model, batch, 3)
 
@@ -320,10 +328,10 @@ def test_shapes_that_do_not_fit_are_refused():
 def test_views_that_end_in_other_labels_are_refused_by_name():
     family = family_of("llava")
     batch = family.batch(PROMPTS)
-    response_BT, mask_BT = responses(len(PROMPTS))
-    views = {"student": append_response(batch, response_BT, mask_BT)}
-    views["student_text"] = append_response(view_of(family, batch), response_BT, mask_BT)
-    check_responses(views, response_BT, mask_BT)
+    given, config = responses(len(PROMPTS)), family.model.config
+    views = {"student": append_response(batch, given, config)}
+    views["student_text"] = append_response(view_of(family, batch), given, config)
+    check_responses(views, given)
 
     text = views["student_text"]
     shifted = {key: value.roll(-1, dims=1) for key, value in text.items()}
@@ -333,18 +341,18 @@ def test_views_that_end_in_other_labels_are_refused_by_name():
     longer["attention_mask"][1, -4] = 1
     for wrong, where in ((shifted, "row 0"), (other, "row 2 differs at token 0"), (longer, "row 1 differs at token 0")):
         with pytest.raises(ValueError, match=f"'teacher_text' does not end in the response: {where}"):
-            check_responses({**views, "teacher_text": wrong}, response_BT, mask_BT)
+            check_responses({**views, "teacher_text": wrong}, given)
     # Images taken out of prompt and response together: the columns no longer line up.
-    late = text_only(append_response(family.batch(PROMPTS, "right"), response_BT, mask_BT), family.model.config)
+    late = text_only(append_response(family.batch(PROMPTS, "right"), given, config), config)
     with pytest.raises(ValueError, match="'late' does not end in the response"):
-        check_responses({"late": late}, response_BT, mask_BT)
+        check_responses({"late": late}, given)
     with pytest.raises(ValueError, match=r"'short' is .*: no 5 prompts with a response of 4 tokens"):
-        check_responses({"short": {"input_ids": text["input_ids"][:, -4:]}}, response_BT, mask_BT)
+        check_responses({"short": {"input_ids": text["input_ids"][:, -4:]}}, given)
 
 
 def test_processor_batches_are_taken_as_they_are():
     family = family_of("qwen3_vl")
     batch = transformers.BatchFeature(family.batch(PROMPTS))
     assert view_of(family, batch)["input_ids"].equal(family.batch(WITHOUT_IMAGES)["input_ids"])
-    appended = append_response(batch, *responses(len(PROMPTS)))
+    appended = append_response(batch, responses(len(PROMPTS)), family.model.config)
     assert response_logits(family.model, appended, 4).shape == (5, 4, VOCABULARY)

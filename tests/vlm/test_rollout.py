@@ -72,7 +72,7 @@ def test_tokens_are_drawn_from_the_policy_that_the_losses_see(name, side, view, 
         transformers.GenerationConfig(**shipped, no_repeat_ngram_size=1, eos_token_id=EOS, pad_token_id=PAD),
     )
     responses = rollout(family.model, batch, max_new_tokens=5, suppress_ids=family.drop_ids or ())
-    appended = append_response(batch, responses.response_BT, responses.mask_BT)
+    appended = append_response(batch, responses, family.model.config)
     T = responses.response_BT.shape[1]
     with torch.no_grad():
         logits_BTV = response_logits(family.model, appended, T)

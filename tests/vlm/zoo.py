@@ -13,11 +13,12 @@ from __future__ import annotations
 import copy
 import importlib.util
 import inspect
+import itertools
 import string
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -42,12 +43,17 @@ PAD, EOS, BOS = 0, 1, 2
 FIRST, NEWLINE = 20, 107  # the first id of text; the ids of one and of more newlines: 107, 108, ...
 MORE = 150  # the first id of special tokens beyond the first 17
 VOCABULARY = 260
+UNUSED = VOCABULARY - 2
 TEXT = string.ascii_letters + string.digits + " .,:;!?*<>|/_-[](){}#@&"
 
 # What each size shrinks to, wherever its name stands in a configuration; a list where the default is one.
 SIZES: dict[str, Any] = {
-    **dict.fromkeys(("hidden_size", "out_hidden_size", "embed_dim", "d_model", "projection_dim", "text_hidden_size"), 32),
-    **dict.fromkeys(("encoder_hidden_size", "word_embed_proj_dim", "projector_hidden_size", "projection_hidden_size"), 32),
+    **dict.fromkeys(
+        ("hidden_size", "out_hidden_size", "embed_dim", "d_model", "projection_dim", "text_hidden_size"), 32
+    ),
+    **dict.fromkeys(
+        ("encoder_hidden_size", "word_embed_proj_dim", "projector_hidden_size", "projection_hidden_size"), 32
+    ),
     **dict.fromkeys(("image_text_hidden_size", "alignment_intermediate_size", "patch_embed_hidden_size"), 32),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "mlp_dim", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim"), 48),
     **dict.fromkeys(("dense_intermediate_size", "shared_intermediate_size", "intermediate_size_mlp"), 48),
@@ -78,6 +84,9 @@ SIZES: dict[str, Any] = {
 
 class _AnyOption(ImagesKwargs, total=False):
     return_row_col_info: bool
+    crop_to_patches: bool
+    min_patches: int
+    max_patches: int
 
 
 class Noise(BaseImageProcessor):
@@ -114,10 +123,15 @@ class Entry:
         processor_class: where the mapping of transformers names none.
         sizes: heights and widths of the images, taken in turn.
         after: text that the template writes after an image; the text view from ids keeps it.
+        kept: what the processor writes beside an image of each size and the text view from ids keeps.
         nested: whether images go to the processor as one list a row.
             newlines: whether the tokenizer has one token for each run of newlines, as Gemma's has.
         call: further arguments of each call of the processor.
         alone: whether the processor takes prompts without an image.
+        images: how many images a prompt may have.
+        loose: whether the steps of `generate` are not those of a full pass to rounding, as in Mamba layers.
+        front: whether images stand before all text.
+        frame: what the processor makes of a text without an image, where it takes none.
     """
 
     tokens: Mapping[str, str] = field(default_factory=dict)
@@ -131,17 +145,27 @@ class Entry:
     image_class: str = ""
     sizes: Sequence[tuple[int, int]] = ((16, 16),)
     after: str = ""
+    kept: Sequence[str] = ()
     nested: bool = True
     newlines: bool = False
     call: Mapping[str, Any] = field(default_factory=dict)
     alone: bool = True
+    images: Sequence[int] = (1, 0, 2)
+    loose: bool = False
+    front: bool = False
+    frame: str = "{}"
+
+    @property
+    def noise(self) -> bool:
+        """Whether pixels are made up."""
+        return isinstance(self.pixels, Noise)
 
 
 class Zoo:
     """One family: its model, tokenizer and processor, each made when it is asked for."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.entry = name, ENTRIES[name]
+        self.name, self.entry = name.partition("/")[0], ENTRIES[name]
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -152,6 +176,8 @@ class Zoo:
         vocabulary |= {character: FIRST + i for i, character in enumerate(TEXT)}
         vocabulary |= {"\n" * (i + 1): NEWLINE + i for i in range(31 if self.entry.newlines else 1)}
         vocabulary["<unk>"] = VOCABULARY - 1
+        # Every id has a token: a model samples any of them.
+        vocabulary |= {chr(0xE000 + i): i for i in {*range(VOCABULARY)} - {*vocabulary.values()}}
         model = tokenizers.models.BPE(vocabulary, [], unk_token="<unk>")
         raw = tokenizers.Tokenizer(model)
         runs = [token for token, i in vocabulary.items() if NEWLINE <= i < NEWLINE + 31]
@@ -208,9 +234,12 @@ class Zoo:
             arguments["chat_template"] = _TEMPLATE.replace("IMAGE", repr(entry.image + entry.after))
         for name in ("video_processor", "feature_extractor"):
             if name in parameters:
-                arguments[name] = Noise(lambda _: {}, patch_size=4, merge_size=2, slice_mode=False, downsample_mode="4x")
+                arguments[name] = Noise(lambda _: {}, slice_mode=False, downsample_mode="4x", num_frames=1, fps=1)
         # A stand-in is not of the class that is asked for.
-        check, ProcessorMixin.check_argument_for_proper_class = ProcessorMixin.check_argument_for_proper_class, _any_class
+        check, ProcessorMixin.check_argument_for_proper_class = (
+            ProcessorMixin.check_argument_for_proper_class,
+            _any_class,
+        )
         try:
             return cls(**arguments)
         finally:
@@ -218,32 +247,79 @@ class Zoo:
 
     def text(self, prompt: Sequence[int]) -> str:
         """The prompt before the processor expands its images."""
+        if self.entry.front:
+            prompt = sorted((token for token in prompt if token != BOS), key=lambda token: token != IMAGE)
         pieces = [self.entry.image if i == IMAGE else self.tokenizer.convert_ids_to_tokens(i) for i in prompt]
         return "".join(pieces)
 
-    def images(self, prompt: Sequence[int]) -> list[Any]:
+    def images(self, prompt: Sequence[int], salt: int = 0) -> list[Any]:
         """The images of a prompt: noise, seeded by the id that follows each of them."""
-        after = [abs(prompt[i + 1]) if i + 1 < len(prompt) else 0 for i, token in enumerate(prompt) if token == IMAGE]
-        return [noise(seed, self.entry.sizes[(seed + i) % len(self.entry.sizes)]) for i, seed in enumerate(after)]
+        return [
+            noise(1000 * salt + seed, size) for seed, size in zip(self._seeds(prompt), self._sizes(prompt), strict=True)
+        ]
 
-    def batch(self, prompts: Sequence[Sequence[int]], side: str = "left") -> dict[str, Tensor]:
-        """The prompts as the processor gives them, padded on ``side``."""
-        images = [self.images(prompt) for prompt in prompts]
+    def _seeds(self, prompt: Sequence[int]) -> list[int]:
+        return [abs(after) for token, after in itertools.pairwise([*prompt, 0]) if token == IMAGE]
+
+    def _sizes(self, prompt: Sequence[int]) -> list[tuple[int, int]]:
+        return [self.entry.sizes[seed % len(self.entry.sizes)] for seed in self._seeds(prompt)]
+
+    def batch(self, prompts: Sequence[Sequence[int]], side: str = "left", *, salt: int = 0) -> dict[str, Any]:
+        """The prompts as the processor gives them, padded on ``side``; with another ``salt``, other images."""
+        images = [self.images(prompt, salt) for prompt in prompts]
         flat = [image for row in images for image in row]
         given = None if not flat else images if self.entry.nested else flat
         texts = [self.text(prompt) for prompt in prompts]
+        return self._call(texts, given, side)
+
+    def _call(self, texts: list[str], images: Any, side: str) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             batch = self.processor(
                 text=texts,
-                images=given,
+                images=images,
                 padding=True,
                 padding_side=side,
                 return_tensors="pt",
                 add_special_tokens=False,
                 **self.entry.call,
             )
-        return {k: v for k, v in batch.items() if isinstance(v, Tensor)}
+        return {key: value for key, value in batch.items() if value is not None}
+
+    def without(self, prompt: Sequence[int], *, kept: bool = False) -> list[int]:
+        """The ids of the prompt as the processor writes it without its images; ``kept``: what stays of each, too."""
+        text = self.text([token for token in prompt if token != IMAGE])
+        if kept and self.entry.kept:
+            sizes = iter(self._sizes(prompt))
+            which = (
+                self.entry.kept[self.entry.sizes.index(next(sizes))] if i == IMAGE else self.text([i]) for i in prompt
+            )
+            text = "".join(which)
+        if not self.entry.alone:
+            return list(self.tokenizer(self.entry.frame.format(text), add_special_tokens=False)["input_ids"])
+        return list(self._call([text], None, "left")["input_ids"][0].tolist())
+
+    def conversation(self, prompt: Sequence[int]) -> list[dict[str, Any]]:
+        """The prompt as a message, its text in pieces around its images."""
+        content: list[dict[str, Any]] = []
+        images = iter(self.images(prompt))
+        for token in prompt:
+            if token == IMAGE:
+                content.append({"type": "image", "image": next(images)})
+            elif token != BOS:
+                content.append({"type": "text", "text": self.tokenizer.convert_ids_to_tokens(token)})
+        return [{"role": "user", "content": content}]
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        """What `apply_chat_template` needs beyond its defaults."""
+        return {"return_tensors": "pt", **({"processor_kwargs": dict(self.entry.call)} if self.entry.call else {})}
+
+    def bare_keys(self, side: str) -> set[str]:
+        """The keys of a batch without images."""
+        if not self.entry.alone:
+            return {"input_ids", "attention_mask", "token_type_ids"}
+        return set(self.batch([[BOS, FIRST]], side))
 
 
 def noise(seed: int, size: tuple[int, int]) -> Any:
@@ -253,10 +329,12 @@ def noise(seed: int, size: tuple[int, int]) -> Any:
 def build(model: nn.Module) -> nn.Module:
     """Float32, evaluation mode, weights large enough that logits spread and images matter."""
     generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
             fan_in = parameter[0].numel()
             parameter.data.normal_(std=1.5 * fan_in**-0.5, generator=generator)
+        elif "gate" in name and not parameter.any():  # Mllama's begin closed
+            parameter.data.fill_(1.0)
     model.get_input_embeddings().weight.data.normal_(generator=generator)
     return model.eval()
 
@@ -297,7 +375,7 @@ def _shrunk(config: Any, vision: bool = False) -> Any:
         elif value is not None and name in SIZES and isinstance(value, list) == isinstance(SIZES[name], list):
             small[name] = SIZES[name]
         elif str(name).endswith("_token_id"):
-            small[name] = None if value is None else PAD
+            small[name] = None if value is None else PAD if name == "pad_token_id" else UNUSED
         else:
             small[name] = value
     if vision:
@@ -316,8 +394,8 @@ def _merged(config: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
 
 def _qwen(**more: Any) -> Entry:
     """Qwen's habits: a grid for each image, and two tokens around its placeholders, which the template writes."""
-    names = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
-    names |= {"vision_start_token": "<|vision_start|>", "vision_end_token": "<|vision_end|>"}
+    names = {"vision_start_token": "<|vision_start|>", "image_token": "<|image_pad|>"}
+    names |= {"vision_end_token": "<|vision_end|>", "video_token": "<|video_pad|>"}
     tokens = more.pop("tokens", names)
     image = more.pop("image", "<|vision_start|><|image_pad|><|vision_end|>")
     ids = {f"{name}_id": tokens[name] for name in more.pop("named", names)}
@@ -382,26 +460,33 @@ def _tiles(**more: Any) -> Callable[[list[Tensor]], dict[str, Any]]:
         ratios = torch.tensor([[1, len(tile)] for tile in tiles])
         # An image of several tiles comes once more as a whole.
         whole = [torch.cat([tile, tile[:1]]) if len(tile) > 1 and more.get("whole") else tile for tile in tiles]
-        return {"pixel_values": torch.cat(whole), more.get("name", "num_patches"): ratios if "ratios" in more else number}
+        return {
+            "pixel_values": torch.cat(whole),
+            more.get("name", "num_patches"): ratios if "ratios" in more else number,
+        }
 
     return make
 
 
 def _lfm2(images: list[Tensor]) -> dict[str, Any]:
-    flat = [_patches(image) for image in images]
-    width = max(len(one) for one in flat)
-    pixels = torch.stack([nn.functional.pad(one, (0, 0, 0, width - len(one))) for one in flat])
-    mask = torch.stack([torch.arange(width) < len(one) for one in flat]).long()
-    shapes = torch.tensor([[image.shape[1] // 4, image.shape[2] // 4] for image in images])
-    sizes = [list(image.shape[1:]) for image in images]
-    keys = {"pixel_values": pixels, "pixel_attention_mask": mask, "spatial_shapes": shapes}
-    return {**keys, "image_rows": [1] * len(images), "image_cols": [1] * len(images), "image_sizes": sizes}
+    """A wide image comes in two tiles and once more as a whole."""
+    parts = [
+        [image[..., :16], image[..., 16:], image[..., :16]] if image.shape[2] > 16 else [image] for image in images
+    ]
+    pixels = torch.stack([_patches(part) for whole in parts for part in whole])
+    keys = {"pixel_values": pixels, "pixel_attention_mask": torch.ones(pixels.shape[:2], dtype=torch.int64)}
+    rows_and_columns = {"image_rows": [1] * len(images), "image_cols": [max(1, len(whole) - 1) for whole in parts]}
+    shapes = torch.tensor([[4, 4]] * len(pixels))
+    return {**keys, "spatial_shapes": shapes, **rows_and_columns, "image_sizes": [[16, 16]] * len(images)}
 
 
 def _minicpm(images: list[Tensor]) -> dict[str, Any]:
-    strips = [image.unfold(1, 4, 4).permute(0, 3, 1, 2).flatten(2) for image in images]
-    sizes = torch.tensor([[image.shape[1] // 4, image.shape[2] // 4] for image in images], dtype=torch.int32)
-    counts = {"grids": torch.zeros(len(images), 2).long(), "num_patches_per_image": [1] * len(images)}
+    """An image of two tiles comes as a whole and in two slices, one below the other."""
+    parts = [[image[..., :16]] * (3 if image.shape[2] > 16 else 1) for image in images]
+    strips = [part.unfold(1, 4, 4).permute(0, 3, 1, 2).flatten(2) for whole in parts for part in whole]
+    sizes = torch.tensor([[4, 4]] * len(strips), dtype=torch.int32)
+    grids = torch.tensor([[2, 1] if len(whole) > 1 else [0, 0] for whole in parts])
+    counts = {"grids": grids, "num_patches_per_image": [len(whole) for whole in parts]}
     return {"pixel_values": torch.cat(strips, dim=-1)[None], "target_sizes": sizes, **counts}
 
 
@@ -436,12 +521,18 @@ def _gemma4_unified(images: list[Tensor]) -> dict[str, Any]:
     return {"pixel_values": flat, "image_position_ids": places, "num_soft_tokens_per_image": number}
 
 
-def _views(size: int) -> Callable[[list[Tensor]], dict[str, Any]]:
+def _views(size: int, **more: Any) -> Callable[[list[Tensor]], dict[str, Any]]:
     """Each image as a whole and no tiles beside."""
 
     def make(images: list[Tensor]) -> dict[str, Any]:
         whole = torch.stack([nn.functional.interpolate(image[None], size)[0] for image in images])
-        return {"pixel_values": whole, "num_local_patches": [0] * len(images), "patches_grid": [[1, 1]] * len(images)}
+        grid = {"patches_grid": [[1, 1]] * len(images)} if "grid" in more else {}
+        if "tiles" not in more:
+            return {"pixel_values": whole, "num_local_patches": [0] * len(images), **grid}
+        tiles = [[image[..., :16], image[..., 16:]] if image.shape[2] > 16 else [] for image in images]
+        local = {"pixel_values_local": torch.stack([tile for row in tiles for tile in row])} if any(tiles) else {}
+        breaks = {"patch_newline_masks": [[True] * len(row) for row in tiles]}
+        return {"pixel_values": whole, **local, "num_local_patches": [len(row) for row in tiles], **breaks}
 
     return make
 
@@ -456,22 +547,25 @@ def _llava(**more: Any) -> Entry:
     processor = {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
     more = {"processor": processor, **more}
     more = {"pixels": _SQUARE, "ids": {"image_token_id": "<image>"}, "after": "\n", **more}
-    return Entry(tokens={"image_token": "<image>", "video_token": "<video>"}, **more)
+    return Entry(tokens={"_s": "<s>", "image_token": "<image>", "_e": "</s>", "video_token": "<video>"}, **more)
 
 
 _PINPOINTS = [[16, 32], [32, 16], [32, 32]]
-_GEMMA = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
+_GEMMA = {"boi_token": "<start_of_image>", "image_token": "<image_soft_token>", "eoi_token": "<end_of_image>"}
 _AUDIO = {"audio_token": "<audio_soft_token>", "boa_token": "<start_of_audio>", "eoa_token": "<end_of_audio>"}
 _GEMMA_4 = {"image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>", "video_token": "<|video|>"}
 _GEMMA_4 |= {"audio_token": "<|audio|>", "boa_token": "<|audio>", "eoa_token": "<audio|>"}
-_GEMMA_4_IDS = {f"{name}_token_id": _GEMMA_4[f"{name}_token"] for name in ("image", "boi", "eoi", "video", "audio", "boa")}
+_GEMMA_4_IDS = {
+    f"{name}_token_id": _GEMMA_4[f"{name}_token"] for name in ("image", "boi", "eoi", "video", "audio", "boa")
+}
 _GEMMA_4_IDS |= {"eoa_token_index": "<audio|>"}
-_GEMMA_IDS = {f"{name}_index": _GEMMA[f"{name}_token"] for name in ("boi", "eoi")}
+_GEMMA_IDS = {f"{name}_token_index": _GEMMA[f"{name}_token"] for name in ("boi", "eoi")}
 _GEMMA_IDS |= {"image_token_index": "<image_soft_token>"}
 _TWO_LAYERS = {"text_config": {"layer_types": ["sliding_attention", "full_attention"]}}
 _ROWS = [f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)]
-_IDEFICS = {name: name for name in ()} | {"image_token": "<image>", "_fake": "<fake_token_around_image>"}
-_IDEFICS |= {"_global": "<global-img>", "_end": "<end_of_utterance>"} | {f"_{token}": token for token in _ROWS}
+_IDEFICS = {"_fake": "<fake_token_around_image>", "image_token": "<image>", "_end": "<end_of_utterance>"}
+_IDEFICS |= {"_video": "<video>", **{f"_{token}": token for token in _ROWS[:2]}, "_global": "<global-img>"}
+_IDEFICS |= {f"_{token}": token for token in _ROWS[2:]}
 _TILES = {"size": {"longest_edge": 32}, "max_image_size": {"longest_edge": 16}}
 _INTERN = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
 _INTERN |= {"video_token": "<video>"}
@@ -480,8 +574,24 @@ _PIXTRAL = {"image_token": "[IMG]", "image_break_token": "[IMG_BREAK]", "image_e
 _MUSE = {"image_token": "<|patch|>", "image_start_token": "<|image_start|>", "image_end_token": "<|image_end|>"}
 _MUSE |= {"video_token": "<|video|>", "_c": "<|vid_frame_separator|>", "_d": "<|vid_start|>", "_e": "<|vid_end|>"}
 _MUSE |= {"_f": "<|audio|>", "_g": "<|soft_audio_start|>", "_h": "<|soft_audio_end|>"}
-_LLAMA_4 = ["<|image|>", "<|patch|>", "<|image_start|>", "<|image_end|>", "<|tile_x_separator|>", "<|tile_y_separator|>"]
-_MOLMO = ["<im_patch>", "<im_col>", "<im_start>", "<low_res_im_start>", "<frame_start>", "<im_end>", "<frame_end>", "<im_low>"]
+_LLAMA_4 = [
+    "<|image|>",
+    "<|patch|>",
+    "<|image_start|>",
+    "<|image_end|>",
+    "<|tile_x_separator|>",
+    "<|tile_y_separator|>",
+]
+_MOLMO = [
+    "<im_patch>",
+    "<im_col>",
+    "<im_start>",
+    "<low_res_im_start>",
+    "<frame_start>",
+    "<im_end>",
+    "<frame_end>",
+    "<im_low>",
+]
 _MINICPM = {"image_token": "<image_pad>", "video_token": "<video_pad>"}
 _MINICPM |= {"image_start_token": "<image>", "image_end_token": "</image>", "slice_start_token": "<slice>"}
 _MINICPM |= {"slice_end_token": "</slice>", "image_id_start_token": "<image_id>", "image_id_end_token": "</image_id>"}
@@ -528,14 +638,32 @@ ENTRIES: dict[str, Entry] = {
         named=("image_token", "video_token"),
         image="<vision><|image_pad|></vision>",
     ),
-    "hyperclovax_vision_v2": _qwen(named=("image_token", "video_token"), image="<|image_start|><|image_pad|><|image_end|>",
-        tokens={"image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "_a": "<|image_start|>", "_b": "<|image_end|>"}),
+    "hyperclovax_vision_v2": _qwen(
+        named=("image_token", "video_token"),
+        image="<|image_start|><|image_pad|><|image_end|>",
+        tokens={
+            "image_token": "<|image_pad|>",
+            "video_token": "<|video_pad|>",
+            "_a": "<|image_start|>",
+            "_b": "<|image_end|>",
+        },
+    ),
     "lfm3_vl": _qwen(),
     "dots3_note": _qwen(
-        tokens={"image_token": "<|imgpad|>", "video_token": "<|video_pad|>", "_audio": "<|audio_comp_pad|>", "_a": "<|img|>", "_b": "<|endofimg|>"},
+        tokens={
+            "image_token": "<|imgpad|>",
+            "video_token": "<|video_pad|>",
+            "_audio": "<|audio_comp_pad|>",
+            "_a": "<|img|>",
+            "_b": "<|endofimg|>",
+        },
         named=("image_token",),
         image="<|img|><|imgpad|><|endofimg|>",
-        config={"text_config": {"num_key_value_heads": 2}, "vision_config": {"adapter_in_dim": 32, "adapter_out_dim": 32}, "audio_config": {"adapter_input_size": 32, "adapter_out_dim": 32, "downsample_hidden_size": 16}},
+        config={
+            "text_config": {"num_key_value_heads": 2},
+            "vision_config": {"adapter_in_dim": 32, "adapter_out_dim": 32},
+            "audio_config": {"adapter_input_size": 32, "adapter_out_dim": 32, "downsample_hidden_size": 16},
+        },
     ),
     "qwen2_5_omni_thinker": _omni(_OMNI, processor_class="Qwen2_5OmniProcessor", config=_mrope(4, 2, 2)),
     "qwen3_omni_moe_thinker": _omni(
@@ -549,7 +677,14 @@ ENTRIES: dict[str, Entry] = {
     "glmga": _glm(config=_mrope(4, 2, 2), processor_class="Glm46VProcessor"),
     "glm_ocr": _glm(config=_mrope(4, 2, 2), processor_class="Glm46VProcessor", image_class="Glm46VImageProcessorPil"),
     "glm5_next": _glm(
-        config={"text_config": {"num_key_value_heads": 2, "qk_rope_head_dim": 0, "head_dim": 0, "indexer_types": ["full"] * 2}}
+        config={
+            "text_config": {
+                "num_key_value_heads": 2,
+                "qk_rope_head_dim": 0,
+                "head_dim": 0,
+                "indexer_types": ["full"] * 2,
+            }
+        }
     ),
     "ernie4_5_vl_moe": _qwen(
         tokens={
@@ -560,7 +695,14 @@ ENTRIES: dict[str, Entry] = {
             "video_start_token": "<|VIDEO_START|>",
             "video_end_token": "<|VIDEO_END|>",
         },
-        named=("image_token", "image_start_token", "image_end_token", "video_token", "video_start_token", "video_end_token"),
+        named=(
+            "image_token",
+            "image_start_token",
+            "image_end_token",
+            "video_token",
+            "video_start_token",
+            "video_end_token",
+        ),
         image="<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>",
         config=_mrope(3, 3, 2, moe_intermediate_size=[16, 16]),
     ),
@@ -571,13 +713,19 @@ ENTRIES: dict[str, Entry] = {
         config=_mrope(4, 2, 2),
     ),
     "video_llama_3": _qwen(named=("image_token", "video_token"), image="<|image_pad|>", after="\n"),
-    "hunyuan_vl": _qwen(
-        tokens={"image_token": "<image>", "image_start_token": "<im_start>", "image_end_token": "<im_end>"},
-        named=("image_token",),
-        image="<im_start><image><im_end>",
-        config=_mrope(2, 2, 2, 2, head_dim=16),
-    ),
     "llava": _llava(),
+    "llava/pixtral": Entry(
+        tokens=_PIXTRAL,
+        image="[IMG]",
+        ids={"image_token_id": "[IMG]"},
+        start={"vision_config": {"model_type": "pixtral"}},
+        config={"vision_feature_select_strategy": "full"},
+        pixels={"patch_size": 4, "size": {"longest_edge": 24}},
+        processor={"patch_size": 4},
+        processor_class="PixtralProcessor",
+        image_class="PixtralImageProcessorPil",
+        sizes=((16, 16), (16, 24)),
+    ),
     "vipllava": _llava(config={"vision_feature_layers": [-1, -1]}),
     "llava_next": _llava(
         pixels={"size": {"shortest_edge": 16}, "crop_size": 16, "image_grid_pinpoints": _PINPOINTS},
@@ -641,7 +789,14 @@ ENTRIES: dict[str, Entry] = {
         tokens=_GEMMA | _AUDIO,
         image="<image_soft_token>",
         ids={f"{name}_id": token for name, token in (_GEMMA | _AUDIO).items()},
-        config=_TWO_LAYERS,
+        config={
+            "text_config": {
+                "layer_types": ["sliding_attention", "full_attention"],
+                "intermediate_size": 48,
+                "activation_sparsity_pattern": None,
+                "num_kv_shared_layers": 0,
+            }
+        },
         pixels={"size": {"height": 16, "width": 16}},
         processor={"image_seq_length": 4},
         newlines=True,
@@ -663,12 +818,20 @@ ENTRIES: dict[str, Entry] = {
         ids={"image_token_index": "<image>"},
         pixels={"size": {"height": 16, "width": 16}, "image_seq_length": 16},
         alone=False,
+        images=(1, 2),
+        front=True,
+        frame="<bos>{}\n",
     ),
     "idefics2": Entry(
-        tokens={"image_token": "<image>", "image_boundary_token": "<fake_token_around_image>", "_e": "<end_of_utterance>"},
+        tokens={
+            "image_token": "<image>",
+            "image_boundary_token": "<fake_token_around_image>",
+            "_e": "<end_of_utterance>",
+        },
         ids={"image_token_id": "<image>"},
         pixels={"size": {"shortest_edge": 16, "longest_edge": 16}, "do_image_splitting": False},
         processor={"image_seq_len": 4},
+        kept=(" ",),
     ),
     "idefics3": Entry(
         tokens=_IDEFICS,
@@ -677,7 +840,6 @@ ENTRIES: dict[str, Entry] = {
         pixels=_TILES,
         processor={"image_seq_len": 4},
         sizes=((16, 32), (16, 16)),
-        newlines=True,
     ),
     "smolvlm": Entry(
         tokens=_IDEFICS,
@@ -686,7 +848,6 @@ ENTRIES: dict[str, Entry] = {
         pixels=_TILES,
         processor={"image_seq_len": 4},
         sizes=((16, 32), (16, 16)),
-        newlines=True,
     ),
     "granite_docling": Entry(
         tokens=_IDEFICS,
@@ -695,6 +856,7 @@ ENTRIES: dict[str, Entry] = {
         pixels={"size": {"height": 16, "width": 16}, "min_patches": 1, "max_patches": 2},
         processor={"image_seq_len": 4},
         sizes=((16, 32), (16, 16)),
+        kept=("\n\n", "\n"),
         newlines=True,
     ),
     "internvl": Entry(
@@ -728,6 +890,7 @@ ENTRIES: dict[str, Entry] = {
         call={"num_image_tokens": 1},
         nested=False,
         alone=False,
+        images=(1, 2),
     ),
     "mistral3": Entry(
         tokens=_PIXTRAL,
@@ -787,7 +950,14 @@ ENTRIES: dict[str, Entry] = {
         image="<image_placeholder>",
         ids={"image_token_id": "<image_placeholder>"},
         pixels={"size": {"height": 16, "width": 16}, "high_res_size": {"height": 32, "width": 32}, "min_size": 4},
-        config={"high_res_vision_config": {"image_size": 32, "window_size": 4, "global_attn_indexes": [0], "num_pos_feats": 16}},
+        config={
+            "high_res_vision_config": {
+                "image_size": 32,
+                "window_size": 4,
+                "global_attn_indexes": [0],
+                "num_pos_feats": 16,
+            }
+        },
         processor={"num_image_tokens": 16},
     ),
     "janus": Entry(
@@ -814,6 +984,7 @@ ENTRIES: dict[str, Entry] = {
         config={"vision_config": {"hidden_stride": 2, "vocab_size": 40}},
         pixels={"size": {"height": 16, "width": 16}},
         processor={"image_seq_length": 4},
+        sizes=((16, 16), (16, 32)),
         nested=False,
     ),
     "chameleon": Entry(
@@ -865,11 +1036,13 @@ ENTRIES: dict[str, Entry] = {
             "image_start_token": "<|image_start|>",
             "image_end_token": "<|image_end|>",
             "image_thumbnail_token": "<|img_thumbnail|>",
+            "_a": "<|img_row_1_col_1|>",
+            "_b": "<|img_row_1_col_2|>",
         },
         ids={"image_token_id": "<image>"},
         config={"vision_config": {"num_patches": 16}, "text_config": {"layer_types": ["conv", "full_attention"]}},
         pixels=Noise(_lfm2, tile_size=16, downsample_factor=2, encoder_patch_size=4, use_thumbnail=True),
-        sizes=((16, 16), (16, 24)),
+        sizes=((16, 16), (16, 32)),
     ),
     "kimi_k25": _qwen(
         tokens={
@@ -904,7 +1077,10 @@ ENTRIES: dict[str, Entry] = {
         tokens=_MUSE,
         named=("image_token", "video_token"),
         image="<|patch|>",
-        config={"out_hidden_size": 128, "vision_config": {"pos_emb_height": 8, "pos_emb_width": 8, "patch_temporal": 1}},
+        config={
+            "out_hidden_size": 128,
+            "vision_config": {"pos_emb_height": 8, "pos_emb_width": 8, "patch_temporal": 1},
+        },
         pixels=_grids(),
     ),
     "muse_spark": _qwen(
@@ -919,11 +1095,23 @@ ENTRIES: dict[str, Entry] = {
         pixels=_grids(),
     ),
     "nemotron_h_omni": Entry(
-        tokens={"image_token": "<image>", "video_token": "<video>", "_a": "<img>", "_b": "</img>", "_c": "<so_embedding>"},
+        tokens={
+            "image_token": "<image>",
+            "video_token": "<video>",
+            "_a": "<img>",
+            "_b": "</img>",
+            "_c": "<so_embedding>",
+        },
         ids={"image_token_id": "<image>"},
         config={
             "vision_hidden_size": 32,
-            "vision_config": {"max_img_size": 32, "patch_dim": 48, "video_patch_dim": 96, "num_cls_tokens": 1, "num_registers": 1},
+            "vision_config": {
+                "max_img_size": 32,
+                "patch_dim": 48,
+                "video_patch_dim": 96,
+                "num_cls_tokens": 1,
+                "num_registers": 1,
+            },
             "text_config": {
                 "layers_block_type": ["linear_attention", "full_attention", "moe"],
                 "mamba_num_heads": 4,
@@ -934,15 +1122,25 @@ ENTRIES: dict[str, Entry] = {
             },
         },
         pixels=_grids("image_grid_hw", downsample_ratio=0.5),
+        loose=True,
         sizes=((16, 16), (16, 24)),
     ),
     "llama4": Entry(
         tokens={f"_{i}": token for i, token in enumerate(_LLAMA_4)},
         image="<|image|>",
-        ids={"image_token_index": "<|patch|>", "boi_token_index": "<|image_start|>", "eoi_token_index": "<|image_end|>"},
+        ids={
+            "image_token_index": "<|patch|>",
+            "boi_token_index": "<|image_start|>",
+            "eoi_token_index": "<|image_end|>",
+        },
         config={
             "text_config": {"moe_layers": [1], "no_rope_layers": [1, 0], "attention_chunk_size": 64},
-            "vision_config": {"intermediate_size": 128, "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32},
+            "vision_config": {
+                "intermediate_size": 128,
+                "vision_output_dim": 32,
+                "projector_input_dim": 32,
+                "projector_output_dim": 32,
+            },
         },
         pixels=Noise(_tiles(whole=True, name="aspect_ratios", ratios=True)),
         processor={"patch_size": 4},
@@ -952,7 +1150,14 @@ ENTRIES: dict[str, Entry] = {
     "molmo2": Entry(
         tokens={"image_token": "<|image|>", "video_token": "<|video|>", **{f"_{i}": t for i, t in enumerate(_MOLMO)}},
         image="<|image|>",
-        ids={"image_patch_id": "<im_patch>"},
+        ids={
+            "image_patch_id": "<im_patch>",
+            "image_start_token_id": "<im_start>",
+            "low_res_image_start_token_id": "<low_res_im_start>",
+            "image_end_token_id": "<im_end>",
+            "frame_start_token_id": "<frame_start>",
+            "frame_end_token_id": "<frame_end>",
+        },
         config={
             "vision_config": {"image_size": [16, 16]},
             "adapter_config": {"vision_feature_layer": [-1, -1], "num_key_value_heads": 2},
@@ -966,6 +1171,8 @@ ENTRIES: dict[str, Entry] = {
         ids={"image_token_id": "<image_pad>", "video_token_id": "<video_pad>"},
         config={"insert_layer_id": 0, "vision_config": {"insert_layer_id": 0}},
         pixels=Noise(_minicpm, slice_mode=True, use_image_id=True, downsample_mode="4x"),
+        sizes=((16, 16), (16, 32)),
+        kept=("", "\n"),
     ),
     "minicpmv4_6": Entry(
         tokens=_MINICPM,
@@ -973,6 +1180,8 @@ ENTRIES: dict[str, Entry] = {
         ids={"image_token_id": "<image_pad>", "video_token_id": "<video_pad>"},
         config={"insert_layer_id": 0, "vision_config": {"insert_layer_id": 0}, "downsample_mode": "4x"},
         pixels=Noise(_minicpm, slice_mode=True, use_image_id=True, downsample_mode="4x"),
+        sizes=((16, 16), (16, 32)),
+        kept=("", "\n"),
     ),
     "minicpmv4_7": Entry(
         tokens=_MINICPM,
@@ -980,20 +1189,34 @@ ENTRIES: dict[str, Entry] = {
         ids={"image_token_id": "<image_pad>", "video_token_id": "<video_pad>"},
         config={"insert_layer_id": 0, "vision_config": {"insert_layer_id": 0}, "downsample_mode": "4x"},
         pixels=Noise(_minicpm, slice_mode=True, use_image_id=True, downsample_mode="4x"),
+        sizes=((16, 16), (16, 32)),
+        kept=("", "\n"),
     ),
     "step3p7": Entry(
-        tokens={"image_token": "<im_patch>", "_a": "<im_start>", "_b": "<im_end>", "_c": "<patch_start>", "_d": "<patch_end>"},
+        tokens={
+            "image_token": "<im_patch>",
+            "_a": "<im_start>",
+            "_b": "<im_end>",
+            "_c": "<patch_start>",
+            "_d": "<patch_end>",
+            "_e": "<patch_newline>",
+        },
         image="<im_patch>",
         ids={"image_token_id": "<im_patch>"},
         config={"text_config": {"sliding_window": 8}},
-        pixels=Noise(_views(16), vision_patch_size=4, downsampler_stride=4, size={"height": 16}, patch_size=16),
+        pixels=Noise(
+            _views(16, tiles=True), vision_patch_size=4, downsampler_stride=4, size={"height": 16}, patch_size=16
+        ),
+        sizes=((16, 16), (16, 32)),
     ),
     "deepseek_ocr2": Entry(
         tokens={"image_token": "<image>"},
         after="\n",
         ids={"image_token_id": "<image>"},
         config={
-            "vision_config": {"sam_config": {"downsample_channels": [16, 32], "window_size": 4, "scale": 32}},
+            "vision_config": {
+                "sam_config": {"downsample_channels": [16, 32], "window_size": 4, "image_size": 192, "scale": 32}
+            },
             "text_config": {
                 "mlp_layer_types": ["dense", "sparse"],
                 "num_experts_per_tok": 2,
@@ -1002,7 +1225,7 @@ ENTRIES: dict[str, Entry] = {
                 "num_key_value_heads": 2,
             },
         },
-        pixels=Noise(_views(64), size={"height": 64, "width": 64}, tile_size=64),
+        pixels=Noise(_views(192), size={"height": 192, "width": 192}, tile_size=192),
         processor={"patch_size": 4},
     ),
     "unlimited_ocr": Entry(
@@ -1010,13 +1233,22 @@ ENTRIES: dict[str, Entry] = {
         after="\n",
         ids={"image_token_id": "<image>"},
         config={"vision_config": {"sam_config": {"downsample_channels": [16, 32], "window_size": 4}}},
-        pixels=Noise(_views(64), size={"height": 64, "width": 64}, tile_size=64),
+        pixels=Noise(_views(64, grid=True), size={"height": 64, "width": 64}, tile_size=64),
         processor={"patch_size": 4},
     ),
     "inkling_mm_model": Entry(
-        tokens={"image_token": "<|unused_200054|>", "audio_token": "<|unused_200053|>", "_a": "<|content_image|>", "_b": "<|content_audio_input|>"},
+        tokens={
+            "image_token": "<|unused_200054|>",
+            "audio_token": "<|unused_200053|>",
+            "_a": "<|content_image|>",
+            "_b": "<|content_audio_input|>",
+        },
         image="<|content_image|><|unused_200054|>",
-        ids={"image_token_id": "<|unused_200054|>", "audio_token_id": "<|unused_200053|>", "image_bos_token_id": "<|content_image|>"},
+        ids={
+            "image_token_id": "<|unused_200054|>",
+            "audio_token_id": "<|unused_200053|>",
+            "image_bos_token_id": "<|content_image|>",
+        },
         config={"vision_config": {"patch_size": 8, "temporal_patch_size": 2, "n_layers": 2, "num_hidden_layers": 2}},
         pixels=Noise(_inkling),
         nested=False,
@@ -1045,35 +1277,7 @@ ENTRIES: dict[str, Entry] = {
         pixels={"size": {"height": 16, "width": 16}},
         nested=False,
         alone=False,
-    ),
-    "blip-2": Entry(
-        tokens={"_i": "<image>"},
-        image="",
-        ids={"image_token_index": "<image>"},
-        pixels={"size": {"height": 16, "width": 16}},
-        processor={"num_query_tokens": 4},
-        nested=False,
-    ),
-    "instructblip": Entry(
-        tokens={"_i": "<image>"},
-        image="",
-        ids={"image_token_index": "<image>"},
-        pixels={"size": {"height": 16, "width": 16}},
-        processor={"num_query_tokens": 4},
-        nested=False,
-    ),
-    "fuyu": Entry(
-        tokens={"image_token": "|SPEAKER|", "_a": "|NEWLINE|", "_b": "<s>"},
-        image="",
-        ids={"image_token_id": "|SPEAKER|"},
-        pixels={"size": {"height": 16, "width": 16}, "patch_size": {"height": 4, "width": 4}},
-        nested=False,
-    ),
-    "kosmos-2": Entry(
-        tokens={"_i": "<image>", "_j": "</image>"},
-        image="<image>",
-        pixels={"size": {"height": 16, "width": 16}},
-        processor_class="Kosmos2Processor",
+        images=(1, 2),
     ),
     "emu3": Entry(
         tokens={
@@ -1085,10 +1289,62 @@ ENTRIES: dict[str, Entry] = {
         },
         ids={"image_token_id": "<image>"},
         config={
-            "vocabulary_map": {"<image>": 3, "<|extra_200|>": 160, **{f"<|visual token {i:06d}|>": 161 + i for i in range(16)}},
-            "vq_config": {"codebook_size": 16, "base_channels": 32, "channel_multiplier": [1, 1, 1, 1], "hidden_size": 32},
+            "vocabulary_map": {
+                "<image>": 3,
+                "<|extra_200|>": 160,
+                **{f"<|visual token {i:06d}|>": 161 + i for i in range(64)},
+            },
+            "vq_config": {
+                "codebook_size": 64,
+                "base_channels": 32,
+                "channel_multiplier": [1, 1, 1, 1],
+                "hidden_size": 32,
+            },
         },
         pixels={"do_resize": False},
+        sizes=((32, 32),),
         nested=False,
     ),
+    "fast_vlm": _llava(
+        ids={"image_token_id": "<image>"},
+        config={"vision_feature_select_strategy": "full"},
+        processor_class="LlavaProcessor",
+        image_class="CLIPImageProcessorPil",
+    ),
+    "perception_lm": Entry(
+        tokens={"image_token": "<|image|>", "video_token": "<|video|>"},
+        image="<|image|>",
+        ids={"image_token_id": "<|image|>", "video_token_id": "<|video|>"},
+        pixels=Noise(lambda images: {"pixel_values": torch.stack(images)[:, None]}),
+        processor={"patch_size": 4},
+    ),
+}
+
+# Other ways in which processors of the same families write an image.
+ENTRIES |= {
+    "idefics2/split": replace(
+        ENTRIES["idefics2"],
+        pixels={"size": {"shortest_edge": 16, "longest_edge": 16}, "do_image_splitting": True},
+    ),
+    "idefics3/whole": replace(ENTRIES["idefics3"], pixels={**_TILES, "do_image_splitting": False}),
+    "smolvlm/whole": replace(ENTRIES["smolvlm"], pixels={**_TILES, "do_image_splitting": False}),
+    "gemma3/crops": replace(
+        ENTRIES["gemma3"],
+        sizes=((32, 64),),
+        call={
+            "do_pan_and_scan": True,
+            "pan_and_scan_min_crop_size": 16,
+            "pan_and_scan_max_num_crops": 2,
+            "pan_and_scan_min_ratio_to_activate": 1.2,
+        },
+        kept=("Here is the original image  and here are some crops to help you see better  ",),
+    ),
+}
+
+
+NOT_BUILT = {
+    "fast_vlm": "its vision tower needs timm",
+    "gemma3n": "its vision tower needs timm",
+    "mistral4": "a text model without images",
+    "perception_lm": "its vision tower needs timm",
 }

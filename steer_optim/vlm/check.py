@@ -1,0 +1,165 @@
+"""Checks on a model and its processor, of any family, that the two views of a prompt and a response are what they seem.
+
+Dimensions: ``B`` prompts, ``T`` response tokens, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steer_optim.vlm.families import family_of, image_ids
+from steer_optim.vlm.forward import response_logits
+from steer_optim.vlm.prompts import Rollout, Views, append_response, render, text_only
+from steer_optim.vlm.rollout import evaluating
+
+_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class ViewReport:
+    """What :func:`check_views` found. ``str`` says it in words.
+
+    Attributes:
+        text_view: how the text view that ``text_only`` makes from ids differs from the rendered one; empty if it does
+            not. The rendered one is right.
+        future: the largest change of a logit when a later token of the response changes.
+        generation: the largest difference between the logits of the appended response and those of ``generate``.
+        scale: the largest logit.
+    """
+
+    text_view: str
+    future: float
+    generation: float
+    scale: float
+
+    def __str__(self) -> str:
+        ids = self.text_view or "the text view from ids equals the one from messages"
+        return (
+            f"{ids}\na later token moves logits by at most {self.future:.1e}, and generate's logits differ by at most "
+            f"{self.generation:.1e}; the largest logit is {self.scale:.1e}"
+        )
+
+
+@torch.no_grad()
+def check_views(
+    model: Any,
+    processor: Any,
+    messages: Sequence[Sequence[Mapping[str, Any]]] | None = None,
+    **template_kwargs: Any,
+) -> ViewReport:
+    """Checks that views and responses are right for a model and its processor, before a training run depends on it.
+
+    The views of a few prompts are rendered, the model answers them greedily, and for both views
+
+    1. a response token does not see its own future: the logits before a token do not move when the token changes;
+    2. the logits of the appended response are those with which ``generate`` wrote it.
+
+    The report also says where ``text_only``, which sees ids only, makes another text view than the processor.
+
+    Args:
+        model: a transformers model with ``generate``. In float32 the checks see more than in half precision.
+        processor: its processor, with a chat template.
+        messages: conversations as ``render`` takes them; by default two with an image and one without.
+        template_kwargs: those of ``render``.
+
+    Returns:
+        What was found. Differences in logits are within the model's precision.
+
+    Raises:
+        ValueError: the processor cannot render the prompts, or the model's family is refused.
+        RuntimeError: a check failed; the message says which, in which view, and by how much.
+
+    Example:
+        >>> from steer_optim.vlm.check import check_views
+        >>> print(check_views(model, processor))  # doctest: +SKIP
+        the text view from ids equals the one from messages
+        a later token moves logits by at most 0.0e+00, and generate's logits differ by at most 3.8e-06; ...
+    """
+    config, half = model.config, _TOKENS // 2
+    views = render(processor, messages or _examples(mixed=family_of(config).mixed), **template_kwargs)
+    never = torch.tensor(sorted(image_ids(config)), device=model.device)
+    future = generation = scale = 0.0
+    for name, view in views._asdict().items():
+        batch = {key: _to(value, model) for key, value in view.items()}
+        with evaluating(model):
+            said = model.generate(
+                **batch,
+                max_new_tokens=_TOKENS,
+                do_sample=False,
+                suppress_tokens=never.tolist() or None,
+                pad_token_id=0,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+            said_BTV, response_BT = torch.stack(said.logits, dim=1).float(), said.sequences[:, -_TOKENS:]
+            changed_BT = response_BT.clone()
+            changed_BT[:, half] = said_BTV[:, half].index_fill(-1, never, -torch.inf).topk(2).indices[:, 1]
+            logits_BTV, changed_BTV = (
+                response_logits(model, append_response(batch, Rollout(ids, ids >= 0), config), _TOKENS).float()
+                for ids in (response_BT, changed_BT)
+            )
+        scale = max(scale, float(logits_BTV.amax().abs()))
+        # Half of the digits may differ between a pass with a cache and one without; nothing is reordered between the
+        # two passes without, except where tokens are sorted by expert.
+        limit = float(torch.finfo(model.dtype).eps) ** 0.5 * scale
+        moved = _largest(logits_BTV[:, : half + 1], changed_BTV[:, : half + 1])
+        if not moved <= limit / 16:
+            raise RuntimeError(
+                f"the response sees its own future in the {name} view: logits of up to {scale:.3g} move by {moved:.2g} "
+                "when a later token changes. The model reads a key of the batch that has another value for a response: "
+                "name it in the per_token of the model's entry in families.FAMILIES"
+            )
+        differ = _largest(logits_BTV, said_BTV)
+        if not differ <= limit:
+            raise RuntimeError(
+                f"logits of the appended response differ by {differ:.2g} from those that generate wrote it with, in "
+                f"the {name} view, at logits of up to {scale:.3g}: the losses would be those of another policy"
+            )
+        future, generation = max(future, moved), max(generation, differ)
+    return ViewReport(_difference(views, config, processor), future, generation, scale)
+
+
+def _examples(*, mixed: bool) -> list[list[dict[str, Any]]]:
+    from PIL import Image
+
+    image = {"type": "image", "image": Image.effect_noise((64, 48), 80).convert("RGB")}
+    text, more = {"type": "text", "text": "What is this?"}, {"type": "text", "text": "What is in the middle, and why?"}
+    contents = [[image, text], [more, image], [text]] if mixed else [[image, text], [more, image]]
+    return [[{"role": "user", "content": content}] for content in contents]
+
+
+def _to(value: Any, model: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
+
+
+def _largest(left: Tensor, right: Tensor) -> float:
+    """The largest difference; infinities of one sign are equal."""
+    return float((left - right).where(left != right, 0.0).abs().max())
+
+
+def _difference(views: Views, config: Any, processor: Any) -> str:
+    """Where the text view from ids leaves the rendered one, in words."""
+    try:
+        from_ids = text_only(views.image, config, tokenizer=processor)
+    except ValueError as error:
+        return f"text_only makes no text view from ids ({error}); render does"
+    for number, (made, rendered) in enumerate(zip(_rows(from_ids), _rows(views.text), strict=True)):
+        if made != rendered:
+            at = next((i for i, pair in enumerate(zip(made, rendered, strict=False)) if len(set(pair)) > 1), 0)
+            texts = [processor.decode(ids[max(at - 4, 0) : at + 8]) for ids in (made, rendered)]
+            return (
+                f"prompt {number} without its images has {texts[0]!r} from ids and {texts[1]!r} from messages; the "
+                "second is right"
+            )
+    return ""
+
+
+def _rows(batch: Mapping[str, Tensor]) -> list[list[int]]:
+    return [row[real.bool()].tolist() for row, real in zip(batch["input_ids"], batch["attention_mask"], strict=True)]

@@ -1,0 +1,105 @@
+"""Every family of vision-language models is right or refused by name; `make families` runs those outside the gate."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import common
+from benchmarks.families import PAGE, PROMPTS, REFUSED, RIGHT, WRONG, check, future, ids, padding, report
+from steer_optim.vlm import families
+from steer_optim.vlm.prompts import Rollout, append_response
+from tests.vlm.zoo import CONFIG_MAPPING, ENTRIES, IMAGE, MODELS, NOT_BUILT, Zoo, transformers  # noqa: F401
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # those of transformers about tiny configurations
+GATE = (
+    *("gemma3", "glm4v", "idefics3", "internvl", "llama4", "llava", "llava_onevision", "mistral3", "mllama"),
+    *("paligemma", "qwen2_5_vl", "qwen3_vl", "smolvlm"),
+)
+# What a family cannot do by itself; all else of it is right.
+NO_TEMPLATE = {"chameleon", "got_ocr2", "paligemma", "pp_chart2table"}
+NO_STATES = {"aya_vision", "chameleon", "cohere2_vision"}
+
+
+def names(chosen):
+    return pytest.mark.parametrize("name", chosen)
+
+
+def assert_right(name):
+    found = check(name)
+    wrong = {key: value for key, value in found.items() if value.startswith(WRONG)}
+    assert not wrong
+    allowed = {"messages": NO_TEMPLATE, "states": NO_STATES}
+    for key, value in found.items():
+        if key != "image" and not value.startswith("no model"):
+            assert value.startswith(RIGHT) or name in allowed.get(key, ()), value
+
+
+@names(GATE)
+def test_the_most_used_families_are_right(name):
+    assert_right(name)
+
+
+@pytest.mark.families
+@names(sorted(ENTRIES.keys() - set(GATE)))
+def test_every_other_family_is_right(name):
+    assert_right(name)
+
+
+@names(sorted(MODELS.keys() - ENTRIES.keys() - NOT_BUILT.keys()))
+def test_the_others_are_refused_by_name(name):
+    config = CONFIG_MAPPING[name]()
+    responses = Rollout.of([[3, 4]], config=config)
+    with pytest.raises(ValueError, match=f"^'{name}' cannot be distilled on responses that follow their prompts: "):
+        append_response({"input_ids": torch.tensor([[5, 6]])}, responses, config)
+
+
+def test_every_entry_of_the_table_is_a_family_that_transformers_has():
+    known = {name.partition("/")[0] for name in families.FAMILIES}
+    assert known <= MODELS.keys() | {"t5gemma2"}
+
+
+def broken(monkeypatch, name, **changes):
+    """The family with another entry."""
+    entry = families.family_of(Zoo(name).config)
+    fields = {key: getattr(entry, key) for key in entry.__dataclass_fields__} | changes
+    monkeypatch.setitem(families.FAMILIES, name, families.Family(**fields))
+    zoo = Zoo(name)
+    return zoo, [prompt for number in zoo.entry.images for prompt in PROMPTS[number]]
+
+
+@torch.no_grad()
+def test_the_checks_can_fail(monkeypatch):
+    zoo, prompts = broken(monkeypatch, "paligemma", per_token={"token_type_ids": 0})
+    assert future(zoo, prompts).startswith(f"{WRONG}: a late token moves earlier rows of the image view")
+    assert padding(zoo, prompts).startswith(f"{WRONG}: logits differ")
+    zoo, prompts = broken(monkeypatch, "gemma3", newlines=range(0))
+    assert ids(zoo, prompts).startswith(f"{WRONG}: '<bos>a\\n\\n\\n\\nbc' where the processor writes '<bos>abc'")
+    zoo, prompts = broken(monkeypatch, "llava", bare=False)
+    with pytest.raises(ValueError, match="does not name the tokens around an image: pass tokenizer="):
+        ids(zoo, prompts)
+    zoo, prompts = broken(monkeypatch, "mllama", per_token={})
+    with pytest.raises(ValueError, match="'cross_attention_mask' has the shape .* a value for each"):
+        padding(zoo, [prompt for prompt in prompts if IMAGE in prompt])
+
+
+def test_a_prompt_in_the_zoo_has_an_image_where_it_says_so():
+    zoo = Zoo("llava")
+    assert len(zoo.images([20, IMAGE, 21, IMAGE])) == 2
+    assert zoo.batch([[20, IMAGE, 21, IMAGE]])["pixel_values"].shape[0] == 2
+    assert zoo.without([20, IMAGE, 21]) == [20, 21]
+
+
+def test_the_page_is_that_of_the_newest_result():
+    assert PAGE.read_text() == report(common.newest("families"))
+
+
+@pytest.mark.skipif("common.newest('families')['transformers'] != transformers.__version__")
+def test_the_result_has_every_family_and_nothing_wrong():
+    result = common.newest("families")["families"]
+    assert {name.partition("/")[0] for name in result} == MODELS.keys()
+    assert WRONG not in json.dumps(result)
+    assert {name for name, found in result.items() if "refused" in found} == (
+        MODELS.keys() - ENTRIES.keys() - NOT_BUILT.keys()
+    )
+    assert {name for name, found in result.items() if found.get("states", RIGHT).startswith(REFUSED)} <= NO_STATES
