@@ -174,7 +174,7 @@ def _by_blocks(
     logits_CV = rows[0]
     first = next(iter(logits_CV.values()))
     C, V = first.shape
-    step = max(1, (2**19 if first.device.type == "cpu" else 2**25) // V)
+    step = max(1, (2**18 if first.device.type == "cpu" else 2**25) // V)
     # What a target is made of is not read again: a gradient is written over it.
     lefts = {logits_CV[name].data_ptr() for _, name in pulls}
     spare = {x.data_ptr(): x for x in logits_CV.values() if x.data_ptr() not in lefts}

@@ -1,8 +1,9 @@
 import pytest
 import torch
+from hidden_states import views_of
 from hypothesis import given
 from hypothesis import strategies as st
-from steer_optim.vlm.losses import token_losses
+from steer_optim.vlm import token_losses
 
 from steer_optim import measure
 from steer_optim.vlm.analysis import angles_by_decile
@@ -18,10 +19,11 @@ def batch(B=3, T=9, V=7, d=4, seed=0):
     hidden, hidden_text, teacher, teacher_text = draw(B, T, d), draw(B, T, d), draw(B, T, V), draw(B, T, V)
     parameters = [draw(d, V).requires_grad_(), draw(V).requires_grad_()]
     weight, bias = parameters
-    losses = token_losses(hidden @ weight + bias, hidden_text @ weight + bias, teacher, teacher_text)
+    views = views_of([hidden @ weight + bias, hidden_text @ weight + bias, teacher, teacher_text])
+    losses = token_losses(views)
     mask_BT = torch.arange(T) < torch.tensor([9, 7, 4])[:, None]
-    components = {"std": losses.std, "vis": losses.vis, "lang": losses.lang}
-    return components, losses.vds, mask_BT, parameters
+    components = {name: losses[name] for name in ("std", "vis", "lang")}
+    return components, losses["vds"], mask_BT, parameters
 
 
 def test_each_bin_is_the_geometry_of_its_tokens():
