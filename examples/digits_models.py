@@ -18,9 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from steer_optim.vlm.forward import response_logits
-from steer_optim.vlm.prompts import append_response, text_only
-from steer_optim.vlm.rollout import rollout
+from steer_optim.vlm import Rollout, append_response, response_logits, rollout, text_only
 
 HEADS = 4
 
@@ -105,7 +103,8 @@ def teach(
 
 def answer_loss(model: Qwen3VLForConditionalGeneration, prompt: dict[str, Tensor], answer_BT: Tensor) -> Tensor:
     """Cross-entropy of the answers, in nats per token."""
-    batch = append_response(prompt, answer_BT, torch.ones_like(answer_BT, dtype=torch.bool))
+    answers = Rollout(answer_BT, torch.ones_like(answer_BT, dtype=torch.bool))
+    batch = append_response(prompt, answers, model.config)
     logits_BTV = response_logits(model, batch, answer_BT.shape[1])
     return cross_entropy(logits_BTV.flatten(0, 1), answer_BT.flatten())
 
