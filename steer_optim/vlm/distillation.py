@@ -317,9 +317,8 @@ class DecomposedDistillation:
         names = [name for part in parts for name in part.term.views]
         if self.adaptive or any(part.tokens in ("visual", "rest") for part in parts):
             names += ["teacher", "teacher_text"]
-        live = {"prior": "student_text"} if self.prior == "live" else {}
-        found = {live.get(name, name) for name in names}
-        return tuple(name for name in ("student", "student_text", "prior", "teacher", "teacher_text") if name in found)
+        order = ("student", "student_text", "prior", "teacher", "teacher_text")
+        return tuple(sorted({*names}, key=lambda name: order.index(name) if name in order else len(order)))
 
     @property
     def trains_text(self) -> bool:
@@ -330,7 +329,7 @@ class DecomposedDistillation:
             (True, False)
         """
         trained = {name for part in self._parts.values() for name in (part.term.left, *part.term.attached)}
-        return bool(trained & {"student_text", "prior"})
+        return "student_text" in trained
 
     def rule(self) -> Rule:
         """The rule that steers these components, with this method's ``gamma``.
@@ -354,6 +353,8 @@ class DecomposedDistillation:
                 continue
             if "prior" in part.term.target and not self.detach_prior:
                 part = replace(part, term=replace(part.term, attached=("prior",)))
+            if self.prior == "live":
+                part = replace(part, term=part.term.live())
             if part.tokens == "graded" and not self.adaptive:
                 part = replace(part, tokens="all")
             parts[name] = part
@@ -382,8 +383,6 @@ class DecomposedDistillation:
                 continue
             where = {"all": every, "visual": gate_N, "rest": ~gate_N}[tokens]
             kept = {name: x if where is every else x[where] for name, x in rows.items()}
-            if self.prior == "live" and "student_text" in kept:
-                kept["prior"] = kept["student_text"]
             terms, weights = {name: part.term for name, part in mine.items()}, {}
             for name, part in mine.items():
                 graded_N = weight_N * strength_N if part.tokens == "graded" else weight_N

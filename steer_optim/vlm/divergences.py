@@ -23,8 +23,8 @@ arXiv 2606.00564; JSD(β): Agarwal et al., *On-Policy Distillation of Language M
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import reduce
 from typing import Literal, get_args
 
@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from steer_optim.vlm.heads import HiddenStates
-from steer_optim.vlm.topk import TopLogProbs, check_ids, collapse
+from steer_optim.vlm.topk import TopLogProbs, check_ids, collapse, heaviest
 
 View = Tensor | HiddenStates | TopLogProbs
 Kind = Literal["reverse", "forward", "jsd"]
@@ -82,6 +82,12 @@ class Term:
     def views(self) -> tuple[str, ...]:
         """All views that are read."""
         return tuple(dict.fromkeys([self.left, *self.target, *(self.top or ())[:1]]))
+
+    def live(self) -> Term:
+        """The same with the student's own text-only view as the prior."""
+        target = {"student_text" if name == "prior" else name: c for name, c in self.target.items()}
+        attached = tuple("student_text" if name == "prior" else name for name in self.attached)
+        return replace(self, target=target, attached=attached)
 
 
 _Q_STAR = {"prior": 1.0, "teacher": 1.0, "teacher_text": -1.0}
@@ -143,11 +149,11 @@ def _mixture(term: Term, log_p: Tensor, log_q: Tensor) -> Tensor:
     return torch.logaddexp(log_q + math.log(term.beta), log_p + math.log1p(-term.beta))
 
 
-def log_target(term: Term, log_probs: Callable[[str], Tensor], floor: float | None) -> Tensor:
+def log_target(term: Term, log_probs: Mapping[str, Tensor], floor: float | None) -> Tensor:
     """The log-probabilities of the target, from those of the views."""
     parts = []
     for name, coefficient in term.target.items():
-        log_q = log_probs(name) if name in term.attached else log_probs(name).detach()
+        log_q = log_probs[name] if name in term.attached else log_probs[name].detach()
         if floor is not None and name in term.floored:
             log_q = log_q.clamp(min=math.log(floor))
         parts.append(log_q if coefficient == 1 else coefficient * log_q)
@@ -198,22 +204,19 @@ def token_losses(
     """
     check_temperature(temperature)
     check_floor(floor)
-    views = {**views}
-    if "prior" not in views and "student_text" in views:
-        views["prior"] = views["student_text"]
-    if terms is None:
-        every = {name: TERMS[name] for name in ("std", "vis", "lang", "vp", "vds")}
-        terms = {name: term for name, term in every.items() if views.keys() >= {*term.views}}
+    every = {name: TERMS[name] for name in ("std", "vis", "lang", "vp", "vds")} if terms is None else terms
+    if "prior" not in views:
+        every = {name: term.live() for name, term in every.items()}
+    terms = {name: term for name, term in every.items() if terms or views.keys() >= {*term.views}}
     check_views(views, terms, temperature)
-    names = {name: None for term in terms.values() for name in term.views}
-    log_probs = _log_probs({name: views[name] for name in names}, temperature)
+    log_probs = _log_probs(views, [name for term in terms.values() for name in term.views], temperature)
     losses: dict[str, Tensor] = {}
     for name, term in terms.items():
         seen = log_probs
         if term.top is not None:
-            ids = log_probs[term.top[0]].detach().topk(term.top[1], dim=-1).indices
+            ids = heaviest(log_probs[term.top[0]].detach(), term.top[1])
             seen = {view: collapse(x, ids) for view, x in log_probs.items()}
-        losses[name] = divergence(term, seen[term.left], log_target(term, seen.__getitem__, floor))
+        losses[name] = divergence(term, seen[term.left], log_target(term, seen, floor))
     refuse_overflow(losses.values())
     if floor is not None and "vis" in terms:
         gains = (log_probs["teacher"], log_probs["teacher_text"])
@@ -223,13 +226,19 @@ def token_losses(
     return losses
 
 
-def _log_probs(views: Mapping[str, Tensor | TopLogProbs], temperature: float) -> dict[str, Tensor]:
+def common_vocabulary(views: Mapping[str, View]) -> int:
+    """How many ids all views have, those that are not read included; 0 where all are of a server."""
+    return min([view.shape[-1] for view in views.values() if not isinstance(view, TopLogProbs)], default=0)
+
+
+def _log_probs(
+    views: Mapping[str, Tensor | TopLogProbs], names: Iterable[str], temperature: float
+) -> dict[str, Tensor]:
     """Log-probabilities over the common vocabulary, or over the bins of a server's ids, in float32 at least."""
-    logits = {name: x for name, x in views.items() if isinstance(x, Tensor)}
-    V = min([x.shape[-1] for x in logits.values()], default=0)
-    scaled = {
-        name: x[..., :V].to(torch.promote_types(x.dtype, torch.float32)) / temperature for name, x in logits.items()
-    }
+    V, scaled = common_vocabulary(views), {}
+    for name in dict.fromkeys(names):
+        if isinstance(x := views[name], Tensor):
+            scaled[name] = x[..., :V].to(torch.promote_types(x.dtype, torch.float32)) / temperature
     # A non-finite entry gives NaN losses without a word about where it came from. One verdict on all inputs, because
     # every read from the device stalls it.
     if scaled:
@@ -237,10 +246,10 @@ def _log_probs(views: Mapping[str, Tensor | TopLogProbs], temperature: float) ->
         refuse_non_finite([name for name, ok in zip(scaled, finite, strict=True) if not ok])
     log_probs = {name: x.log_softmax(-1) for name, x in scaled.items()}
     servers = {name: x for name, x in views.items() if isinstance(x, TopLogProbs)}
-    for top in servers.values():
-        log_probs = {name: collapse(x, top.ids_BTk) for name, x in log_probs.items()}
-        break
-    return {name: servers[name].bins() if name in servers else log_probs[name] for name in views}
+    if servers:
+        ids = next(iter(servers.values())).ids_BTk
+        log_probs = {name: collapse(x, ids) for name, x in log_probs.items()}
+    return log_probs | {name: x.bins() for name, x in servers.items()}
 
 
 def check_views(views: Mapping[str, View], terms: Mapping[str, Term], temperature: float) -> None:
@@ -292,8 +301,7 @@ def check_views(views: Mapping[str, View], terms: Mapping[str, Term], temperatur
                     "both views through intersect, or score the same ids in both"
                 )
     if servers:
-        V = min([view.shape[-1] for view in views.values() if not isinstance(view, TopLogProbs)], default=None)
-        check_ids(servers[0].ids_BTk, V)
+        check_ids(servers[0].ids_BTk, common_vocabulary(views) or None)
         if any(term.top for term in terms.values()):
             raise ValueError("a loss on the student's top ids needs the teacher's logits or hidden states")
 

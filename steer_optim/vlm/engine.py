@@ -23,6 +23,7 @@ from steer_optim.vlm.divergences import (
     check_floor,
     check_temperature,
     check_views,
+    common_vocabulary,
     log_target,
     refuse_non_finite,
     refuse_overflow,
@@ -31,7 +32,7 @@ from steer_optim.vlm.divergences import (
 )
 from steer_optim.vlm.heads import HiddenStates
 from steer_optim.vlm.rows import Gradients, Place, Rows, chunks, default_size
-from steer_optim.vlm.topk import TopLogProbs, collapse, expand
+from steer_optim.vlm.topk import TopLogProbs, collapse, expand, heaviest
 
 # The loss and the view of a gradient.
 _Pull = tuple[str, str]
@@ -78,17 +79,19 @@ def weighted_sums(
         (torch.Size([7, 4]), torch.Size([5]))
     """
     check_chunk_size(chunk_size)
-    if not any(isinstance(view, HiddenStates) for view in views.values()):
-        logits = {name: view for name, view in views.items() if not isinstance(view, HiddenStates)}
+    check_temperature(temperature)
+    check_floor(floor)
+    check_views(views, terms, temperature)
+    V = common_vocabulary(views)
+    views = {name: views[name] for term in terms.values() for name in term.views}
+    logits = {
+        name: x[..., :V] if isinstance(x, Tensor) else x for name, x in views.items() if not isinstance(x, HiddenStates)
+    }
+    if len(logits) == len(views):
         losses = token_losses(logits, terms=terms, temperature=temperature, floor=floor)
         sums = {loss: (w.to(losses[loss].dtype) * losses[loss]).sum() for loss, w in (weights or {}).items()}
         return sums, {loss: losses[loss].detach() for loss in terms}
-    check_temperature(temperature)
-    check_floor(floor)
-    names = dict.fromkeys(name for term in terms.values() for name in term.views)
-    views = {name: views[name] for name in names if name in views}
-    check_views(views, terms, temperature)
-    pulls = [(loss, view) for loss, term in terms.items() for view in (term.left, *term.attached)]
+    pulls = [(loss, view) for loss, term in terms.items() for view in dict.fromkeys([term.left, *term.attached])]
     for _, name in pulls:
         if isinstance(views[name], Tensor) and views[name].requires_grad:
             raise ValueError(
@@ -96,7 +99,12 @@ def weighted_sums(
                 "response_states gives them, for the student too"
             )
     dtype = reduce(torch.promote_types, (view.dtype for view in views.values()), torch.float32)
-    rows = _rows(views, temperature, dtype)
+    casts: dict[Place, Tensor] = {}
+    rows = {
+        name: Rows(view, temperature, dtype, V, casts)
+        for name, view in views.items()
+        if not isinstance(view, TopLogProbs)
+    }
     servers = {name: view for name, view in views.items() if isinstance(view, TopLogProbs)}
     bins_NK = {name: view.bins().to(dtype) for name, view in servers.items()}
     ids_Nk = dict(zip(("ids",), (view.ids_BTk for view in servers.values()), strict=False))
@@ -131,15 +139,6 @@ def check_chunk_size(chunk_size: int | None) -> None:
         raise ValueError(f"chunk_size must be at least 1, or None for the default; got {chunk_size}")
 
 
-def _rows(views: Mapping[str, View], temperature: float, dtype: torch.dtype) -> dict[str, Rows]:
-    """What computes the logits of each view over the common ids; a view with two names is computed once."""
-    full = {name: view for name, view in views.items() if not isinstance(view, TopLogProbs)}
-    V = min(view.shape[-1] for view in full.values())
-    casts: dict[Place, Tensor] = {}
-    by_view = {id(view): Rows(view, temperature, dtype, V, casts) for view in full.values()}
-    return {name: by_view[id(view)] for name, view in full.items()}
-
-
 def _losses(
     terms: Mapping[str, Term],
     floor: float | None,
@@ -151,26 +150,19 @@ def _losses(
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     """The losses of some rows, and the weighted gradients ``(c, V)`` at the logits of each pull."""
 
-    @cache
-    def full(name: str) -> Tensor:
-        return logits_cV[name].log_softmax(-1)
-
     top = next(iter(terms.values())).top
-    ids = ids_ck.get("ids") if top is None else logits_cV[top[0]].topk(top[1], dim=-1).indices
-
-    @cache
-    def log_probs(name: str) -> Tensor:
-        return bins_cK[name] if name in bins_cK else full(name) if ids is None else collapse(full(name), ids)
-
+    ids = ids_ck.get("ids") if top is None else heaviest(logits_cV[top[0]], top[1])
+    full = {name: x.log_softmax(-1) for name, x in logits_cV.items()}
+    log_probs = {**(full if ids is None else {name: collapse(x, ids) for name, x in full.items()}), **bins_cK}
     values, found = {}, {}
     for loss, term in terms.items():
         log_q = log_target(term, log_probs, floor)
-        values[loss], left, target = value_and_gradients(term, log_probs(term.left), log_q)
-        for of, name in pulls:
-            if of == loss:
-                gradient = left if name == term.left else target.mul_(term.target[name])
-                gradient.mul_(weights_c[loss][:, None])
-                found[of, name] = gradient if ids is None else expand(gradient, full(name), log_probs(name), ids)
+        values[loss], left, target = value_and_gradients(term, log_probs[term.left], log_q)
+        for name in (view for of, view in pulls if of == loss):
+            shares = [left] if name == term.left else []
+            shares += [term.target[name] * target] if name in term.attached else []
+            gradient = sum(shares) * weights_c[loss][:, None]
+            found[loss, name] = gradient if ids is None else expand(gradient, full[name], log_probs[name], ids)
     return values, [found[pull] for pull in pulls]
 
 

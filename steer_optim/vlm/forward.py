@@ -128,6 +128,16 @@ def response_states(
     if made_of not in _COMPARED.setdefault(model, set()) and x_BLd.numel():
         _compare(model, head, x_BLd[:1, -1:], logits_BLV)
         _COMPARED[model].add(made_of)
+    sharded: list[Any] = [x for x in model.modules() if hasattr(x, "unshard") and any(y is module for y in x.modules())]
+
+    def gather(_: Tensor) -> None:
+        for around in sharded:
+            around.unshard()
+
+    if x_BLd.requires_grad and sharded:
+        # FSDP2 gathers a module for the backward pass when a gradient reaches what it returned, here logits that no
+        # loss reads: from the second pass on, weights that the graph has saved would be memory that was freed.
+        x_BLd.register_hook(gather)
     device = x_BLd.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     states = HiddenStates(x_BLd, head, autocast)[:, -(num_tokens + 1) : -1]
@@ -145,7 +155,7 @@ def score(
     teacher_prompts: Views | None = None,
     hidden_states: bool = True,
 ) -> dict[str, Tensor | HiddenStates]:
-    """The views of one response that a decomposition reads, each computed once.
+    """The views of one response that a decomposition reads, each computed once; views of other names are yours to add.
 
     The student runs as it is, in the caller's autocast, with gradients where a component trains the view; teacher and
     prior run in evaluation mode without gradients. The teacher's hidden states serve the gate and the losses.
@@ -199,7 +209,7 @@ def score(
     if prior is not None:
         prior.eval()
     views: dict[str, Tensor | HiddenStates] = {}
-    for name in method.views:
+    for name in (name for name in method.views if name in models):
         model = models[name]
         twin = views.get(name.removesuffix("_text"))
         trained = name == "student" or (name == "student_text" and method.trains_text)

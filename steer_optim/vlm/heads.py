@@ -63,7 +63,7 @@ class Head:
     lora_scaling: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, x in _tensors(self).items():
+        for name, x in self.tensors().items():
             # By name: importing DTensor costs half a second, and whoever holds one has imported it.
             if type(x).__name__ == "DTensor":
                 object.__setattr__(self, name, gather(x))
@@ -100,6 +100,10 @@ class Head:
         """``s x A^T``, ``(..., r)``, what the adapter's second factor is multiplied by; in the dtype of ``hidden``."""
         assert self.lora_A_rd is not None
         return self.lora_scaling * (hidden @ self.lora_A_rd.to(hidden.dtype).T)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What it is made of, by the name of the attribute."""
+        return {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
 
     def cut(self, vocabulary: int) -> Head:
         """The head of the first ``vocabulary`` ids; itself where these are all."""
@@ -208,7 +212,7 @@ class HiddenStates:
     @property
     def requires_grad(self) -> bool:
         """Whether the states or a tensor of the head do."""
-        return any(x.requires_grad for x in (self.hidden_BTd, *_tensors(self.head).values()))
+        return any(x.requires_grad for x in (self.hidden_BTd, *self.head.tensors().values()))
 
     def __getitem__(self, index: Any) -> HiddenStates:
         return replace(self, hidden_BTd=self.hidden_BTd[index])
@@ -219,7 +223,7 @@ class HiddenStates:
 
     def detach(self) -> HiddenStates:
         """The same without gradients, to the states or to the head."""
-        detached: dict[str, Any] = {name: x.detach() for name, x in _tensors(self.head).items()}
+        detached: dict[str, Any] = {name: x.detach() for name, x in self.head.tensors().items()}
         return replace(self, hidden_BTd=self.hidden_BTd.detach(), head=replace(self.head, **detached))
 
 
@@ -236,10 +240,6 @@ def output_embeddings(model: nn.Module) -> tuple[nn.Module, Any]:
         f"{type(model).__name__} names no head: it needs get_output_embeddings(), as transformers' models have. Build "
         "Head(weight_Vd, ...) and HiddenStates(hidden_BTd, head) by hand, or pass logits"
     )
-
-
-def _tensors(head: Head) -> dict[str, Tensor]:
-    return {name: x for name, x in vars(head).items() if isinstance(x, Tensor)}
 
 
 def gather(x: Tensor) -> Tensor:

@@ -1,15 +1,15 @@
 """Rows of logits computed a chunk at a time, and the way back from their gradients to hidden states and head.
 
-The logits of a head are a sum of products ``x w^T``, one of the hidden states with the weight and, with an adapter, one
-of its inner states with its second factor; a chunk of rows is a chunk of every ``x``. Gradients are taken while the
-chunk is at hand, so that the logits can be forgotten, and are handed on in the backward pass.
+Gradients are taken while a chunk is at hand, so that its logits can be forgotten, and are handed on in the backward
+pass.
 
-Dimensions: ``N`` rows, ``C`` rows of a chunk, ``V`` vocabulary entries, ``k`` the inner size of a product.
+Dimensions: ``N`` rows, ``C`` rows of a chunk, ``V`` vocabulary entries, ``d`` hidden size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,28 +45,20 @@ class Rows:
     ) -> None:
         self.V = vocabulary or view.shape[-1]
         self.device = view.device
-        self.inputs: list[Tensor] = []
         self._N, self._dtype = view.shape[0], torch.promote_types(view.dtype, dtype)
-        self._factor, self._casts = 1 / temperature, {} if casts is None else casts
-        self._products: list[tuple[Tensor, Tensor]] = []
-        self._cap: float | None = None
-        self._logits_NV: Tensor | None = None
-        self._bias_V: Tensor | None = None
+        self._factor, self._temperature = 1 / temperature, temperature
+        self._casts: MutableMapping[Place, Tensor] = {} if casts is None else casts
         self._space_CV: Tensor | None = None
-        self._half: torch.dtype | None = None
-        if isinstance(view, Tensor):
-            self._logits_NV = view[:, : self.V]
-            return
-        head, x_Nd = view.head.cut(self.V), view.hidden_BTd
-        self._bias_V, self._half = head.bias_V, view.autocast
-        self._products.append((x_Nd, head.weight_Vd))
-        if head.lora_B_Vr is not None:
-            with torch.autocast(x_Nd.device.type, enabled=False):
-                self._products.append((head.adapt(x_Nd.to(self._dtype)), head.lora_B_Vr))
-        self.inputs = [x for product in self._products for x in product]
-        self.inputs += [] if head.bias_V is None else [head.bias_V]
-        self._factor *= head.scale
-        self._cap = None if head.softcap is None else head.softcap / temperature
+        self._view = view[:, : self.V] if isinstance(view, Tensor) else replace(view, head=view.head.cut(self.V))
+        self.inputs: list[Tensor] = []
+        if isinstance(self._view, HiddenStates):
+            self._factor *= self._view.head.scale
+            self.inputs = [self._view.hidden_BTd, *self._view.head.tensors().values()]
+            if any(x.numel() and not x.untyped_storage().size() for x in self.inputs):
+                raise RuntimeError(
+                    "FSDP2 has sharded the head again since its hidden states were computed: compute the losses before "
+                    "any backward pass, or further forward pass, of the model"
+                )
 
     def __len__(self) -> int:
         return self._N
@@ -77,18 +69,20 @@ class Rows:
         C = part.stop - part.start
         if self._space_CV is None or len(self._space_CV) < C:
             self._space_CV = torch.empty(C, self.V, dtype=self._dtype, device=self.device)
-        out_CV = self._space_CV[:C]
-        if self._logits_NV is not None:
-            return torch.mul(self._logits_NV[part], self._factor, out=out_CV)
-        for i, (x_Nk, w_Vk) in enumerate(self._products):
-            x_Ck, w_Vk = self._operands(x_Nk[part], w_Vk)
-            _add_product(out_CV, x_Ck, w_Vk.T, keep=i > 0)
-        if self._bias_V is not None:
-            out_CV += self._bias_V
+        out_CV, view = self._space_CV[:C], self._view
+        if isinstance(view, Tensor):
+            return torch.mul(view[part], self._factor, out=out_CV)
+        x_Cd, head = view.hidden_BTd[part], view.head
+        self._multiply(out_CV, x_Cd, head.weight_Vd, keep=False)
+        if head.lora_B_Vr is not None:
+            self._multiply(out_CV, head.adapt(x_Cd.to(self._dtype)), head.lora_B_Vr)
+        if head.bias_V is not None:
+            out_CV += head.bias_V
         if self._factor != 1:
             out_CV *= self._factor
-        if self._cap is not None:
-            out_CV.div_(self._cap).tanh_().mul_(self._cap)
+        if head.softcap is not None:
+            cap = head.softcap / self._temperature
+            out_CV.div_(cap).tanh_().mul_(cap)
         return out_CV
 
     def finite(self, size: int) -> bool:
@@ -98,17 +92,37 @@ class Rows:
     @torch.no_grad()
     def pull(self, part: slice, logits_CV: Tensor, gradient_CV: Tensor, into: Gradients) -> None:
         """Adds what a gradient at the logits of some rows comes to at the inputs; writes over it."""
-        if self._cap is not None:
-            gradient_CV.mul_(1 - (logits_CV / self._cap).square())
-        for x_Nk, w_Vk in self._products:
-            x_Ck, w_Vk_ = self._operands(x_Nk[part], w_Vk, gradient=True)
-            gradient = gradient_CV.to(x_Ck.dtype)
-            if (total := into.of(x_Nk)) is not None:
-                _add_product(total[part], gradient, w_Vk_, scale=self._factor)
-            if (total := into.of(w_Vk)) is not None:
-                _add_product(total, gradient.T, x_Ck, scale=self._factor)
-        if self._bias_V is not None and (total := into.of(self._bias_V)) is not None:
-            total.add_(gradient_CV.sum(0), alpha=self._factor)
+        assert isinstance(self._view, HiddenStates)
+        x_Nd, head = self._view.hidden_BTd, self._view.head
+        if head.softcap is not None:
+            gradient_CV.mul_(1 - (logits_CV * self._temperature / head.softcap).square())
+        if self._factor != 1:
+            gradient_CV.mul_(self._factor)
+        x_Cd, dx_Nd = x_Nd[part], into.of(x_Nd)
+        dx_Cd = None if dx_Nd is None else dx_Nd[part]
+        self._pull(gradient_CV, x_Cd, head.weight_Vd, dx_Cd, into.of(head.weight_Vd))
+        if head.lora_A_rd is not None and head.lora_B_Vr is not None:
+            inner_Cr = head.adapt(x_Cd.to(self._dtype))
+            dinner_Cr = torch.zeros_like(inner_Cr)
+            self._pull(gradient_CV, inner_Cr, head.lora_B_Vr, dinner_Cr, into.of(head.lora_B_Vr))
+            self._pull(dinner_Cr.mul_(head.lora_scaling), x_Cd, head.lora_A_rd, dx_Cd, into.of(head.lora_A_rd))
+        if head.bias_V is not None and (db_V := into.of(head.bias_V)) is not None:
+            db_V += gradient_CV.sum(0)
+
+    def _multiply(self, out_Cn: Tensor, x_Ck: Tensor, w_nk: Tensor, *, keep: bool = True) -> None:
+        x_Ck, w_nk = self._operands(x_Ck, w_nk)
+        _add_product(out_Cn, x_Ck, w_nk.T, keep=keep)
+
+    def _pull(
+        self, gradient_Cn: Tensor, x_Ck: Tensor, w_nk: Tensor, dx_Ck: Tensor | None, dw_nk: Tensor | None
+    ) -> None:
+        """Adds what a gradient at ``x w^T`` comes to at both factors, where that is asked for."""
+        x_Ck, w_nk = self._operands(x_Ck, w_nk, gradient=True)
+        gradient_Cn = gradient_Cn.to(x_Ck.dtype)
+        if dx_Ck is not None:
+            _add_product(dx_Ck, gradient_Cn, w_nk)
+        if dw_nk is not None:
+            _add_product(dw_nk, gradient_Cn.T, x_Ck)
 
     def _operands(self, x: Tensor, w: Tensor, *, gradient: bool = False) -> tuple[Tensor, Tensor]:
         """Both factors in one dtype, from which a product comes out in the dtype of the logits.
@@ -118,7 +132,8 @@ class Rows:
         autocast the model's own head would multiply in half precision, and so does this one.
         """
         keep = (torch.bfloat16,) if gradient else (torch.bfloat16, torch.float16)
-        dtype = self._half or (x.dtype if x.dtype == w.dtype else self._dtype)
+        half = self._view.autocast if isinstance(self._view, HiddenStates) else None
+        dtype = half or (x.dtype if x.dtype == w.dtype else self._dtype)
         widens = x.is_cuda and self._dtype == torch.float32 and hasattr(torch.ops.aten.mm, "dtype")
         if not (widens and dtype in keep):
             dtype = self._dtype
@@ -210,11 +225,11 @@ class _Once(torch.autograd.Function):
         )
 
 
-def _add_product(out: Tensor, a: Tensor, b: Tensor, *, keep: bool = True, scale: float = 1.0) -> None:
-    """``out = scale * a b``, added to what ``out`` was if ``keep``, in the dtype of ``out`` though factors are half."""
+def _add_product(out: Tensor, a: Tensor, b: Tensor, *, keep: bool = True) -> None:
+    """``out = a b``, added to what ``out`` was if ``keep``, in the dtype of ``out`` though factors are half."""
     if a.dtype == out.dtype:
-        torch.addmm(out, a, b, beta=1 if keep else 0, alpha=scale, out=out)
+        torch.addmm(out, a, b, beta=1 if keep else 0, out=out)
     elif keep:
-        out.add_(torch.mm(a, b, out_dtype=out.dtype), alpha=scale)
+        out += torch.mm(a, b, out_dtype=out.dtype)
     else:
-        out.copy_(torch.mm(a, b, out_dtype=out.dtype)).mul_(scale)
+        out.copy_(torch.mm(a, b, out_dtype=out.dtype))

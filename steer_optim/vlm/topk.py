@@ -174,6 +174,11 @@ def expand(gradient: Tensor, log_probs: Tensor, bins: Tensor, ids: Tensor) -> Te
     return padded.scatter_(-1, place, gradient[..., :-1])[..., :-1]
 
 
+def heaviest(scores: Tensor, k: int) -> Tensor:
+    """The ids of the ``k`` largest scores of each row, in no order; all where there are fewer."""
+    return scores.topk(min(k, scores.shape[-1]), dim=-1, sorted=False).indices
+
+
 def _slots(x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """``x`` with one more column, and the column of each slot: that one where it holds no id."""
     return pad(x, (0, 1), value=ABSENT), ids.where(ids >= 0, x.shape[-1])
@@ -223,7 +228,7 @@ def top_ids(
     ids_Nk = torch.empty(len(rows[0]), k, dtype=torch.int64, device=mask_BT.device)
     for part in chunks(rows[0], default_size(mask_BT.device)):
         scores = [row.logits(part).log_softmax(dim=-1) for row in rows]
-        ids_Nk[part] = torch.maximum(scores[0], scores[-1]).topk(k, dim=-1, sorted=False).indices
+        ids_Nk[part] = heaviest(torch.maximum(scores[0], scores[-1]), k)
     return ids_Nk.new_full((*mask_BT.shape, k), -1).masked_scatter(mask_BT[..., None], ids_Nk)
 
 

@@ -9,8 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from steer_optim.rules import VGS, Steer, Sum
+from steer_optim.rules import VGS, PCGrad, Steer, Sum
 from steer_optim.vlm import DecomposedDistillation, adaptive_strength, token_losses, visual_dependency, visual_tokens
+from steer_optim.vlm.distillation import Component, Decomposition
+from steer_optim.vlm.divergences import TERMS, Term
+from steer_optim.vlm.gate import sampled_log_probs, top_share
 
 # Sums of at most a few hundred float64 terms of size up to 10, in another order: some 1000 units of 2e-16.
 EXACT = {"rtol": 1e-12, "atol": 1e-13}
@@ -133,7 +136,7 @@ def test_the_split_into_micro_batches_does_not_matter(method, mask, cuts, V, see
     for start, stop in itertools.pairwise(bounds):
         part = slice(start, stop)
         components = method(
-            *(x[part] for x in batch),
+            views_of([x[part] for x in batch]),
             mask_BT[part],
             count=count,
             gate_BT=gate_BT[part],
@@ -216,24 +219,25 @@ def test_adaptive_steering_is_its_definition():
 
 
 def test_standard_distillation_reads_neither_text_only_view():
-    student, student_text, teacher, teacher_text = random_batch(3, 4, 5)
-    method = DecomposedDistillation("standard")
-    without = method(student, None, teacher, None, MASK)["std"]
-    assert torch.equal(without, method(student, student_text, teacher, teacher_text, MASK)["std"])
-    with pytest.raises(ValueError, match="vgs needs student_text_BTV and teacher_text_BTV"):
-        DecomposedDistillation("vgs")(student, None, teacher, teacher_text, MASK)
+    views, method = views_of(random_batch(3, 4, 5)), DecomposedDistillation("standard")
+    without = method({name: views[name] for name in method.views}, MASK)["std"]
+    assert torch.equal(without, method(views, MASK)["std"])
+    del views["student_text"]
+    with pytest.raises(ValueError, match=r"vgs reads the views student, student_text, .*; missing student_text"):
+        DecomposedDistillation("vgs")(views, MASK)
 
 
 def test_a_text_view_that_is_trained_must_require_grad():
-    student, student_text, teacher, teacher_text = random_batch(3, 4, 5)
-    views = student, student_text.detach(), teacher, teacher_text
-    trained = {"lam": 0.0, "detach_prior": False}, {"lam": 0.01}, {"decomposition": "language", "lam": 0.0}
-    for options in trained:
-        with pytest.raises(ValueError, match=r"trains the student without the image, .* a frozen copy's, .* lam=0"):
-            DecomposedDistillation(**options)(*views, MASK)
-        DecomposedDistillation(**options)(student.detach(), *views[1:], MASK)  # evaluation
+    views = views_of(random_batch(3, 4, 5))
+    views["student_text"] = views["student_text"].detach()
+    trained = ("vgs", {"lam": 0.0, "detach_prior": False}), ("vgs", {}), ("language", {"lam": 0.0})
+    for decomposition, options in trained:
+        method = DecomposedDistillation(decomposition, **options)
+        with pytest.raises(ValueError, match=r"trains the student without the image, but the view student_text"):
+            method(views, MASK)
+        method({**views, "student": views["student"].detach()}, MASK)  # evaluation
     for decomposition in ("vgs", "exact"):
-        losses = DecomposedDistillation(decomposition, lam=0.0)(*views, MASK)
+        losses = DecomposedDistillation(decomposition, lam=0.0)(views, MASK)
         assert all(loss.requires_grad for loss in losses.values())
 
 
@@ -257,7 +261,11 @@ def test_no_component_reaches_the_teacher():
 @pytest.mark.parametrize(
     ("decomposition", "rule"),
     [
+        ("vgs-frozen", VGS(1.5)),
         ("vgs", VGS(1.5)),
+        ("vgs-unscaled", Sum()),
+        ("tokens", Steer(toward="vis", gain=1.5, project="never")),
+        ("language-image", VGS(1.5, toward="lang")),
         ("standard", Sum()),
         ("exact", Steer(toward="vis", gain=1.5, project="never")),
         ("language", VGS(1.5, toward="lang")),
@@ -266,7 +274,126 @@ def test_no_component_reaches_the_teacher():
 def test_the_rule_weighs_these_components_with_this_gamma(decomposition, rule):
     method = DecomposedDistillation(decomposition, gamma=1.5)
     assert repr(method.rule()) == repr(rule)
-    method.rule().check(list(method(*random_batch(3, 4, 5), MASK)))
+    views = views_of(random_batch(3, 4, 5))
+    method.rule().check(list(method({**views, "prior": views["student_text"].detach()}, MASK)))
+
+
+def test_the_default_is_the_frozen_prior_and_vgs_is_the_papers():
+    frozen, paper = DecomposedDistillation(), DecomposedDistillation("vgs")
+    assert (frozen.decomposition, frozen.prior, frozen.lam, frozen.floor) == ("vgs-frozen", "frozen", 0.0, 1e-3)
+    assert (paper.prior, paper.lam, paper.floor, paper.gamma, paper.quantile) == ("live", 0.01, None, 2.0, 0.7)
+    assert frozen.views == ("student", "prior", "teacher", "teacher_text")
+    assert paper.views == ("student", "student_text", "teacher", "teacher_text")
+    assert DecomposedDistillation(floor=0).floor is None
+
+
+def test_tokens_are_split_and_the_student_is_never_without_its_image():
+    batch = random_batch(3, 4, 5)
+    method, (std, vds) = DecomposedDistillation("tokens"), map(token_losses(views_of(batch)).get, ("std", "vds"))
+    assert method.views == ("student", "teacher", "teacher_text")
+    views = {name: view for name, view in views_of(batch).items() if name in method.views}
+    gate_BT = visual_tokens(vds, MASK)
+    losses = method(views, MASK)
+    assert list(losses) == ["lang", "vis"]
+    assert_close(losses["vis"], std[gate_BT].sum() / 6, **EXACT)
+    assert_close(losses["lang"], std[MASK & ~gate_BT].sum() / 6, **EXACT)
+    standard = DecomposedDistillation("standard")(views, MASK)["std"]
+    pairs = zip(gradients(losses["lang"] + losses["vis"], batch), gradients(standard, batch), strict=True)
+    assert all(torch.allclose(x, y, rtol=1e-12, atol=1e-15) for x, y in pairs)
+
+
+def test_vision_is_preserved_on_either_view():
+    batch, gate_BT = random_batch(3, 4, 5), torch.tensor([[True, False, False, True]] * 3)
+    log_p, log_ptx, log_q, log_qtx = (x.log_softmax(-1) for x in batch)
+    log_target = (log_ptx + log_q - log_qtx).detach().log_softmax(-1)
+    for name, log_left, student in (("language", log_ptx, 1), ("language-image", log_p, 0)):
+        losses = DecomposedDistillation(name, lam=0.3)(views_of(batch), MASK, gate_BT=gate_BT)
+        meant = 0.3 * (log_left.exp() * (log_left - log_target)).sum(-1)[MASK & gate_BT].sum() / 6
+        assert_close(losses["vp"], meant, **EXACT)
+        assert reached(losses["vp"], batch) == [student == 0, student == 1]
+        assert_close(gradients(losses["vp"], batch)[student], gradients(meant, batch)[student], **EXACT)
+
+
+def test_the_mixture_with_a_policy_loss_has_the_loss_of_eq_17_without_eta():
+    batch, alpha, gamma = random_batch(3, 4, 5), 0.3, 1.5
+    parts = DecomposedDistillation("vgs", gamma=gamma)(views_of(batch), MASK)
+    losses = DecomposedDistillation("vgs-unscaled", gamma=gamma)(views_of(batch), MASK)
+    policy = batch[0].square().mean()
+    components = {"policy": (1 - alpha) * policy} | {name: alpha * loss for name, loss in losses.items()}
+    weights, _ = DecomposedDistillation("vgs-unscaled").rule()(torch.eye(4, dtype=torch.float64), list(components))
+    found = sum(w * x for w, x in zip(weights, components.values(), strict=True))
+    meant = (1 - alpha) * policy + alpha * (parts["std"] + gamma * parts["vis"] + parts["lp"])
+    assert_close(found, meant, **EXACT)
+
+
+def test_the_other_divergences_are_their_formulas():
+    batch = random_batch(3, 4, 5)
+    p, q = batch[0].softmax(-1), batch[2].softmax(-1)
+    m = (p + q) / 2
+    meant = {
+        "forward": (q * (q / p).log()).sum(-1),
+        "jsd": ((q * (q / m).log()).sum(-1) + (p * (p / m).log()).sum(-1)) / 2,
+    }
+    for name, tokens in meant.items():
+        loss = DecomposedDistillation(name)(views_of(batch), MASK)["std"]
+        assert_close(loss, tokens[MASK].mean(), **EXACT)
+        assert_close(gradients(loss, batch)[0], gradients(tokens[MASK].mean(), batch)[0], **EXACT)
+
+
+def test_the_weights_of_va_opd_are_the_dense_formula():
+    """arXiv 2605.21924: a fifth of the tokens, those that the image makes most likelier, has half the weight."""
+    student, masked, teacher, _ = random_batch(4, 6, 7, seed=3)
+    response_BT = torch.randint(7, (4, 6))
+    mask_BT = torch.arange(6) < torch.tensor([6, 5, 1, 0])[:, None]
+    scores = [sampled_log_probs(view, response_BT, mask_BT) for view in (teacher, masked)]
+    weight_BT = top_share((scores[0] - scores[1]).relu(), mask_BT)
+    loss = DecomposedDistillation("standard")({"student": student, "teacher": teacher}, mask_BT, weight_BT=weight_BT)[
+        "std"
+    ]
+
+    log_p, log_q, log_qm = (x.log_softmax(-1) for x in (student, teacher, masked.detach()))
+    total = 0
+    for row, n in enumerate((6, 5, 1, 0)):
+        tokens = range(n)
+        gain = [max(0.0, float((log_q - log_qm)[row, t, response_BT[row, t]])) for t in tokens]
+        top = sorted(tokens, key=lambda t, gain=gain: (-gain[t], t))[: math.ceil(0.2 * n)]
+        for t in tokens:
+            kl = (log_p[row, t].exp() * (log_p[row, t] - log_q[row, t])).sum()
+            weight = 1.0 if len(top) == n else 0.5 * n / len(top) if t in top else 0.5 * n / (n - len(top))
+            total = total + weight * kl / 12
+    assert_close(loss, total, **EXACT)
+    assert_close(torch.autograd.grad(loss, student)[0], torch.autograd.grad(total, student)[0], **EXACT)
+
+
+def test_vision_opd_is_the_dense_formula():
+    """arXiv 2605.18740: JSD to an averaged student that sees another image, on the student's top 100 ids and a tail."""
+    student, _, average, _ = random_batch(2, 3, 130, seed=5)
+    mask_BT = torch.tensor([[True, True, True], [True, False, False]])
+    loss = DecomposedDistillation("vision-opd")({"student": student, "teacher": average}, mask_BT)["std"]
+    total = 0
+    for row, t in mask_BT.nonzero().tolist():
+        p, q = student[row, t].softmax(-1), average[row, t].softmax(-1)
+        top = p.argsort(descending=True)[:100]
+        p, q = (torch.cat([x[top], 1 - x[top].sum().reshape(1)]) for x in (p, q))
+        m = (p + q) / 2
+        total = total + ((p * (p / m).log()).sum() + (q * (q / m).log()).sum()) / 2 / 4
+    assert_close(loss, total, **EXACT)
+    assert_close(torch.autograd.grad(loss, student)[0], torch.autograd.grad(total, student)[0], **EXACT)
+
+
+def test_a_decomposition_of_your_own_is_an_entry():
+    """V-Zero's kind: away from what the teacher says without the image."""
+    pushed = Term("student", {"teacher": 1.5, "teacher_text": -0.5})
+    own = Decomposition({"std": Component(TERMS["std"]), "away": Component(pushed, "visual")}, lambda gamma: PCGrad())
+    batch, method = random_batch(3, 4, 5), DecomposedDistillation(own)
+    assert method.views == ("student", "teacher", "teacher_text")
+    log_p, _, log_q, log_qtx = (x.log_softmax(-1) for x in batch)
+    log_target = (1.5 * log_q - 0.5 * log_qtx).log_softmax(-1)
+    losses = method(views_of(batch), MASK, gate_BT=MASK)
+    assert_close(losses["away"], (log_p.exp() * (log_p - log_target)).sum(-1)[MASK].mean(), **EXACT)
+    mixed = Decomposition({"a": Component(TERMS["std"]), "b": Component(TERMS["jsd-top100"])}, lambda gamma: PCGrad())
+    with pytest.raises(ValueError, match="over the same ids"):
+        DecomposedDistillation(mixed)(views_of(batch), MASK)
 
 
 def test_steering_the_exact_decomposition_is_steering_the_papers():
@@ -285,7 +412,7 @@ def test_steering_the_exact_decomposition_is_steering_the_papers():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"decomposition": "visual"}, "decomposition must be one of vgs, standard, exact, language; got 'visual'"),
+        ({"decomposition": "visual"}, "decomposition must be one of vgs-frozen, vgs, .*; got 'visual'"),
         ({"reduction": "mean"}, "reduction must be one of token, sequence; got 'mean'"),
         ({"gamma": -0.1}, "gamma must be finite and at least 0; got -0.1"),
         ({"gamma": math.inf}, "gamma must be finite"),
@@ -293,9 +420,11 @@ def test_steering_the_exact_decomposition_is_steering_the_papers():
         ({"lam": math.nan}, "lam must be finite"),
         ({"quantile": 1.0}, "quantile must be inside"),
         ({"temperature": 0}, "temperature must be positive"),
-        ({"floor": 0}, "floor must be a probability"),
-        ({"decomposition": "standard", "adaptive": True}, "adaptive scales the component vis.*'standard'"),
-        ({"decomposition": "language", "adaptive": True}, "adaptive scales the component vis.*'language'"),
+        ({"floor": 1.5}, "floor must be a probability"),
+        ({"prior": "dead"}, "prior must be one of live, frozen; got 'dead'"),
+        ({"prior": "frozen", "detach_prior": False}, "a frozen prior receives no gradient"),
+        ({"decomposition": "standard", "adaptive": True}, "adaptive grades the component vis.*'standard'"),
+        ({"decomposition": "language", "adaptive": True}, "adaptive grades the component vis.*'language'"),
     ],
 )
 def test_hyperparameters_out_of_range_are_refused(options, match):

@@ -3,16 +3,16 @@ import math
 
 import pytest
 import torch
-from hidden_states import EXACT, MASK, assert_same, dense, gradients, random_states, views_of
+from hidden_states import EXACT, MASK, NAMES, assert_same, dense, gradients, random_states, views_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from steer_optim.vlm.divergences import TERMS, token_losses
-from steer_optim.vlm.engine import weighted_sums
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from steer_optim.vlm import DecomposedDistillation, Head, HiddenStates, adaptive_strength, visual_dependency
+from steer_optim.vlm.divergences import TERMS, Term, token_losses
+from steer_optim.vlm.engine import weighted_sums
 
 METHODS = [
     DecomposedDistillation("vgs", lam=0.5, chunk_size=3),
@@ -62,22 +62,34 @@ def test_a_teacher_that_is_logits(padded):
     states = random_states(3, 4, 9, padded=padded)
     logits = [x.logits() for x in states[2:]]
     for method in METHODS:
-        assert_same(method(views_of([*states[:2], *logits]), MASK), method(views_of(dense(states)), MASK), states, **EXACT)
+        assert_same(
+            method(views_of([*states[:2], *logits]), MASK), method(views_of(dense(states)), MASK), states, **EXACT
+        )
 
 
-def test_every_loss_at_once_and_the_scores():
-    states = [x[MASK] for x in random_states(3, 4, 9)]
-    eager = EagerLosses(dict(zip(NAMES, dense(states), strict=True)))
-    weights = {name: torch.rand(6, dtype=torch.float64) for name in ("vp", "vis", "std", "lang")}
-    where = torch.tensor([True, False, True, True, False, True])
-    views = dict(zip(NAMES, states, strict=True))
-    for options in ({}, {"where": where}):
-        chunked = ChunkedLosses(views, chunk_size=4)
-        assert_same(chunked.weighted(weights, **options), eager.weighted(weights, **options), states, **EXACT)
-        assert_close(chunked.vds_N, eager.vds_N, **EXACT)
-    # Rows of any shape are flattened before they are chunked.
-    blocks = {name: HiddenStates(x.hidden_BTd.reshape(2, 3, 4), x.head) for name, x in views.items()}
-    assert_close(ChunkedLosses(blocks, chunk_size=4).vds_N, eager.vds_N, **EXACT)
+@pytest.mark.parametrize("options", [{}, {"floor": 0.1, "temperature": 0.5}])
+@pytest.mark.parametrize("attached", [(), ("prior",)])
+@pytest.mark.parametrize("kind", ["plain", "everything"])
+def test_every_term_of_the_table_and_more(kind, attached, options):
+    states = random_states(3, 4, 9, kind=kind, padded=2)
+    views = {name: x[MASK] for name, x in views_of(states).items()}
+    views["prior"] = views["student_text"]
+    terms = {
+        "vp": dataclasses.replace(TERMS["vp"], attached=attached),
+        "pushed": Term("student", {"teacher": 2.0, "teacher_text": -1.0}, divergence="forward"),
+        "mixed": Term("student", {"prior": 0.3, "teacher": 0.7}, divergence="jsd", beta=0.2, attached=attached),
+        "reverse": Term("student_text", {"prior": 0.5, "teacher": 0.5}, attached=attached),
+        **{name: TERMS[name] for name in ("std", "lang", "forward", "jsd", "vds")},
+        "vis": dataclasses.replace(TERMS["vis"], attached=attached),
+    }
+    weights = {name: torch.rand(6, dtype=torch.float64) for name in terms}
+    oracle = token_losses({name: x.logits() for name, x in views.items()}, terms=terms, **options)
+    meant = {name: (weights[name] * oracle[name]).sum() for name in terms}
+    sums, losses = weighted_sums(views, terms, weights, chunk_size=4, **options)
+    assert_close(losses, {name: oracle[name].detach() for name in terms}, **EXACT)
+    assert not sums.pop("vds").requires_grad
+    assert not meant.pop("vds").requires_grad
+    assert_same(sums, meant, states, **EXACT)
 
 
 def test_backward_passes_compose():
@@ -188,7 +200,7 @@ def test_a_head_in_half_precision_is_cast_once_for_all_views_and_chunks():
             return func(*args, **(kwargs or {}))
 
     with Casts():
-        DecomposedDistillation("vgs", lam=0.0, chunk_size=4)(*states, MASK)
+        DecomposedDistillation("vgs", lam=0.0, chunk_size=4)(views_of(states), MASK)
     assert Casts.heads == 2  # the student's and the teacher's
 
 
@@ -234,15 +246,15 @@ def test_logits_that_are_not_finite_are_refused_by_name(wrong, value):
         states[i].hidden_BTd.data[1, 1, 0] = value
     names = ", ".join(NAMES[i] for i in wrong)
     with pytest.raises(ValueError, match=rf"found NaN or infinity in {names}\."):
-        DecomposedDistillation("language", lam=0.3, chunk_size=4)(views_of(states), MASK)
+        DecomposedDistillation("language", lam=0.3, chunk_size=4)(views_of(states), MASK, gate_BT=MASK)
 
 
 def test_visual_dependency_of_hidden_states():
     states = random_states(3, 4, 9)[2:]
     states[0].hidden_BTd[~MASK] = math.nan
-    vds_BT = visual_dependency(views_of(states), MASK, temperature=2.0)
+    vds_BT = visual_dependency(*states, MASK, temperature=2.0)
     clean = [x.nan_to_num() for x in dense(states)]
-    assert_close(vds_BT, visual_dependency(views_of(clean), MASK, temperature=2.0), **EXACT)
+    assert_close(vds_BT, visual_dependency(*clean, MASK, temperature=2.0), **EXACT)
     assert adaptive_strength(vds_BT, MASK).any()
 
 
@@ -263,13 +275,20 @@ def test_views_that_do_not_fit_are_refused_by_name():
 
 
 @pytest.mark.parametrize("kind", ["plain", "everything"])
-@pytest.mark.parametrize("decomposition", ["vgs", "exact"])
-def test_the_prior_may_be_that_of_a_frozen_copy(decomposition, kind):
-    method = DecomposedDistillation(decomposition, lam=0.0, floor=0.05, chunk_size=4)
+@pytest.mark.parametrize("decomposition", ["vgs-frozen", "exact", "language"])
+def test_the_prior_of_a_frozen_copy_is_a_view_of_its_own(decomposition, kind):
+    method = DecomposedDistillation(decomposition, prior="frozen", lam=0.5, floor=0.05, chunk_size=4)
     states, other = random_states(3, 4, 9, kind=kind), random_states(3, 4, 9, seed=1, kind="plain")
-    views = [states[0], other[1].detach(), *states[2:]]
-    assert_same(method(views_of(views), MASK), method(views_of(dense(views)), MASK), states, **EXACT)
-    with pytest.raises(ValueError, match=r"a frozen copy of the student, computed in torch.no_grad"):
-        method(views_of([states[0], other[1], *states[2:]]), MASK)
+    views = {**views_of(states), "prior": other[1].detach()}
+    logits = {**views_of(dense(states)), "prior": other[1].logits().detach()}
+    assert ("student_text" in method.views) == (decomposition == "language")
+    assert_same(method(views, MASK), method(logits, MASK), states, **EXACT)
+    assert_same(method({**views, "prior": logits["prior"]}, MASK), method(logits, MASK), states, **EXACT)
+    with pytest.raises(ValueError, match=r"missing prior: pass a frozen copy as prior to score"):
+        method(views_of(states), MASK)
     with pytest.raises(ValueError, match="teacher and teacher_text are two views of one model"):
-        method(views_of([*states[:3], other[3]]), MASK)
+        method({**views, "teacher_text": other[3]}, MASK)
+    live = DecomposedDistillation(decomposition, prior="live", lam=0.5, floor=0.05, chunk_size=4)
+    assert_same(live(views, MASK), live(views_of(states), MASK), states, rtol=0, atol=0)  # which does not read it
+    visual = "vp" if decomposition == "language" else "vis"
+    assert not torch.equal(live(views, MASK)[visual], method(views, MASK)[visual])

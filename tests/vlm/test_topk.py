@@ -1,17 +1,33 @@
+import dataclasses
 import math
 
 import pytest
 import torch
+from hidden_states import assert_same, random_states, views_of
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from steer_optim.vlm import DecomposedDistillation, token_losses, visual_dependency
-from steer_optim.vlm.topk import TAIL_FLOOR, collapse, intersect, top_ids, with_tail
+from steer_optim.vlm.divergences import TERMS
+from steer_optim.vlm.topk import TAIL_FLOOR, TopLogProbs, intersect, top_ids
+from steer_optim.vlm.topk import collapse as collapse_log_probs
 
 # Sums of a few dozen float64 terms of size up to 10: some 100 units of 2e-16 each.
 EXACT = {"rtol": 1e-13, "atol": 1e-13}
-LOSSES = ("std", "vis", "prior", "lang", "vp", "vds")
+LOSSES = ("std", "vis", "lang", "vp", "vds")
+ATTACHED = {
+    name: dataclasses.replace(TERMS[name], attached=("prior",) if "prior" in TERMS[name].target else ())
+    for name in LOSSES
+}
+
+
+def collapse(logits, ids):
+    return collapse_log_probs(logits.log_softmax(-1), ids)
+
+
+def with_tail(log_probs, ids):
+    return TopLogProbs(ids, log_probs).bins()
 
 
 @st.composite
@@ -41,7 +57,8 @@ def definition(logits, ids):
 
 
 def collapsed_losses(logits, student, ids):
-    return token_losses(*(collapse(x, ids) for x in (*student, *logits[2:])), detach_prior=False)
+    """All four are collapsed, as logits of a small vocabulary."""
+    return token_losses(views_of([collapse(x, ids) for x in (*student, *logits[2:])]), terms=ATTACHED)
 
 
 @given(collapsible())
@@ -75,12 +92,12 @@ def test_all_ids_give_the_full_losses(case):
     logits, ids = case
     student, full = student_views(logits), student_views(logits)
     actual = collapsed_losses(logits, student, ids)
-    expected = token_losses(*full, *logits[2:], detach_prior=False)
+    expected = token_losses(views_of([*full, *logits[2:]]), terms=ATTACHED)
     for name in LOSSES:
-        assert_close(getattr(actual, name), getattr(expected, name), rtol=1e-12, atol=1e-12)
+        assert_close(actual[name], expected[name], rtol=1e-12, atol=1e-12)
     for name in LOSSES[:-1]:
         found, meant = (
-            torch.autograd.grad(getattr(losses, name).sum(), views, retain_graph=True, materialize_grads=True)
+            torch.autograd.grad(losses[name].sum(), views, retain_graph=True, materialize_grads=True)
             for losses, views in ((actual, student), (expected, full))
         )
         assert_close(found, meant, rtol=1e-12, atol=1e-12)
@@ -89,10 +106,10 @@ def test_all_ids_give_the_full_losses(case):
 @given(collapsible())
 def test_a_collapsed_divergence_is_not_above_the_full_one(case):
     logits, ids = case
-    few, full = collapsed_losses(logits, logits[:2], ids), token_losses(*logits)
+    few, full = collapsed_losses(logits, logits[:2], ids), token_losses(views_of(logits))
     for name in ("std", "lang", "vds"):  # vis and vp are not bound by it: the collapsed q* is a target of its own
-        assert (getattr(few, name) <= getattr(full, name) + 1e-13).all(), name
-        assert (getattr(few, name) >= -1e-14).all(), name
+        assert (few[name] <= full[name] + 1e-13).all(), name
+        assert (few[name] >= -1e-14).all(), name
 
 
 @given(collapsible(), st.integers(0, 99))
@@ -103,7 +120,7 @@ def test_the_order_of_the_ids_changes_nothing(case, seed):
     for permuted in (ids, ids[:, order]):
         student = student_views(logits)
         losses = collapsed_losses(logits, student, permuted)
-        gradients.append(torch.autograd.grad((losses.std + 2 * losses.vis + losses.lang).sum(), student))
+        gradients.append(torch.autograd.grad((losses["std"] + 2 * losses["vis"] + losses["lang"]).sum(), student))
     assert_close(*gradients, rtol=1e-12, atol=1e-12)
 
 
@@ -131,12 +148,12 @@ def test_the_tail_is_precise_beside_a_certain_id(largest):
 @pytest.mark.parametrize("excess", [0.0, 1e-7, 5e-3])
 def test_a_tail_of_nothing_or_less_is_finite_and_still_teaches(excess):
     ids = torch.tensor([[2, 0]])
-    teacher = with_tail(torch.tensor([[0.6, 0.4]]).log() + math.log1p(excess), ids)
-    assert_close(teacher.exp(), torch.tensor([[0.6, 0.4, TAIL_FLOOR]]), rtol=1e-6, atol=1e-7)
+    sent = TopLogProbs(ids, torch.tensor([[0.6, 0.4]]).log() + math.log1p(excess))
+    assert_close(sent.bins().exp(), torch.tensor([[0.6, 0.4, TAIL_FLOOR]]), rtol=1e-6, atol=1e-7)
     student = torch.zeros(1, 5, requires_grad=True)
-    losses = token_losses(collapse(student, ids), collapse(student, ids), teacher, teacher)
-    losses.std.sum().backward()
-    assert losses.std.isfinite()
+    losses = token_losses(views_of([student, student, sent, sent]))
+    losses["std"].sum().backward()
+    assert losses["std"].isfinite()
     assert (student.grad[0, ids[0]] < 0).all()
     assert (student.grad[0, [1, 3, 4]] > 0.1).all()
 
@@ -150,17 +167,6 @@ def test_a_tiny_tail_of_the_student_has_its_gradient():
     assert_close(student.grad[0], torch.stack([-much, much, little, -little]), rtol=1e-5, atol=0.0)
 
 
-def test_a_tail_of_masked_entries_is_empty():
-    student = torch.tensor([[0.5, -0.5, -math.inf, -math.inf]], requires_grad=True)
-    bins = collapse(student, torch.tensor([[0, 1]]))
-    (bins * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
-    held = student.detach()[:, :2].requires_grad_()
-    expected = held.log_softmax(-1)
-    (expected * torch.tensor([1.0, 2.0])).sum().backward()
-    assert_close(bins[:, :2], expected, rtol=1e-6, atol=0.0)
-    assert_close(student.grad, torch.cat([held.grad, torch.zeros(1, 2)], -1), rtol=1e-6, atol=1e-7)
-
-
 def test_the_target_puts_no_mass_on_empty_slots():
     generator = torch.Generator().manual_seed(0)
     logits = 30 * torch.randn(4, 50, 6, generator=generator)
@@ -168,43 +174,12 @@ def test_the_target_puts_no_mass_on_empty_slots():
     padded = ids.masked_fill(torch.tensor([False, True, False, True]), -1)
     for floor in (None, 1e-3):
         losses = [
-            token_losses(*(collapse(x, kept) for x in logits), detach_prior=False, floor=floor)
+            token_losses(views_of([collapse(x, kept) for x in logits]), terms=ATTACHED, floor=floor)
             for kept in (padded, ids[:, [0, 2]])
         ]
         for name in LOSSES:
             # The largest divergence is about 100, and 30 units of 6e-8 of it are rounding.
-            assert_close(*(getattr(x, name) for x in losses), rtol=0.0, atol=2e-4, msg=name)
-
-
-@given(st.data())
-def test_intersect_keeps_what_both_views_know(data):
-    slots = st.lists(st.integers(0, 8), min_size=1, max_size=6, unique=True)
-    known, text_known = data.draw(slots), data.draw(slots)
-    log_probs = {i: -3.0 - 0.1 * n for n, i in enumerate(known)}
-    text_log_probs = {i: -3.0 - 0.01 * n for n, i in enumerate(text_known)}
-    ids, text_ids = [*known, -1], [-1, *text_known, -1]
-    found, log_q, log_qtx = intersect(
-        torch.tensor([ids]),
-        torch.tensor([[log_probs.get(i, math.nan) for i in ids]]),
-        torch.tensor([text_ids]),
-        torch.tensor([[text_log_probs.get(i, math.nan) for i in text_ids]]),
-    )
-    expected = [i if i in text_log_probs else -1 for i in ids]
-    assert found.tolist() == [expected]
-    for sent, meant in ((log_q, log_probs), (log_qtx, text_log_probs)):
-        kept = torch.tensor([meant[i] for i in expected if i >= 0])
-        assert torch.equal(sent[found >= 0], kept)
-        assert_close(with_tail(sent, found)[0, -1].exp(), 1 - kept.exp().sum(), rtol=1e-6, atol=0.0)
-
-
-def test_views_without_a_common_id_have_nothing_to_teach():
-    ids, log_q, log_qtx = intersect(*(torch.tensor(x) for x in ([[1]], [[-0.5]], [[2]], [[-0.7]])))
-    student = torch.randn(1, 4, requires_grad=True)
-    mine = collapse(student, ids)
-    losses = token_losses(mine, mine, with_tail(log_q, ids), with_tail(log_qtx, ids))
-    losses.std.sum().backward()
-    assert losses.std == losses.vis == losses.lang == losses.vds == 0
-    assert torch.equal(student.grad, torch.zeros(1, 4))
+            assert_close(*(x[name] for x in losses), rtol=0.0, atol=2e-4, msg=name)
 
 
 @given(collapsible(), st.booleans())
@@ -223,46 +198,109 @@ def test_top_ids_weigh_most_in_either_view(case, with_text):
     assert all(len(set(row)) == k for row in chosen[mask].tolist())
 
 
-def test_tokens_without_ids_are_not_computed():
-    student = torch.randn(2, 3, 7, dtype=torch.float64)
-    mask = torch.tensor([[True, False, True], [False, True, True]])
-    ids = top_ids(student, None, mask, k=2)
-    holes = student.masked_fill(~mask.unsqueeze(-1), math.nan).requires_grad_()
-    whole = student.clone().requires_grad_()
-    weights = torch.randn(2, 3, 3, dtype=torch.float64)
-    (collapse(holes, ids) * weights).sum().backward()
-    (collapse(whole[mask], ids[mask]) * weights[mask]).sum().backward()
-    assert torch.equal(holes.grad, whole.grad)
-    assert torch.equal(collapse(holes, ids)[~mask], torch.tensor([[-1e4, -1e4, 0.0]] * 2, dtype=torch.float64))
+@given(st.data())
+def test_intersect_keeps_what_both_views_know(data):
+    slots = st.lists(st.integers(0, 8), min_size=1, max_size=6, unique=True)
+    known, text_known = data.draw(slots), data.draw(slots)
+    log_probs = {i: -3.0 - 0.1 * n for n, i in enumerate(known)}
+    text_log_probs = {i: -3.0 - 0.01 * n for n, i in enumerate(text_known)}
+    ids, text_ids = [*known, -1], [-1, *text_known, -1]
+    image, text = intersect(
+        TopLogProbs(torch.tensor([ids]), torch.tensor([[log_probs.get(i, math.nan) for i in ids]])),
+        TopLogProbs(torch.tensor([text_ids]), torch.tensor([[text_log_probs.get(i, math.nan) for i in text_ids]])),
+    )
+    expected = [i if i in text_log_probs else -1 for i in ids]
+    for found, meant in ((image, log_probs), (text, text_log_probs)):
+        assert found.ids_BTk.tolist() == [expected]
+        kept = torch.tensor([meant[i] for i in expected if i >= 0])
+        assert torch.equal(found.log_probs_BTk[found.ids_BTk >= 0], kept)
+        assert_close(found.bins()[0, -1].exp(), 1 - kept.exp().sum(), rtol=1e-6, atol=0.0)
 
 
-@pytest.mark.parametrize("decomposition", ["standard", "vgs", "exact", "language"])
-def test_the_method_takes_collapsed_distributions(decomposition):
+def test_views_without_a_common_id_have_nothing_to_teach():
+    sent = (TopLogProbs(torch.tensor([[i]]), torch.tensor([[x]])) for i, x in ((1, -0.5), (2, -0.7)))
+    student = torch.randn(1, 4, requires_grad=True)
+    losses = token_losses(views_of([student, student, *intersect(*sent)]))
+    losses["std"].sum().backward()
+    # Sums of four probabilities: a rounding or two of float32.
+    assert max(abs(losses[name].item()) for name in ("std", "vis", "lang", "vds")) < 2e-7
+    assert student.grad.abs().max() < 2e-7
+
+
+def served(student, text, teacher, teacher_text, mask, k):
+    """What a server sends of the teacher's two views, over the ids that weigh most in the student's."""
+    ids = top_ids(student, text, mask, k=k)
+    return [TopLogProbs(ids, x.log_softmax(-1).gather(-1, ids.clamp(min=0))) for x in (teacher, teacher_text)]
+
+
+MASK = torch.tensor([[True, True, False], [True, False, False]])
+
+
+@pytest.mark.parametrize("decomposition", ["standard", "vgs", "exact", "language", "tokens", "jsd"])
+def test_a_server_that_knows_every_id_gives_the_full_losses(decomposition):
     logits = [x.requires_grad_() for x in torch.randn(4, 2, 3, 9, dtype=torch.float64).unbind()]
-    mask = torch.tensor([[True, True, False], [True, False, False]])
-    student, text, teacher, teacher_text = logits
-    ids = top_ids(student, text, mask, k=9)
-    sent = [x.log_softmax(-1).gather(-1, ids.clamp(min=0)) for x in (teacher, teacher_text)]
-    few = [collapse(student, ids), collapse(text, ids), *(with_tail(x, ids) for x in sent)]
+    sent = served(*logits, MASK, 9)
     method = DecomposedDistillation(decomposition, lam=0.1)
-    actual, expected = method(*few, mask), method(*logits, mask)
+    actual, expected = method(views_of([*logits[:2], *sent]), MASK), method(views_of(logits), MASK)
     for name, loss in expected.items():
         # The floor of the teacher's tail, of which the student has nothing, is taken from all its probabilities.
-        assert_close(actual[name], loss, rtol=0.0, atol=2 * TAIL_FLOOR)
-    vds = [visual_dependency(*x, mask) for x in (few[2:], logits[2:])]
+        assert_close(actual[name], loss, rtol=0.0, atol=4 * TAIL_FLOOR)
+    vds = [visual_dependency(*x, MASK) for x in (sent, logits[2:])]
     assert_close(*vds, rtol=0.0, atol=2 * TAIL_FLOOR)
-    assert not few[2].requires_grad
 
 
-@pytest.mark.parametrize(
-    ("value", "place"), [(math.nan, 0), (math.nan, 3), (math.inf, 0), (math.inf, 3), (-math.inf, 0)]
-)
-def test_logits_that_are_not_finite_are_refused_by_the_losses(value, place):
-    student, ids = torch.zeros(1, 5), torch.tensor([[0, 1]])
-    student[0, place] = value
-    bins, teacher = collapse(student, ids), with_tail(torch.tensor([[-1.0, -2.0]]), ids)
-    with pytest.raises(ValueError, match="infinity in student"):
-        token_losses(bins, bins, teacher, teacher)
+@pytest.mark.parametrize("kind", ["plain", "bias", "softcap", "lora", "everything"])
+@pytest.mark.parametrize("decomposition", ["standard", "vgs", "exact", "language", "vision-opd", "jsd"])
+def test_hidden_states_are_collapsed_as_their_logits_are(decomposition, kind):
+    """More than one chunk, and tokens without ids that may hold anything."""
+    states = random_states(2, 3, 200, kind=kind)
+    logits = [x.logits() for x in states]
+    method = DecomposedDistillation(decomposition, lam=0.3, detach_prior=False, chunk_size=2)
+    sent = logits[2:] if decomposition == "vision-opd" else served(*logits, MASK, 8)
+    found, meant = (method(views_of([*x[:2], *sent]), MASK, gate_BT=MASK) for x in (states, logits))
+    assert_same(found, meant, states, rtol=1e-10, atol=1e-12)
+
+
+def test_the_student_may_be_asked_for_ids_by_its_hidden_states():
+    states, mask = random_states(2, 150, 30)[0], torch.rand(2, 150) < 0.7
+    ids = [top_ids(x, None, mask, k=8).sort().values for x in (states, states.logits())]
+    assert torch.equal(*ids)
+
+
+def test_without_a_token_losses_and_gradients_are_zero():
+    states = random_states(2, 3, 9)
+    nothing = [TopLogProbs(torch.full((2, 3, 5), -1), torch.full((2, 3, 5), math.nan))] * 2
+    losses = DecomposedDistillation("vgs")(views_of([*states[:2], *nothing]), torch.zeros(2, 3, dtype=torch.bool))
+    sum(losses.values()).backward()
+    assert not states[0].head.weight_Vd.grad.any()
+
+
+def test_half_precision_is_computed_with_in_float32():
+    half = torch.randn(2, 9).bfloat16().requires_grad_()
+    single, ids = half.detach().float().requires_grad_(), torch.tensor([[1, 4], [0, -1]])
+    sent = TopLogProbs(ids, torch.tensor([[-1.0, -2.0], [-0.5, 0.0]]).bfloat16())
+    for x in (half, single):
+        token_losses({"student": x, "teacher": sent})["std"].sum().backward()
+    assert torch.equal(half.grad, single.grad.bfloat16())
+    assert sent.bins().dtype == torch.float32
+
+
+def test_views_of_a_server_that_do_not_fit_are_refused():
+    student, ids = torch.randn(1, 5, requires_grad=True), torch.tensor([[0, 1]])
+    sent, other = (TopLogProbs(i, torch.tensor([[-1.0, -2.0]])) for i in (ids, torch.tensor([[0, 2]])))
+    views = views_of([student, student, sent, sent])
+
+    def refuse(match, views, **options):
+        with pytest.raises(ValueError, match=match):
+            token_losses(views, **options)
+
+    refuse("those at temperature 1; got 2", views, temperature=2.0)
+    refuse("over the ids of the teacher's other views", {**views, "teacher_text": other})
+    refuse("both must be logits of one shape", {**views, "teacher_text": student.detach()})
+    refuse("vocabulary of 1; found 0 to 1: put -1", {"student": student[:, :1], "teacher": sent})
+    refuse("on the student's top ids needs the teacher's logits", views, terms={"jsd": TERMS["jsd-top100"]})
+    refuse("and not trained", {"student": sent, "teacher": sent})
+    refuse("infinity in student", {"student": student * math.inf, "teacher": sent})
 
 
 IDS, LOG_PROBS = torch.tensor([[4, 1]]), torch.tensor([[-1.0, -2.0]])
@@ -283,23 +321,13 @@ REFUSED = [
 @pytest.mark.parametrize(("kind", "match", "ids", "log_probs"), REFUSED)
 def test_what_a_server_cannot_have_meant_is_refused(kind, match, ids, log_probs):
     with pytest.raises(kind, match=match):
-        with_tail(log_probs, ids)
-    with pytest.raises(kind, match=match):
-        intersect(IDS, LOG_PROBS, ids, log_probs)
-    with pytest.raises(kind, match=match):
-        intersect(ids, log_probs, IDS, LOG_PROBS)
+        TopLogProbs(ids, log_probs)
 
 
 def test_students_and_ids_that_do_not_fit_are_refused():
     student, mask = torch.zeros(1, 4), torch.ones(1, dtype=torch.bool)
-    with pytest.raises(ValueError, match="vocabulary of 4; found 1 to 4: put -1"):
-        collapse(student, IDS)
-    with pytest.raises(ValueError, match=r"got \(2, 5\) on cpu and \(1, 2\)"):
-        collapse(torch.zeros(2, 5), IDS)
-    with pytest.raises(TypeError, match=r"student's logits must be floating; got torch\.int64"):
-        collapse(torch.zeros(1, 5, dtype=torch.int64), IDS)
     with pytest.raises(ValueError, match=r"same tokens.*got \(1, 2\) with the image and \(2, 2\)"):
-        intersect(IDS, LOG_PROBS, IDS.expand(2, 2), LOG_PROBS.expand(2, 2))
+        intersect(TopLogProbs(IDS, LOG_PROBS), TopLogProbs(IDS.expand(2, 2), LOG_PROBS.expand(2, 2)))
     with pytest.raises(TypeError, match=r"mask_BT must be bool.*mask\.bool\(\)"):
         top_ids(student, None, mask.float(), k=2)
     with pytest.raises(ValueError, match=r"one shape.*\(1,\) on cpu; got \(1, 5\)"):
