@@ -17,7 +17,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,20 @@ def quartiles(times: list[float], reference: list[float]) -> list[float]:
 
 def ratio(times: list[float], reference: list[float]) -> float:
     return quartiles(times, reference)[1]
+
+
+@contextmanager
+def forward_passes(done: Callable[[str], None], **models: torch.nn.Module) -> Iterator[None]:
+    """Calls ``done`` with a model's name after its first forward pass, ``<name>, text only`` after its second."""
+    handles = []
+    for name, model in models.items():
+        parts = iter((name, f"{name}, text only"))
+        handles.append(model.register_forward_hook(lambda *_, parts=parts: done(next(parts))))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def peak_over_resident(run: Callable[[], object]) -> int:

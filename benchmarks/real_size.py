@@ -25,17 +25,10 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from benchmarks import common
 from steer_optim import SteeredOptimizer
-from steer_optim.vlm import (
-    DecomposedDistillation,
-    Rollout,
-    append_response,
-    response_states,
-    rollout,
-    text_only,
-)
+from steer_optim.vlm import DecomposedDistillation, Rollout, Views, rollout, score, text_only
 
 GIB = 2**30
-PARTS = ("views", "teacher", "student", "student, text only", "losses", "backward", "optimizer")
+PARTS = ("views", "student", "student, text only", "teacher", "teacher, text only", "losses", "backward", "optimizer")
 FOREVER = 10**9
 REFRESH = 10
 IDS = {"image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652}
@@ -173,7 +166,7 @@ class Bench:
                 steered.backward_components(components)
 
         def run() -> dict[str, Any]:
-            seconds: dict[str, float] = {}
+            seconds = dict.fromkeys(PARTS, 0.0)
             self.synchronise()
             last = time.perf_counter()
 
@@ -187,22 +180,11 @@ class Bench:
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.device)
                 resident = torch.cuda.memory_allocated(self.device)
-            mask_BT, config = self.sampled.mask_BT, self.student.config
-            T = mask_BT.shape[1]
-            views = [append_response(self.prompt, self.sampled, config)]
-            if not plain:
-                views.append(append_response(text_only(self.prompt, config), self.sampled, config))
+            prompts = Views(self.prompt, {} if plain else text_only(self.prompt, self.student.config))
             done("views")
-            with torch.no_grad():
-                teacher = [response_states(self.teacher, view, T) for view in views]
-            done("teacher")
-            student = [response_states(self.student, views[0], T)]
-            done("student")
-            with torch.set_grad_enabled(method.trains_text):
-                student += [response_states(self.student, view, T) for view in views[1:]]
-            done("student, text only")
-            missing = [None] * (2 - len(views))  # the standard method has no text-only views
-            components = method(*student, *missing, *teacher, *missing, mask_BT)
+            with common.forward_passes(done, student=self.student, teacher=self.teacher):
+                views = score(self.student, self.teacher, prompts, self.sampled, method=method)
+            components = method(views, self.sampled.scored_BT)
             done("losses")
             self.inner.zero_grad()
             syncs = count_syncs(lambda: update(components), self.device)

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from benchmarks.common import parser, quartiles, table, take_turns, use_one_core, write
 from benchmarks.vlm_models import SETTINGS, Setting, make
+from steer_optim.vlm import rollout
 from steer_optim.vlm.families import image_ids
-from steer_optim.vlm.rollout import rollout
 
 Way = Callable[[dict[str, Tensor]], Tensor]
 

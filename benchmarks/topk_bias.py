@@ -24,12 +24,15 @@ from torch import Tensor
 
 from benchmarks import common
 from steer_optim.vlm import token_losses
-from steer_optim.vlm.topk import collapse, intersect, top_ids, with_tail
+from steer_optim.vlm.divergences import TERMS
+from steer_optim.vlm.topk import TopLogProbs, collapse, intersect, top_ids
 
 VOCABULARY, WIDTH = 151_936, 256
 CHUNK = 32
 GAMMA = 2.0
-LOSSES = ("std", "vis", "lang", "vgs")
+STEERED = {name: TERMS[name] for name in ("std", "vis", "lang")}
+LOSSES = (*STEERED, "vgs")
+VIEWS = ("student", "student_text", "teacher", "teacher_text")
 PLACES = ("logits", "hidden")
 BY_BOTH, BY_IMAGE, BY_TEACHER = CASES = (
     "student's ids, of both views",
@@ -51,8 +54,8 @@ class Models:
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.random)
 
-    def logits(self, tokens: int) -> list[Tensor]:
-        """Student, student without the image, teacher, teacher without the image; each ``(N, V)``."""
+    def logits(self, tokens: int) -> dict[str, Tensor]:
+        """``(N, V)`` by the name of the view."""
         sharpness_N1 = 4 + 10 * torch.rand(tokens, 1, generator=self.random)
         visual_N1 = torch.rand(tokens, 1, generator=self.random) < 0.3
         angle_N1 = torch.where(visual_N1, 0.6, 0.1) * torch.rand(tokens, 1, generator=self.random)
@@ -63,35 +66,34 @@ class Models:
             for view_Nd in (image_Nd, text_Nd):
                 hidden_Nd = view_Nd + noise * (shared_Nd + self.normal(tokens, WIDTH))
                 logits.append(self.unigram_V + sharpness_N1 * hidden_Nd @ head_Vd.T)
-        return logits
+        return dict(zip(VIEWS, logits, strict=True))
 
 
-def collapsed(case: str, k: int, logits: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """All four distributions over ``k`` ids and a tail, from what a server would send; and the ids."""
-    student, student_text, *teachers = logits
-    teacher, teacher_text = (x.log_softmax(-1) for x in teachers)
+def served(case: str, k: int, views: dict[str, Tensor]) -> dict[str, Tensor | TopLogProbs]:
+    """The views where the teacher's are what a server would send: ``k`` ids and the rest of the mass."""
+    student, student_text, *teachers = views.values()
+    log_probs = [x.log_softmax(-1) for x in teachers]
     if case == BY_TEACHER:
-        (log_q, ids), (log_qtx, text_ids) = teacher.topk(k), teacher_text.topk(k)
-        ids, log_q, log_qtx = intersect(ids, log_q, text_ids, log_qtx)
+        top = [x.topk(k) for x in log_probs]
+        sent = intersect(*(TopLogProbs(x.indices, x.values) for x in top))
     else:
         every = torch.ones(len(student), dtype=torch.bool)
         ids = top_ids(student, student_text if case == BY_BOTH else None, every, k=k)
-        log_q, log_qtx = teacher.gather(-1, ids), teacher_text.gather(-1, ids)
-    return [*(collapse(x, ids) for x in (student, student_text)), with_tail(log_q, ids), with_tail(log_qtx, ids)], ids
+        sent = [TopLogProbs(ids, x.gather(-1, ids)) for x in log_probs]
+    return {**views, **dict(zip(VIEWS[2:], sent, strict=True))}
 
 
 def losses_and_gradients(
-    distributions: list[Tensor], views: list[Tensor], head_Vd: Tensor
+    views: dict[str, Tensor | TopLogProbs], head_Vd: Tensor
 ) -> dict[str, tuple[float, Tensor, Tensor]]:
     """The sum over tokens, and its gradient with respect to the student's logits and hidden states.
 
     Those of the one view that the loss reaches.
     """
-    losses = token_losses(*distributions)
-    found = {}
-    for name, view in (("std", 0), ("vis", 0), ("lang", 1)):
-        loss = getattr(losses, name).sum()
-        gradient_NV = torch.autograd.grad(loss, views[view], retain_graph=True)[0]
+    losses, found = token_losses(views, terms=STEERED), {}
+    for name, term in STEERED.items():
+        loss = losses[name].sum()
+        gradient_NV = torch.autograd.grad(loss, views[term.left], retain_graph=True)[0]
         found[name] = loss.item(), gradient_NV, gradient_NV @ head_Vd
     (std, *std_gradients), (vis, *vis_gradients) = found["std"], found["vis"]
     both = (a + GAMMA * b for a, b in zip(std_gradients, vis_gradients, strict=True))
@@ -106,18 +108,21 @@ def measure(seed: int, tokens: int, ks: list[int]) -> list[dict[str, Any]]:
     """A row per case, ``k`` and loss, over the tokens of one seed."""
     models, sums = Models(seed), defaultdict(Counter)
     for start in range(0, tokens, CHUNK):
-        logits = models.logits(min(CHUNK, tokens - start))
-        views = [x.requires_grad_() for x in logits[:2]]
-        full = losses_and_gradients(logits, views, models.student_head_Vd)
+        views = models.logits(min(CHUNK, tokens - start))
+        for name in VIEWS[:2]:
+            views[name].requires_grad_()
+        full = losses_and_gradients(views, models.student_head_Vd)
         full_squares = {name: [dot(x, x) for x in gradients] for name, (_, *gradients) in full.items()}
         for case in CASES:
             for k in ks:
-                distributions, ids = collapsed(case, k, logits)
-                few = losses_and_gradients(distributions, views, models.student_head_Vd)
+                sent = served(case, k, views)
+                ids = sent["teacher"].ids_BTk
+                tail = collapse(views["student"].detach().log_softmax(-1), ids)[:, -1].exp().sum().item()
+                few = losses_and_gradients(sent, models.student_head_Vd)
                 for name, (loss, *gradients) in few.items():
                     total = sums[case, k, name]
                     total["ids"] += (ids >= 0).sum().item()
-                    total["tail"] += distributions[0][:, -1].detach().exp().sum().item()
+                    total["tail"] += tail
                     total["loss"] += loss
                     total["full loss"] += full[name][0]
                     for place, a, b, bb in zip(PLACES, gradients, full[name][1:], full_squares[name], strict=True):
@@ -144,14 +149,14 @@ def measure(seed: int, tokens: int, ks: list[int]) -> list[dict[str, Any]]:
 
 def shape(seed: int, tokens: int) -> dict[str, float]:
     """How peaked the student is and how far it is from its teacher: quartiles over tokens, and means."""
-    logits = Models(seed).logits(tokens)
-    log_p = logits[0].log_softmax(-1)
+    views = Models(seed).logits(tokens)
+    log_p = views["student"].log_softmax(-1)
     quartiles = torch.tensor([0.25, 0.5, 0.75])
-    losses = token_losses(*logits)
+    losses = token_losses(views)
     return {
         "entropy, quartiles": (-(log_p.exp() * log_p).sum(-1)).quantile(quartiles).tolist(),
         "largest probability, quartiles": log_p.amax(-1).exp().quantile(quartiles).tolist(),
-        **{f"mean {name}": getattr(losses, name).mean().item() for name in ("std", "vis", "lang", "vds")},
+        **{f"mean {name}": losses[name].mean().item() for name in ("std", "vis", "lang", "vds")},
     }
 
 

@@ -18,12 +18,18 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from benchmarks.common import parser, quartiles, table, take_turns, use_one_core, write
+from benchmarks.common import forward_passes, parser, quartiles, table, take_turns, use_one_core, write
 from benchmarks.vlm_models import SETTINGS, Setting, make
 from steer_optim import SteeredOptimizer
-from steer_optim.vlm import DecomposedDistillation, response_states
-from steer_optim.vlm.prompts import append_response, text_only
-from steer_optim.vlm.rollout import rollout
+from steer_optim.vlm import (
+    DecomposedDistillation,
+    Views,
+    append_response,
+    response_states,
+    rollout,
+    score,
+    text_only,
+)
 
 STANDARD = "standard"
 PARTS = ("rollout", "views", "student", "student, text only", "teacher", "teacher, text only", "losses", "backward")
@@ -37,7 +43,7 @@ class Stopwatch:
     """Seconds by part: each call ends one. Of the processor, since a part is too short to take turns with others."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+        self.seconds = dict.fromkeys(PARTS, 0.0)
         self._last = time.process_time()
 
     def __call__(self, part: str) -> None:
@@ -57,26 +63,12 @@ def step(setting: Setting, method: DecomposedDistillation, *, refresh_every: int
         prompt = setting.draw()
         mark = Stopwatch()
         sampled = rollout(student, prompt, max_new_tokens=setting.max_new_tokens)
-        T = sampled.response_BT.shape[1]
         mark("rollout")
-        image = append_response(prompt, sampled, student.config)
-        if text:
-            bare = append_response(text_only(prompt, student.config), sampled, student.config)
+        prompts = Views(prompt, text_only(prompt, student.config) if text else {})
         mark("views")
-        student_view = response_states(student, image, T)
-        mark("student")
-        student_text_view = teacher_text_view = None
-        if text:
-            with torch.set_grad_enabled(method.trains_text):
-                student_text_view = response_states(student, bare, T)
-        mark("student, text only")
-        with torch.no_grad():
-            teacher_view = response_states(teacher, image, T)
-            mark("teacher")
-            if text:
-                teacher_text_view = response_states(teacher, bare, T)
-            mark("teacher, text only")
-        losses = method(student_view, student_text_view, teacher_view, teacher_text_view, sampled.mask_BT)
+        with forward_passes(mark, student=student, teacher=teacher):
+            views = score(student, teacher, prompts, sampled, method=method)
+        losses = method(views, sampled.scored_BT)
         mark("losses")
         optimizer.zero_grad()
         optimizer.backward_components(losses)

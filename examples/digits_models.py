@@ -18,9 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from steer_optim.vlm.forward import response_logits
-from steer_optim.vlm.prompts import Rollout, append_response, text_only
-from steer_optim.vlm.rollout import rollout
+from steer_optim.vlm import Rollout, append_response, response_logits, rollout, text_only
 
 HEADS = 4
 

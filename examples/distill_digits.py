@@ -19,12 +19,11 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -40,13 +39,17 @@ from transformers import Qwen3VLForConditionalGeneration
 from steer_optim import Geometry, PCGrad, Steer, SteeredOptimizer, measure
 from steer_optim.monitor import Monitor, scalars
 from steer_optim.rules import Rule
-from steer_optim.vlm import DecomposedDistillation, HiddenStates, TokenLosses, response_states, token_losses
-from steer_optim.vlm.analysis import angles_by_decile
-from steer_optim.vlm.forward import response_logits
-from steer_optim.vlm.prompts import append_response, text_only
-from steer_optim.vlm.rollout import Rollout, rollout
+from steer_optim.vlm import (
+    DecomposedDistillation,
+    Rollout,
+    Views,
+    angles_by_decile,
+    rollout,
+    score,
+    text_only,
+    token_losses,
+)
 
-View = TypeVar("View", Tensor, HiddenStates)
 COMPONENTS = ("std", "vis", "lang")  # what is measured under every method, whatever it trains on
 
 
@@ -65,8 +68,8 @@ class Settings:
     measure_every: int = 10
     refresh_every: int = 1
     gamma: float = 2.0
-    lam: float = 0.01  # of the paper's own form, vgs-paper
-    floor: float = 1e-3  # of vgs
+    lam: float = 0.01  # of vgs, the paper's form
+    floor: float = 1e-3  # of vgs-frozen
     # For models tens of thousands of times smaller than the paper's, whose rate is 1e-6.
     lr: float = 1e-3
     weight_decay: float = 0.01
@@ -84,64 +87,25 @@ QUICK = {
 
 
 class Method(NamedTuple):
-    """The loss components, the rule that weighs them, and whether a frozen copy says what the language was."""
+    """The loss components, and the rule that weighs them."""
 
     losses: DecomposedDistillation
     rule: Rule
-    frozen_prior: bool = False
 
 
 def methods(settings: Settings) -> dict[str, Method]:
-    """What can be compared; docs/how-to-choose.md says why ``vgs`` is not quite the paper's."""
-    standard = DecomposedDistillation("standard")
-    vgs = DecomposedDistillation("vgs", gamma=settings.gamma, lam=0.0, floor=settings.floor)
+    """What can be compared; docs/how-to-choose.md says when to take which."""
     paper = DecomposedDistillation("vgs", gamma=settings.gamma, lam=settings.lam)
-    adaptive = replace(paper, adaptive=True)
-    language = replace(paper, decomposition="language")
     exact = replace(paper, decomposition="exact")
-    return {
-        "standard": Method(standard, standard.rule()),
-        "vgs": Method(vgs, vgs.rule(), frozen_prior=True),
-        "vgs-paper": Method(paper, paper.rule()),
-        "vgs-adaptive": Method(adaptive, adaptive.rule()),
-        "language": Method(language, language.rule()),
-        "steer": Method(exact, Steer(toward="vis")),
-        "pcgrad": Method(exact, PCGrad()),
+    losses = {
+        "standard": DecomposedDistillation("standard"),
+        "vgs-frozen": DecomposedDistillation("vgs-frozen", gamma=settings.gamma, floor=settings.floor),
+        "vgs": paper,
+        "vgs-adaptive": replace(paper, adaptive=True),
+        "language": replace(paper, decomposition="language"),
     }
-
-
-def four_views(
-    student: Qwen3VLForConditionalGeneration,
-    teacher: Qwen3VLForConditionalGeneration,
-    prompt: dict[str, Tensor],
-    sampled: Rollout,
-    *,
-    of: Callable[..., View] = response_logits,
-    text: bool = True,
-    train_text: bool = True,
-    prior: Qwen3VLForConditionalGeneration | None = None,
-) -> tuple[View, View | None, View, View | None]:
-    """What student and teacher say to the same responses, with the image and, where ``text`` is asked for, without.
-
-    Args:
-        of: ``response_logits``, or ``response_states`` for the states that the losses compute them from.
-        train_text: whether the student learns without the image too, and not only with it.
-        prior: who says what the student would without the image: itself by default, or what it was before training.
-
-    Returns:
-        ``(B, T, V)`` each: student, student without the image, teacher, teacher without the image.
-    """
-    T = sampled.response_BT.shape[1]
-    image = append_response(prompt, sampled, student.config)
-    bare = append_response(text_only(prompt, student.config), sampled, student.config) if text else None
-    student_view, student_text_view = of(student, image, T), None
-    if bare:
-        with torch.set_grad_enabled(train_text):
-            student_text_view = of(student if prior is None else prior, bare, T)
-    with torch.no_grad():
-        teacher_view = of(teacher, image, T)
-        teacher_text_view = of(teacher, bare, T) if bare else None
-    return student_view, student_text_view, teacher_view, teacher_text_view
+    steered = {name: Method(method, method.rule()) for name, method in losses.items()}
+    return {**steered, "steer": Method(exact, Steer(toward="vis")), "pcgrad": Method(exact, PCGrad())}
 
 
 class Job:
@@ -158,7 +122,7 @@ class Job:
     def distill(self, phase: str, method: Method) -> None:
         """Distils the teacher into a copy of the initial student; leaves it as ``phase``."""
         settings, teacher, student = self.settings, self.load("teacher"), self.load("student")
-        prior = self.load("student").requires_grad_(False) if method.frozen_prior else None
+        prior = self.load("student").requires_grad_(False) if method.losses.prior == "frozen" else None
         adamw = torch.optim.AdamW(student.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
         optimizer = SteeredOptimizer(adamw, method.rule, refresh_every=settings.refresh_every)
         steering, components, clock = Monitor(), Monitor(), Clock()
@@ -173,14 +137,10 @@ class Job:
 
                 seed_step(settings.seed, "distillation", step)
                 with clock:
-                    problems = self.training.draw(settings.batch_size)
-                    sampled = rollout(student, problems.prompt, max_new_tokens=ANSWER_LENGTH)
-                    text = method.losses.decomposition != "standard"  # which never leaves the image out
-                    options = {"of": response_states, "text": text, "train_text": method.losses.trains_text}
-                    views = four_views(student, teacher, problems.prompt, sampled, prior=prior, **options)
-                    losses = method.losses(*views, sampled.mask_BT)
+                    prompts, response = self.respond(student)
+                    views = score(student, teacher, prompts, response, method=method.losses, prior=prior)
                     optimizer.zero_grad()
-                    geometry = optimizer.backward_components(losses)
+                    geometry = optimizer.backward_components(method.losses(views, response.scored_BT))
                     torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
                     optimizer.step()
 
@@ -216,7 +176,7 @@ class Job:
         """How the gradients of the components lie to each other on fresh rollouts, for any method."""
         seed_step(self.settings.seed, "components", step)
         losses, mask_BT = self.sampled_losses(student, teacher)
-        means = {name: getattr(losses, name)[mask_BT].mean() for name in COMPONENTS}
+        means = {name: losses[name][mask_BT].mean() for name in COMPONENTS}
         return measure(means, student.parameters(), retain_graph=False)
 
     def measure_deciles(self, *, batches: int = 4) -> dict[str, list[float]]:
@@ -226,18 +186,24 @@ class Job:
         for batch in tqdm(range(batches), "angles by decile", disable=None):
             seed_step(self.settings.seed, "deciles", batch)
             losses, mask_BT = self.sampled_losses(student, teacher)
-            components = {name: getattr(losses, name) for name in COMPONENTS}
-            geometry = angles_by_decile(components, losses.vds, mask_BT, student.parameters())
+            components = {name: losses[name] for name in COMPONENTS}
+            geometry = angles_by_decile(components, losses["vds"], mask_BT, student.parameters())
             angles = {pair: mean + geometry.angle(*pair) / batches for pair, mean in angles.items()}
         return {", ".join(pair): mean.tolist() for pair, mean in angles.items()}
 
     def sampled_losses(
         self, student: Qwen3VLForConditionalGeneration, teacher: Qwen3VLForConditionalGeneration
-    ) -> tuple[TokenLosses, Tensor]:
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """The losses ``(B, T)`` of a batch of fresh rollouts, and their mask."""
-        problems = self.training.draw(self.settings.batch_size)
-        sampled = rollout(student, problems.prompt, max_new_tokens=ANSWER_LENGTH)
-        return token_losses(*four_views(student, teacher, problems.prompt, sampled)), sampled.mask_BT
+        prompts, response = self.respond(student)
+        views = score(student, teacher, prompts, response, method=DecomposedDistillation("vgs"), hidden_states=False)
+        return token_losses(views), response.scored_BT
+
+    def respond(self, student: Qwen3VLForConditionalGeneration) -> tuple[Views, Rollout]:
+        """A batch of prompts, with the image and without, and what the student says to them."""
+        prompt = self.training.draw(self.settings.batch_size).prompt
+        response = rollout(student, prompt, max_new_tokens=ANSWER_LENGTH)
+        return Views(prompt, text_only(prompt, student.config)), response
 
     def load(self, phase: str) -> Qwen3VLForConditionalGeneration:
         return self.run.load(phase).to(self.settings.device)
@@ -277,7 +243,7 @@ class Job:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     names = list(methods(Settings(seed=0, device="cpu")))
-    parser.add_argument("--rule", nargs="+", choices=names, default=["standard", "vgs"], help="methods to run")
+    parser.add_argument("--rule", nargs="+", choices=names, default=["standard", "vgs-frozen"], help="methods to run")
     parser.add_argument("--steps", type=positive, help=f"steps of distillation ({Settings.steps})")
     parser.add_argument(
         "--refresh-every", type=positive, default=Settings.refresh_every, help="steps to each Gramian (%(default)s)"

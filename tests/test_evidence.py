@@ -15,7 +15,7 @@ for needed in ("sklearn", "scipy", "tokenizers", "tqdm", "transformers", "matplo
 from benchmarks.evidence import __main__ as evidence  # noqa: E402
 from benchmarks.evidence import grid, intervals, models, report, train  # noqa: E402
 from benchmarks.evidence.grid import EVIDENCE, Place  # noqa: E402
-from benchmarks.evidence.methods import BASES, FOREVER, Method, parse  # noqa: E402
+from benchmarks.evidence.methods import BASES, FOREVER, parse  # noqa: E402
 from benchmarks.evidence.prepare import prepare  # noqa: E402
 from benchmarks.evidence.records import Series, rounded  # noqa: E402
 from benchmarks.evidence.results import load, score  # noqa: E402
@@ -67,15 +67,13 @@ def test_the_harness_and_the_library_run_a_model_alike(questions, name):
     torch.manual_seed(0)
     model = TASKS[name].model(task, 16).eval()
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = task.eos, 0
-    everything = torch.ones_like(answer_BT, dtype=torch.bool)
+    answers = Rollout(answer_BT, torch.ones_like(answer_BT, dtype=torch.bool))
     with torch.no_grad():
         for ours, view in (
             (models.with_image(model, prompt), prompt),
             (models.without_image(model, prompt), text_only(prompt, model.config)),
         ):
-            wanted = response_logits(
-                model, append_response(view, Rollout(answer_BT, everything), model.config), task.length
-            )
+            wanted = response_logits(model, append_response(view, answers, model.config), task.length)
             # Two orders of float32 sums over two layers.
             torch.testing.assert_close(models.response_logits(model, ours, answer_BT), wanted, atol=1e-5, rtol=1e-5)
         seen = models.with_image(model, prompt)
@@ -104,15 +102,15 @@ def test_methods_are_parsed_from_their_names():
 
 def test_a_prior_that_is_not_live_is_in_the_target_and_nowhere_else():
     torch.manual_seed(0)
-    views = [torch.randn(2, 3, 7, dtype=torch.float64) for _ in range(4)]
-    other, mask_BT = torch.randn(2, 3, 7, dtype=torch.float64), torch.ones(2, 3, dtype=torch.bool)
-    method: Method = parse("vgs,text=0.5")
-    live, swapped = method.components(views, mask_BT, None), method.components(views, mask_BT, other)
+    views = {name: torch.randn(2, 3, 7, dtype=torch.float64) for name in (*train.FOUR_VIEWS, "prior")}
+    mask_BT = torch.ones(2, 3, dtype=torch.bool)
+    live, swapped = (parse(f"vgs,text=0.5,prior={prior}").components(views, mask_BT) for prior in ("live", "ema"))
     moved = {name for name in live if not torch.equal(live[name], swapped[name])}
     assert set(live) == {"std", "vis", "lp", "text"}
     assert moved == {"vis"}
-    assert torch.equal(swapped["vis"], method.components([views[0], other, *views[2:]], mask_BT, None)["vis"])
-    torch.testing.assert_close(live["text"], 0.5 * token_losses(*views).lang.mean())
+    swap = parse("vgs").components({**views, "student_text": views["prior"]}, mask_BT)
+    assert torch.equal(swapped["vis"], swap["vis"])
+    torch.testing.assert_close(live["text"], 0.5 * token_losses(views)["lang"].mean())
 
 
 def test_the_advantage_is_taken_within_the_group_of_a_prompt(make_run, questions):

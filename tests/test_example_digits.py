@@ -23,8 +23,9 @@ import digits_models  # noqa: E402
 import digits_run  # noqa: E402
 import distill_digits  # noqa: E402
 
-from steer_optim.vlm import response_states  # noqa: E402
-from steer_optim.vlm.rollout import Rollout  # noqa: E402
+from steer_optim.vlm import Rollout, Views, append_response, response_logits, score, text_only  # noqa: E402
+
+METHODS = distill_digits.methods(distill_digits.Settings(seed=0, device="cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -123,27 +124,34 @@ def test_bad_arguments_are_refused(arguments, message, tmp_path, monkeypatch, ca
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", distill_digits.methods(distill_digits.Settings(seed=0, device="cpu")))
+@pytest.mark.parametrize("name", METHODS)
 def test_each_method_has_a_rule_for_its_components(name):
-    method, rule, _ = distill_digits.methods(distill_digits.Settings(seed=0, device="cpu"))[name]
-    losses = method(*torch.randn(4, 2, 5, 11), torch.ones(2, 5, dtype=torch.bool))
+    method, rule = METHODS[name]
+    views = {view: torch.randn(2, 5, 11) for view in method.views}
+    losses = method(views, torch.ones(2, 5, dtype=torch.bool))
     weights, _ = rule(torch.eye(len(losses), dtype=torch.float64), list(losses))
     assert (weights > 0).all()
 
 
-@pytest.mark.parametrize("name", distill_digits.methods(distill_digits.Settings(seed=0, device="cpu")))
-def test_what_a_method_does_not_read_changes_none_of_its_gradients(name, tokenizer, problems):
-    method, _, frozen_prior = distill_digits.methods(distill_digits.Settings(seed=0, device="cpu"))[name]
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_scored_has_the_gradients_of_all_views(name, tokenizer, problems):
+    method = METHODS[name].losses
     torch.manual_seed(0)
-    teacher, student, copy = (digits_models.make_model(tokenizer, hidden_size=16) for _ in range(3))
-    prior = copy.requires_grad_(False) if frozen_prior else None
+    teacher, student, prior = (digits_models.make_model(tokenizer, hidden_size=16) for _ in range(3))
+    prompts = Views(problems.prompt, text_only(problems.prompt, student.config))
     sampled = Rollout(problems.answer_BT, torch.ones_like(problems.answer_BT, dtype=torch.bool))
+    image, text = (append_response(batch, sampled, student.config) for batch in (prompts.image, prompts.text))
+
+    def every_view():
+        """Logits, and a graph in each."""
+        of = {"student": (student, image), "student_text": (student, text), "prior": (prior, text)}
+        of |= {"teacher": (teacher, image), "teacher_text": (teacher, text)}
+        return {view: response_logits(*inputs, digits.ANSWER_LENGTH) for view, inputs in of.items()}
+
     gradients = []
-    less = {"text": method.decomposition != "standard", "train_text": method.trains_text}
-    for options in ({"of": response_states, **less}, {}):
-        views = distill_digits.four_views(student, teacher, problems.prompt, sampled, prior=prior, **options)
+    for views in (score(student, teacher, prompts, sampled, method=method, prior=prior), every_view()):
         student.zero_grad()
-        sum(method(*views, sampled.mask_BT).values()).backward()
+        sum(method(views, sampled.scored_BT).values()).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in student.parameters()]))
     # Two orders of float32 sums: over 43 ids here, then over the rows of the batch, about 1e-6 of the norm each.
     assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[1].norm()
@@ -190,21 +198,21 @@ def out(tmp_path_factory):
 @pytest.mark.slow
 def test_quick_leaves_the_table(out):
     rows = json.loads((out / "results.json").read_text())["rows"]
-    assert list(rows) == ["teacher", "initial student", "standard", "vgs"]
+    assert list(rows) == ["teacher", "initial student", "standard", "vgs-frozen"]
     for name, row in rows.items():
         scores = [row["answer"], row["perception"], row["text_loss"]]
         steps = [row["angle"], row["eta"], row["seconds"]]
         assert all(map(math.isfinite, scores if name in ("teacher", "initial student") else scores + steps))
     assert rows["standard"]["eta"] == 1
-    assert rows["vgs"]["eta"] >= 1 / 3  # gamma = 2, and |vis| < |std| in the quick run
-    assert rows["vgs"]["eta"] != 1
+    assert rows["vgs-frozen"]["eta"] >= 1 / 3  # gamma = 2, and |vis| < |std| in the quick run
+    assert rows["vgs-frozen"]["eta"] != 1
     lines = (out / "table.md").read_text().splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:6]] == list(rows)
 
 
 @pytest.mark.slow
 def test_quick_records_what_was_measured(out):
-    record = json.loads((out / "student-vgs" / "record.json").read_text(), parse_constant=pytest.fail)  # no NaN
+    record = json.loads((out / "student-vgs-frozen" / "record.json").read_text(), parse_constant=pytest.fail)  # no NaN
     settings = json.loads((out / "settings.json").read_text())
     fresh = [step % settings["refresh_every"] == 0 for step in range(settings["steps"])]
     assert fresh.count(True) < len(fresh)
@@ -213,7 +221,7 @@ def test_quick_records_what_was_measured(out):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["angles_by_decile", "losses", "geometry-standard", "geometry-vgs"])
+@pytest.mark.parametrize("name", ["angles_by_decile", "losses", "geometry-standard", "geometry-vgs-frozen"])
 def test_quick_leaves_figures(out, name):
     assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
@@ -223,14 +231,14 @@ def test_quick_leaves_figures(out, name):
 def test_quick_leaves_a_log_that_tensorboard_reads(out):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    log = EventAccumulator(str(out / "tensorboard" / "student-vgs")).Reload()
+    log = EventAccumulator(str(out / "tensorboard" / "student-vgs-frozen")).Reload()
     assert {"steer/loss/std", "steer/weight/vis", "steer/angle/std~vis"} <= set(log.Tags()["scalars"])
     steps = json.loads((out / "settings.json").read_text())["steps"]
     assert [event.step for event in log.Scalars("steer/weight/vis")] == list(range(steps))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["teacher", "student-standard", "student-vgs"])
+@pytest.mark.parametrize("name", ["teacher", "student-standard", "student-vgs-frozen"])
 def test_quick_leaves_models_that_answer(out, problems, name):
     from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 
@@ -252,16 +260,16 @@ def test_a_run_that_is_interrupted_and_killed_ends_as_one_that_is_not(out, tmp_p
     assert "Traceback" not in interrupted.stderr
     assert "the same command goes on from there" in interrupted.stderr.splitlines()[-1]
 
-    killed = quick(again, "student-vgs", 5, 9)
+    killed = quick(again, "student-vgs-frozen", 5, 9)
     assert killed.returncode == -9
     assert "teacher: found in" in killed.stdout
     assert "student-standard: resuming at step 2 of 6 steps" in killed.stdout
 
     resumed = quick(again)
     assert resumed.returncode == 0, resumed.stderr
-    assert "student-vgs: resuming at step 4 of 6 steps" in resumed.stdout
+    assert "student-vgs-frozen: resuming at step 4 of 6 steps" in resumed.stdout
     assert rows(again) == rows(out)
-    for phase in ("student-standard", "student-vgs"):
+    for phase in ("student-standard", "student-vgs-frozen"):
         for kind in ("steering", "components"):
             records = [json.loads((path / phase / "record.json").read_text())[kind] for path in (again, out)]
             assert records[0] == records[1]
@@ -279,4 +287,4 @@ def test_the_committed_results_are_of_the_settings_that_the_example_has(file):
     result = json.loads(file.read_text())
     seed = int(file.stem.removeprefix("digits-seed"))
     assert result["settings"] == dataclasses.asdict(distill_digits.Settings(seed, "cpu"))
-    assert list(result["rows"]) == ["teacher", "initial student", "standard", "vgs", "vgs-paper"]
+    assert list(result["rows"]) == ["teacher", "initial student", "standard", "vgs-frozen", "vgs"]

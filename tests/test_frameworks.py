@@ -13,7 +13,7 @@ from torchrun import EXAMPLES, run_two_processes
 from toys import assert_equal, memory
 
 from steer_optim import SteeredOptimizer
-from steer_optim.vlm import Rollout, append_response, response_logits, text_only, visual_dependency, visual_tokens
+from steer_optim.vlm import Rollout, Views, score, text_only, visual_dependency, visual_tokens
 
 sys.path.insert(0, str(EXAMPLES))
 
@@ -295,23 +295,17 @@ def test_trl_reaches_a_plain_loop_on_the_same_responses_and_resumes(trl_distilla
     scheduler = torch.optim.lr_scheduler.LambdaLR(steered, lambda step: 1 - step / 3)
     assert len(micro_batches) == 6
     for step in zip(micro_batches[::2], micro_batches[1::2], strict=True):
-        masks = [batch["completion_mask"].bool() for batch in step]
-        views = []
+        masks, views = [batch["completion_mask"].bool() for batch in step], []
         for batch, mask_BT in zip(step, masks, strict=True):
             prompt = {"input_ids": batch["prompt_ids"], "attention_mask": batch["prompt_mask"]}
             prompt["pixel_values"] = batch["pixel_values"]
-            prompts = (prompt, text_only(prompt, config))
-            responses = Rollout(batch["completion_ids"], mask_BT)
-            views.append([append_response(p, responses, config) for p in prompts])
-        T = masks[0].shape[1]
-        with torch.no_grad():
-            teachers = [[response_logits(teacher, view, T) for view in pair] for pair in views]
-        scores = [visual_dependency(*logits, mask_BT) for logits, mask_BT in zip(teachers, masks, strict=True)]
+            prompts, response = Views(prompt, text_only(prompt, config)), Rollout(batch["completion_ids"], mask_BT)
+            views.append(score(student, teacher, prompts, response, method=method))
+        scores = [visual_dependency(v["teacher"], v["teacher_text"], m) for v, m in zip(views, masks, strict=True)]
         gates = visual_tokens(torch.cat(scores), torch.cat(masks), quantile=method.quantile).split(2)
         count = sum(mask_BT.sum() for mask_BT in masks)
         for i in range(2):
-            logits = [*(response_logits(student, view, T) for view in views[i]), *teachers[i]]
-            losses = method(*logits, masks[i], count=count, gate_BT=gates[i])
+            losses = method(views[i], masks[i], count=count, gate_BT=gates[i])
             steered.backward_components(losses, accumulate=i == 0)
         clip_grad_norm_(student.parameters(), 1.0)
         steered.step()

@@ -53,19 +53,36 @@ def test_the_diff_changes_at_most_six_lines_and_both_sides_train():
     assert not torch.equal(*trained)  # steering changed something
 
 
-def models():
-    """A student, a teacher and prompts with images."""
-    tiny_models = pytest.importorskip("tiny_models")
-    family = tiny_models.FAMILIES["qwen3_vl"]()
-    prompts = family.batch([[tiny_models.IMAGE, 20, 21], [30, tiny_models.IMAGE, 31]])
-    return {"student": family.model, "teacher": tiny_models.FAMILIES["qwen3_vl"]().model, "prompts": prompts}
+@pytest.fixture
+def models(monkeypatch):
+    """A student, a teacher, their processor and conversations, in place of what transformers would download."""
+    for needed in ("transformers", "tokenizers", "PIL"):
+        pytest.importorskip(needed)
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "frameworks"))
+    import tiny_llava
+    import transformers
+
+    def model(name, *, dtype=torch.float32):
+        return tiny_llava.make_model(seed=0 if "2B" in name else 1).to(dtype).eval()
+
+    monkeypatch.setattr(transformers.AutoModelForImageTextToText, "from_pretrained", model)
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda name: tiny_llava.make_processor())
+    messages = []
+    for sample in tiny_llava.make_dataset()[:2]:
+        (message,) = sample["prompt"]
+        content = [{"type": "image", "image": sample["image"]}, {"type": "text", "text": message["content"]}]
+        messages.append([{"role": "user", "content": content}])
+    namespace = {"student": model("2B"), "teacher": model("8B"), "processor": tiny_llava.make_processor()}
+    return {**namespace, "messages": messages}
 
 
-def test_the_python_snippets_run(capsys):
+# The name that every transformers from 5.0 on has.
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+def test_the_python_snippets_run(capsys, models):
     namespace = setting()
     _, after = diff_sides()
     exec(after, namespace)
-    namespace |= models()
+    namespace["messages"] = models["messages"]
     blocks = snippets("python")
     assert len(blocks) >= 6
     for block in blocks:
@@ -73,11 +90,18 @@ def test_the_python_snippets_run(capsys):
     assert "degrees apart" in capsys.readouterr().out
     assert namespace["optimizer"].geometry.names == ("std", "vis")
     assert not any(p.requires_grad for p in namespace["prior"].parameters())
+    weights = zip(namespace["student"].parameters(), namespace["prior"].parameters(), strict=True)
+    assert not all(torch.equal(new, old) for new, old in weights)
 
 
-def test_the_snippets_on_how_to_choose_run(capsys):
-    namespace = setting() | models()
-    namespace |= {"batches": namespace["loader"], "answer_BT": torch.tensor([[20, 21], [30, 31]])}
+def test_a_step_of_distillation_takes_at_most_ten_lines():
+    (step,) = (block for block in snippets("python") if "score(student" in block)
+    assert len(step.splitlines()) <= 10
+
+
+def test_the_snippets_on_how_to_choose_run(capsys, models):
+    namespace = setting() | models
+    namespace |= {"batches": namespace["loader"], "answer_BT": torch.tensor([[4, 5], [6, 7]])}
     namespace["mask_BT"] = namespace["real_BT"] = torch.ones(2, 2, dtype=torch.bool)
     assert len(snippets("python", CHOOSE)) == 3
     for block in snippets("python", CHOOSE):

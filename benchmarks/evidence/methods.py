@@ -7,7 +7,7 @@ are fields of :class:`Method` or of the ``DecomposedDistillation`` that it train
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -16,7 +16,8 @@ from torch import Tensor
 from steer_optim import PCGrad, Steer
 from steer_optim.rules import PCD, Rule
 from steer_optim.steering import Scope
-from steer_optim.vlm import DecomposedDistillation
+from steer_optim.vlm import DecomposedDistillation, token_losses
+from steer_optim.vlm.divergences import TERMS
 
 FOREVER = 10**9
 
@@ -49,35 +50,28 @@ class Method:
     reward: float = 0.0
 
     @property
-    def reads_text(self) -> bool:
-        """Whether the models are asked without the image at all."""
-        return self.losses.decomposition != "standard" or self.text > 0
+    def views(self) -> tuple[str, ...]:
+        """The views that the components read."""
+        text = ("student_text", "teacher_text") if self.text else ()
+        return tuple(dict.fromkeys([*self._losses.views, *text]))
 
     @property
     def trains_text(self) -> bool:
         """Whether the student also learns without the image."""
-        return self.losses.trains_text or self.text > 0
+        return self._losses.trains_text or self.text > 0
 
-    def components(self, logits: list[Tensor | None], mask_BT: Tensor, prior_BTV: Tensor | None) -> dict[str, Tensor]:
-        """The components of a step.
-
-        Args:
-            logits: ``(B, T, V)`` of the student, the student without the image, the teacher, and the teacher without
-                the image; None where they are not read.
-            mask_BT: the tokens of the responses.
-            prior_BTV: the logits without the image of the ``prior`` that is not live; None where it is.
-        """
-        student, student_text, teacher, teacher_text = logits
-        assert student is not None
-        assert teacher is not None
-        components = self.losses(student, student_text, teacher, teacher_text, mask_BT)
-        if prior_BTV is not None:
-            components |= replace(self.losses, lam=0.0)(student, prior_BTV, teacher, teacher_text, mask_BT)
+    def components(self, views: Mapping[str, Tensor], mask_BT: Tensor) -> dict[str, Tensor]:
+        """The components of a step, from logits ``(B, T, V)`` by view and the tokens of the responses."""
+        components = self._losses(views, mask_BT)
         if self.text:
-            language = DecomposedDistillation("language", lam=0.0)
-            text = language(student.detach(), student_text, teacher, teacher_text, mask_BT)["lang"]
-            components["text"] = self.text * text
+            text_BT = token_losses(views, terms={"text": TERMS["lang"]})["text"]
+            components["text"] = self.text * text_BT[mask_BT].mean()
         return components
+
+    @property
+    def _losses(self) -> DecomposedDistillation:
+        """With the prior from a view of its own, where it is not live."""
+        return self.losses if self.prior == "live" else replace(self.losses, prior="frozen")
 
 
 _exact = DecomposedDistillation("exact", gamma=0.0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections.abc import Iterable
 from itertools import combinations
 from pathlib import Path
 from statistics import median
@@ -24,9 +25,10 @@ from benchmarks.evidence.prepare import CACHE, Examination, move, prepare
 from benchmarks.evidence.records import Series, rounded
 from benchmarks.evidence.tasks import Settings, Task
 from steer_optim import Geometry, SteeredOptimizer, measure
-from steer_optim.vlm import TokenLosses, angles_by_decile, token_losses
+from steer_optim.vlm import angles_by_decile, token_losses
 
 COMPONENTS = ("std", "vis", "lang")  # observed under every method, whatever it trains on
+FOUR_VIEWS = ("student", "student_text", "teacher", "teacher_text")
 OBSERVATIONS, CHECKPOINTS, DECILE_BATCHES = 40, 10, 4
 GROUP = 8  # responses to one prompt, for GRPO
 EMA = 0.99
@@ -98,21 +100,15 @@ class Run:
         """One step of training; returns the weights of the components and the like."""
         method, optimizer = self.method, self.optimizer
         prompt, answer_BT, response_BT, seen = self.rollout("distillation", step)
-        logits = self.logits(prompt, response_BT, seen, text=method.reads_text, train_text=method.trains_text)
+        views = self.views(prompt, response_BT, seen, method.views, train_text=method.trains_text)
         mask_BT = self.questions.mask(response_BT)
         optimizer.zero_grad()
         record: dict[str, float] = {}
         if method.reward:
-            loss, record["reward"] = self.grpo(logits[0], response_BT, answer_BT, mask_BT)
+            loss, record["reward"] = self.grpo(views["student"], response_BT, answer_BT, mask_BT)
             (method.reward * loss).backward(retain_graph=method.reward < 1)
         if method.reward < 1:
-            prior_BTV = None
-            if self.prior is not None:
-                with torch.no_grad():
-                    prior_BTV = models.response_logits(
-                        self.prior, models.without_image(self.prior, prompt), response_BT
-                    )
-            components = method.components(logits, mask_BT, prior_BTV)
+            components = method.components(views, mask_BT)
             losses = {name: (1 - method.reward) * loss for name, loss in components.items()}
             exact = measure(losses, self.student.parameters()) if method.refresh_every > 1 else None
             geometry = optimizer.backward_components(losses)
@@ -143,30 +139,32 @@ class Run:
         seen = models.with_image(self.student, prompt)
         return prompt, answer_BT, models.sample(self.student, seen.detach(), self.questions), seen
 
-    def logits(
-        self, prompt: dict[str, Tensor], response_BT: Tensor, seen: models.Prefix, *, text: bool, train_text: bool
-    ) -> list[Tensor | None]:
-        """Student, student without the image, teacher, teacher without the image: ``(B, T, V)`` each."""
-        student_BTV = models.response_logits(self.student, seen, response_BT)
-        student_text_BTV = teacher_text_BTV = None
-        if text:
-            with torch.set_grad_enabled(train_text):
-                student_text_BTV = models.response_logits(
-                    self.student, models.without_image(self.student, prompt), response_BT
-                )
-        with torch.no_grad():
-            teacher_BTV = models.response_logits(self.teacher, models.with_image(self.teacher, prompt), response_BT)
-            if text:
-                teacher_text_BTV = models.response_logits(
-                    self.teacher, models.without_image(self.teacher, prompt), response_BT
-                )
-        return [student_BTV, student_text_BTV, teacher_BTV, teacher_text_BTV]
+    def views(
+        self,
+        prompt: dict[str, Tensor],
+        response_BT: Tensor,
+        seen: models.Prefix,
+        names: Iterable[str],
+        *,
+        train_text: bool,
+    ) -> dict[str, Tensor]:
+        """Logits ``(B, T, V)`` by the name of the view."""
+        of = {"student": self.student, "student_text": self.student, "prior": self.prior}
+        of |= {"teacher": self.teacher, "teacher_text": self.teacher}
+        views = {}
+        for name in names:
+            with torch.set_grad_enabled(name == "student" or (name == "student_text" and train_text)):
+                if name == "student":
+                    prefix = seen
+                else:
+                    prefix = (models.with_image if name == "teacher" else models.without_image)(of[name], prompt)
+                views[name] = models.response_logits(of[name], prefix, response_BT)
+        return views
 
     def grpo(
-        self, student_BTV: Tensor | None, response_BT: Tensor, answer_BT: Tensor, mask_BT: Tensor
+        self, student_BTV: Tensor, response_BT: Tensor, answer_BT: Tensor, mask_BT: Tensor
     ) -> tuple[Tensor, float]:
         """GRPO without KL; on-policy, so that the ratio is 1 and nothing is clipped. The loss and the mean reward."""
-        assert student_BTV is not None
         reward_B = self.questions.right(response_BT, answer_BT).float()
         group = reward_B.view(-1, GROUP)
         advantage_B = ((group - group.mean(1, keepdim=True)) / (group.std(1, keepdim=True) + 1e-4)).view(-1, 1)
@@ -187,18 +185,18 @@ class Run:
         """Losses, by tercile of visual dependency too, and the geometry of their gradients, on rollouts of its own."""
         losses, mask_BT = self.sampled_losses("observation", step)
         geometry = measure(
-            {name: getattr(losses, name)[mask_BT].mean() for name in COMPONENTS},
+            {name: losses[name][mask_BT].mean() for name in COMPONENTS},
             self.student.parameters(),
             retain_graph=False,
         )
         record: dict[str, float] = {}
-        terciles = torch.tensor_split(losses.vds[mask_BT].argsort(stable=True), 3)
+        terciles = torch.tensor_split(losses["vds"][mask_BT].argsort(stable=True), 3)
         for name in COMPONENTS:
-            loss_N = getattr(losses, name).detach()[mask_BT]
+            loss_N = losses[name].detach()[mask_BT]
             record[f"loss {name}"] = float(loss_N.mean())
             record[f"norm {name}"] = float(geometry.norm(name))
             record |= {f"{name} tercile {i}": float(loss_N[rows].mean()) for i, rows in enumerate(terciles)}
-        record["vds"] = float(losses.vds[mask_BT].mean())
+        record["vds"] = float(losses["vds"][mask_BT].mean())
         return record | {f"angle {a}~{b}": float(geometry.angle(a, b)) for a, b in combinations(COMPONENTS, 2)}
 
     def deciles(self) -> dict[str, list[float]]:
@@ -206,21 +204,15 @@ class Run:
         angles = dict.fromkeys(combinations(COMPONENTS, 2), torch.zeros(10, dtype=torch.float64))
         for batch in range(DECILE_BATCHES):
             losses, mask_BT = self.sampled_losses("deciles", batch)
-            parts = {name: getattr(losses, name) for name in COMPONENTS}
-            geometry = angles_by_decile(parts, losses.vds, mask_BT, self.student.parameters())
+            parts = {name: losses[name] for name in COMPONENTS}
+            geometry = angles_by_decile(parts, losses["vds"], mask_BT, self.student.parameters())
             angles = {pair: total + geometry.angle(*pair).cpu() / DECILE_BATCHES for pair, total in angles.items()}
         return {", ".join(pair): rounded(mean.tolist()) for pair, mean in angles.items()}
 
-    def sampled_losses(self, *key: object) -> tuple[TokenLosses, Tensor]:
+    def sampled_losses(self, *key: object) -> tuple[dict[str, Tensor], Tensor]:
         prompt, _, response_BT, seen = self.rollout(*key)
-        student, student_text, teacher, teacher_text = self.logits(
-            prompt, response_BT, seen, text=True, train_text=True
-        )
-        assert student is not None
-        assert student_text is not None
-        assert teacher is not None
-        assert teacher_text is not None
-        return token_losses(student, student_text, teacher, teacher_text), self.questions.mask(response_BT)
+        views = self.views(prompt, response_BT, seen, FOUR_VIEWS, train_text=True)
+        return token_losses(views), self.questions.mask(response_BT)
 
     def _parts(self) -> list[list[Tensor]]:
         """The parameters that see and the others: what ``scope="group"`` tells apart."""

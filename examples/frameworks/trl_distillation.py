@@ -1,8 +1,8 @@
 """Visual Gradient Steering on TRL's `DistillationTrainer`: on-policy distillation of a vision-language model.
 
 TRL samples the responses, with the image, from the student as it is; batches, accumulates, clips, schedules, logs and
-saves. Its own divergence knows one view and one loss, so `compute_loss`, its documented hook, is overridden: the four
-views are scored, the losses decomposed, and `join` makes one scalar of them.
+saves. Its own divergence knows one view and one loss, so `compute_loss`, its documented hook, is overridden: student
+and teacher are scored with the image and without, the losses decomposed, and `join` makes one scalar of them.
 
     python examples/frameworks/trl_distillation.py
 
@@ -24,7 +24,7 @@ from steer_optim.vlm import (
     DecomposedDistillation,
     Rollout,
     append_response,
-    response_logits,
+    response_states,
     text_only,
     visual_dependency,
     visual_tokens,
@@ -42,13 +42,11 @@ class SteeredDistillationTrainer(DistillationTrainer):
         self.method, self.steered = method, optimizer  # self.optimizer will be Accelerate's wrapper
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        image, text, mask_BT = self._views(inputs)
-        T = mask_BT.shape[1]
+        student, student_text = self._views(model, inputs)
+        teacher, teacher_text = inputs["teacher_views"]
         losses = self.method(
-            response_logits(model, image, T),
-            response_logits(model, text, T),
-            *self._teacher_logits(inputs),
-            mask_BT,
+            {"student": student, "student_text": student_text, "teacher": teacher, "teacher_text": teacher_text},
+            inputs["completion_mask"].bool(),
             # TRL counts the tokens of the whole step on all processes, over which gradients are averaged.
             count=inputs["num_items_in_batch"] / self.accelerator.num_processes,
             gate_BT=inputs["gate_BT"],
@@ -57,39 +55,37 @@ class SteeredDistillationTrainer(DistillationTrainer):
         return (loss, None) if return_outputs else loss
 
     def _prepare_inputs(self, generation_batch):
-        """Gates the tokens of the whole step at once, over its micro-batches and processes."""
+        """Scores the teacher in all micro-batches of the step, and gates their tokens, of all processes, at once."""
         inputs = super()._prepare_inputs(generation_batch)
         if "gate_BT" not in inputs:
             step = self._buffered_inputs if self.model.training else [inputs]
-            masks = [self._views(batch)[2] for batch in step]
-            scores = [visual_dependency(*self._teacher_logits(b), mask) for b, mask in zip(step, masks, strict=True)]
+            masks = [batch["completion_mask"].bool() for batch in step]
+            with torch.no_grad():
+                teachers = [self._views(self.teacher_model.eval(), batch) for batch in step]
+            scores = [visual_dependency(*views, mask) for views, mask in zip(teachers, masks, strict=True)]
             everyone = dist.group.WORLD if self.accelerator.num_processes > 1 else None
             gate_BT = visual_tokens(torch.cat(scores), torch.cat(masks), quantile=self.method.quantile, group=everyone)
-            for batch, part in zip(step, gate_BT.split([len(mask) for mask in masks]), strict=True):
-                batch["gate_BT"] = part
+            gates = gate_BT.split([len(mask) for mask in masks])
+            for batch, views, gate in zip(step, teachers, gates, strict=True):
+                batch |= {"teacher_views": views, "gate_BT": gate}
         return inputs
 
-    def _views(self, inputs):
-        """The prompts with their responses, with the image and without, and the mask of the responses."""
+    def _views(self, model, inputs):
+        """What a model says to the responses, with the image and without: hidden states before its head."""
         length = inputs["prompt_ids"].shape[1]
         prompt = {"input_ids": inputs["prompt_ids"], "attention_mask": inputs["prompt_mask"]}
         prompt |= {name: inputs[name][:, :length] for name in TOKEN_TYPES if name in inputs}
         prompt |= {name: inputs[name] for name in PIXELS if name in inputs}
-        config, responses = self.model.config, Rollout(inputs["completion_ids"], inputs["completion_mask"].bool())
-        image, text = (append_response(view, responses, config) for view in (prompt, text_only(prompt, config)))
-        return image, text, responses.scored_BT
-
-    @torch.no_grad()
-    def _teacher_logits(self, inputs):
-        image, text, mask_BT = self._views(inputs)
-        return [response_logits(self.teacher_model.eval(), view, mask_BT.shape[1]) for view in (image, text)]
+        response, config = Rollout(inputs["completion_ids"], inputs["completion_mask"].bool()), self.model.config
+        views = [append_response(batch, response, config) for batch in (prompt, text_only(prompt, config))]
+        return [response_states(model, view, response.mask_BT.shape[1]) for view in views]
 
 
 def make_trainer(directory, *, adapt=lambda model: model, max_steps=3):
     """A trainer of the tiny student; `adapt` may wrap it, in adapters for instance."""
     # Before the optimizer, which must hold the adapters: TRL's own peft_config would add them too late.
     student = adapt(make_model(seed=0))
-    method = DecomposedDistillation(gamma=2.0)
+    method = DecomposedDistillation("vgs", gamma=2.0)
     optimizer = SteeredOptimizer(
         torch.optim.AdamW(student.parameters(), lr=0.01),
         method.rule(),

@@ -129,18 +129,18 @@ def test_a_component_may_reach_nothing_here_if_it_does_elsewhere():
     assert other.grad is None
 
 
-@processes(2, decomposition=["vgs", "standard", "exact", "language"], reduction=["token", "sequence"])
+@processes(2, decomposition=["vgs-frozen", "vgs", "standard", "exact", "language"], reduction=["token", "sequence"])
 def test_a_rank_without_tokens(decomposition, reduction):
     """As if its rows were not there; gradients are averaged, so the count is that of all ranks over their number."""
     method = DecomposedDistillation(decomposition, reduction=reduction)
-    logits = torch.randn(4, 4, 3, 7, dtype=torch.float64)
+    logits = {name: torch.randn(4, 3, 7, dtype=torch.float64) for name in method.views}
     mask = torch.ones(4, 3, dtype=torch.bool)
     mask[0, 1:] = False
 
     def gradient(rows: slice, mask: torch.Tensor, count: torch.Tensor, **options) -> torch.Tensor:
         p = nn.Parameter(torch.ones(7, dtype=torch.float64))
-        student, student_text, teacher, teacher_text = logits[:, rows]
-        losses = method(p * student, p * student_text, teacher, teacher_text, mask, count=count)
+        views = {name: p * x[rows] if name.startswith("student") else x[rows] for name, x in logits.items()}
+        losses = method(views, mask, count=count)
         optimizer = SteeredOptimizer(torch.optim.SGD([p], lr=1.0), method.rule(), **options)
         optimizer.backward_components(losses)
         return p.grad

@@ -89,9 +89,10 @@ def test_a_nan_anywhere_is_an_error_everywhere():
 
 # A whole step: gate, count and steering.
 
+VIEWS = ("student", "student_text", "teacher", "teacher_text")
 METHODS = {
-    "vgs": DecomposedDistillation(lam=1.0),
-    "sequence": DecomposedDistillation(lam=1.0, reduction="sequence"),
+    "vgs": DecomposedDistillation("vgs", lam=1.0),
+    "sequence": DecomposedDistillation("vgs", lam=1.0, reduction="sequence"),
     "adaptive": DecomposedDistillation("exact", adaptive=True),
     "language": DecomposedDistillation("language", lam=1.0),
 }
@@ -122,7 +123,8 @@ def train(method, batches, group=None):
     for _ in range(2):
         optimizer.zero_grad()
         for i, ((x, teacher, mask), gate, strength) in enumerate(zip(batches, gates, strengths, strict=True)):
-            losses = method(*model(x), *teacher, mask, count=count, gate_BT=gate, strength_BT=strength)
+            views = dict(zip(VIEWS, (*model(x), *teacher), strict=True))
+            losses = method(views, mask, count=count, gate_BT=gate, strength_BT=strength)
             optimizer.backward_components(losses, accumulate=i < len(batches) - 1)
         optimizer.step()
     return model, gates
