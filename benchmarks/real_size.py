@@ -25,7 +25,7 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from benchmarks import common
 from steer_optim import SteeredOptimizer
-from steer_optim.vlm import DecomposedDistillation, Rollout, Views, rollout, score, text_only
+from steer_optim.vlm import DecomposedDistillation, Rollout, Prompts, rollout, score, text_only
 
 GIB = 2**30
 PARTS = ("views", "student", "student, text only", "teacher", "teacher, text only", "losses", "backward", "optimizer")
@@ -180,7 +180,7 @@ class Bench:
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.device)
                 resident = torch.cuda.memory_allocated(self.device)
-            prompts = Views(self.prompt, {} if plain else text_only(self.prompt, self.student.config))
+            prompts = Prompts(self.prompt, {} if plain else text_only(self.prompt, self.student.config))
             done("views")
             with common.forward_passes(done, student=self.student, teacher=self.teacher):
                 views = score(self.student, self.teacher, prompts, self.sampled, method=method)

@@ -23,7 +23,7 @@ from benchmarks.vlm_models import SETTINGS, Setting, make
 from steer_optim import SteeredOptimizer
 from steer_optim.vlm import (
     DecomposedDistillation,
-    Views,
+    Prompts,
     append_response,
     response_states,
     rollout,
@@ -64,7 +64,7 @@ def step(setting: Setting, method: DecomposedDistillation, *, refresh_every: int
         mark = Stopwatch()
         sampled = rollout(student, prompt, max_new_tokens=setting.max_new_tokens)
         mark("rollout")
-        prompts = Views(prompt, text_only(prompt, student.config) if text else {})
+        prompts = Prompts(prompt, text_only(prompt, student.config) if text else {})
         mark("views")
         with forward_passes(mark, student=student, teacher=teacher):
             views = score(student, teacher, prompts, sampled, method=method)

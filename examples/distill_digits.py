@@ -42,7 +42,7 @@ from steer_optim.rules import Rule
 from steer_optim.vlm import (
     DecomposedDistillation,
     Rollout,
-    Views,
+    Prompts,
     angles_by_decile,
     rollout,
     score,
@@ -199,11 +199,11 @@ class Job:
         views = score(student, teacher, prompts, response, method=DecomposedDistillation("vgs"), hidden_states=False)
         return token_losses(views), response.scored_BT
 
-    def respond(self, student: Qwen3VLForConditionalGeneration) -> tuple[Views, Rollout]:
+    def respond(self, student: Qwen3VLForConditionalGeneration) -> tuple[Prompts, Rollout]:
         """A batch of prompts, with the image and without, and what the student says to them."""
         prompt = self.training.draw(self.settings.batch_size).prompt
         response = rollout(student, prompt, max_new_tokens=ANSWER_LENGTH)
-        return Views(prompt, text_only(prompt, student.config)), response
+        return Prompts(prompt, text_only(prompt, student.config)), response
 
     def load(self, phase: str) -> Qwen3VLForConditionalGeneration:
         return self.run.load(phase).to(self.settings.device)

@@ -23,7 +23,7 @@ import digits_models  # noqa: E402
 import digits_run  # noqa: E402
 import distill_digits  # noqa: E402
 
-from steer_optim.vlm import Rollout, Views, append_response, response_logits, score, text_only  # noqa: E402
+from steer_optim.vlm import Rollout, Prompts, append_response, response_logits, score, text_only  # noqa: E402
 
 METHODS = distill_digits.methods(distill_digits.Settings(seed=0, device="cpu"))
 
@@ -138,7 +138,7 @@ def test_what_is_scored_has_the_gradients_of_all_views(name, tokenizer, problems
     method = METHODS[name].losses
     torch.manual_seed(0)
     teacher, student, prior = (digits_models.make_model(tokenizer, hidden_size=16) for _ in range(3))
-    prompts = Views(problems.prompt, text_only(problems.prompt, student.config))
+    prompts = Prompts(problems.prompt, text_only(problems.prompt, student.config))
     sampled = Rollout(problems.answer_BT, torch.ones_like(problems.answer_BT, dtype=torch.bool))
     image, text = (append_response(batch, sampled, student.config) for batch in (prompts.image, prompts.text))
 

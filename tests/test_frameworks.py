@@ -13,7 +13,7 @@ from torchrun import EXAMPLES, run_two_processes
 from toys import assert_equal, memory
 
 from steer_optim import SteeredOptimizer
-from steer_optim.vlm import Rollout, Views, score, text_only, visual_dependency, visual_tokens
+from steer_optim.vlm import Rollout, Prompts, score, text_only, visual_dependency, visual_tokens
 
 sys.path.insert(0, str(EXAMPLES))
 
@@ -299,7 +299,7 @@ def test_trl_reaches_a_plain_loop_on_the_same_responses_and_resumes(trl_distilla
         for batch, mask_BT in zip(step, masks, strict=True):
             prompt = {"input_ids": batch["prompt_ids"], "attention_mask": batch["prompt_mask"]}
             prompt["pixel_values"] = batch["pixel_values"]
-            prompts, response = Views(prompt, text_only(prompt, config)), Rollout(batch["completion_ids"], mask_BT)
+            prompts, response = Prompts(prompt, text_only(prompt, config)), Rollout(batch["completion_ids"], mask_BT)
             views.append(score(student, teacher, prompts, response, method=method))
         scores = [visual_dependency(v["teacher"], v["teacher_text"], m) for v, m in zip(views, masks, strict=True)]
         gates = visual_tokens(torch.cat(scores), torch.cat(masks), quantile=method.quantile).split(2)

@@ -7,15 +7,15 @@ from steer_optim.vlm.divergences import token_losses
 from steer_optim.vlm.forward import response_logits, response_states, score
 from steer_optim.vlm.gate import adaptive_strength, visual_dependency, visual_tokens
 from steer_optim.vlm.heads import Head, HiddenStates
-from steer_optim.vlm.prompts import Rollout, Views, append_response, check_responses, left_padded, render, text_only
+from steer_optim.vlm.prompts import Prompts, Rollout, append_response, check_responses, left_padded, render, text_only
 from steer_optim.vlm.rollout import rollout
 
 __all__ = [
     "DecomposedDistillation",
     "Head",
     "HiddenStates",
+    "Prompts",
     "Rollout",
-    "Views",
     "adaptive_strength",
     "angles_by_decile",
     "append_response",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from steer_optim.vlm.families import family_of, image_ids
 from steer_optim.vlm.forward import response_logits
-from steer_optim.vlm.prompts import Rollout, Views, append_response, render, text_only
+from steer_optim.vlm.prompts import Prompts, Rollout, append_response, render, text_only
 from steer_optim.vlm.rollout import evaluating
 
 _TOKENS = 8
@@ -84,7 +84,7 @@ def check_views(
     views = render(processor, messages or _examples(mixed=family_of(config).mixed), **template_kwargs)
     never = torch.tensor(sorted(image_ids(config)), device=model.device)
     future = generation = scale = 0.0
-    for name, view in views._asdict().items():
+    for name, view in (("image", views.image), ("text", views.text)):
         batch = {key: _to(value, model) for key, value in view.items()}
         with evaluating(model):
             said = model.generate(
@@ -144,7 +144,7 @@ def _largest(left: Tensor, right: Tensor) -> float:
     return float((left - right).where(left != right, 0.0).abs().max())
 
 
-def _difference(views: Views, config: Any, processor: Any) -> str:
+def _difference(views: Prompts, config: Any, processor: Any) -> str:
     """Where the text view from ids leaves the rendered one, in words."""
     try:
         from_ids = text_only(views.image, config, tokenizer=processor)

@@ -114,7 +114,6 @@ def weighted_sums(
     pulls = [(loss, view) for loss, view in pulls if gradients.get(loss)]
     first = next(iter(rows.values()))
     losses_N = {loss: torch.zeros(len(first), dtype=dtype, device=first.device) for loss in terms}
-    size = chunk_size or (128 if first.device.type == "cpu" else 1024)
     size = chunk_size or default_size(first.device)
     run = _compiled if compile else _by_blocks
     with torch.no_grad(), torch.autocast(first.device.type, enabled=False):

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from steer_optim.vlm.distillation import DecomposedDistillation
 from steer_optim.vlm.heads import Head, HiddenStates, output_embeddings
-from steer_optim.vlm.prompts import Rollout, Views, append_response
+from steer_optim.vlm.prompts import Prompts, Rollout, append_response
 
 # By model, what the heads consist of whose row was compared.
 _COMPARED: weakref.WeakKeyDictionary[nn.Module, set[tuple[object, ...]]] = weakref.WeakKeyDictionary()
@@ -147,12 +147,13 @@ def response_states(
 def score(
     student: nn.Module,
     teacher: nn.Module,
-    prompts: Views,
+    prompts: Prompts,
     response: Rollout,
     *,
     method: DecomposedDistillation,
     prior: nn.Module | None = None,
-    teacher_prompts: Views | None = None,
+    teacher_prompts: Prompts | None = None,
+    known: Mapping[str, Tensor | HiddenStates] | None = None,
     hidden_states: bool = True,
 ) -> dict[str, Tensor | HiddenStates]:
     """The views of one response that a decomposition reads, each computed once; views of other names are yours to add.
@@ -170,6 +171,7 @@ def score(
         prior: where the method's prior is frozen, a copy of the student as it was before training. By default the
             student itself with its adapters switched off, where it has some (PEFT).
         teacher_prompts: what the teacher sees, where that is not the same: another crop, further text.
+        known: views that are there already and not computed again, those of the teacher from the gate, for instance.
         hidden_states: whether to stop before the head; False for a model whose head :class:`Head` cannot be read, at
             the price of ``(B, T, V)`` logits.
 
@@ -182,22 +184,23 @@ def score(
     Example:
         >>> import copy, torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> from steer_optim.vlm import DecomposedDistillation, Views, Rollout, score
+        >>> from steer_optim.vlm import DecomposedDistillation, Prompts, Rollout, score
         >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
         >>> student = LlamaForCausalLM(LlamaConfig(vocab_size=16, **sizes))  # which cannot see
         >>> prompt = {"input_ids": torch.tensor([[5, 6, 7]])}
         >>> response = Rollout(torch.tensor([[8, 9]]), torch.ones(1, 2, dtype=torch.bool))
         >>> method = DecomposedDistillation("vgs")
-        >>> views = score(student, copy.deepcopy(student), Views(prompt, prompt), response, method=method)
+        >>> views = score(student, copy.deepcopy(student), Prompts(prompt, prompt), response, method=method)
         >>> {name: tuple(view.shape) for name, view in views.items()}["student_text"]
         (1, 2, 16)
         >>> losses = method(views, response.scored_BT)
     """
-    T, config = response.response_BT.shape[1], _config(student)
+    B, T = response.response_BT.shape
     others = teacher_prompts or prompts
     batches = {"student": prompts.image, "student_text": prompts.text, "prior": prompts.text}
     batches |= {"teacher": others.image, "teacher_text": others.text}
-    without_adapter = getattr(student, "disable_adapter", None) if prior is None else None
+    adapters = (x.disable_adapter for x in student.modules() if prior is None and hasattr(x, "disable_adapter"))
+    without_adapter: Any = next(adapters, None)
     if "prior" in method.views and prior is None and without_adapter is None:
         raise ValueError(
             "the method's prior is frozen: pass prior=copy.deepcopy(student), made before training; a student with "
@@ -208,21 +211,22 @@ def score(
     teacher.eval()
     if prior is not None:
         prior.eval()
-    views: dict[str, Tensor | HiddenStates] = {}
-    for name in (name for name in method.views if name in models):
+    views = dict(known or {})
+    for name in (name for name in method.views if name in models and name not in views):
         model = models[name]
         twin = views.get(name.removesuffix("_text"))
+        blank = (others if name.startswith("teacher") else prompts).blank
+        batch = append_response(batches[name], response.with_empty(blank), _config(model))
         trained = name == "student" or (name == "student_text" and method.trains_text)
-        batch = append_response(batches[name], response, config)
         with (
             torch.set_grad_enabled(trained and torch.is_grad_enabled()),
-            without_adapter() if name == "prior" and callable(without_adapter) else nullcontext(),
+            without_adapter() if name == "prior" and without_adapter else nullcontext(),
         ):
             if hidden_states:
                 head = twin.head if isinstance(twin, HiddenStates) else None
-                views[name] = response_states(model, batch, T, head=head)
+                views[name] = response_states(model, batch, T, head=head)[:B]
             else:
-                views[name] = response_logits(model, batch, T)
+                views[name] = response_logits(model, batch, T)[:B]
     return views
 
 

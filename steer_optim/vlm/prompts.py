@@ -28,11 +28,26 @@ _DROPPED = ("position_ids", "rope_deltas", "cache_position", "labels")
 _IMAGE = r"o[^oc]*c|b[^pobc]*p+[^pobc]*(?=b)|p+[^pobc]*c|[obc]"
 
 
-class Views(NamedTuple):
-    """The same ``B`` prompts twice, padded on the left: a batch with images and the batch without them."""
+class Prompts(NamedTuple):
+    """The same ``B`` prompts twice, padded on the left: a batch with images and the batch without them.
+
+    Attributes:
+        image: the batch with images.
+        text: the batch without.
+        blank: how many rows at the end stand for no prompt; see :func:`render`.
+    """
 
     image: dict[str, Any]
     text: dict[str, Any]
+    blank: int = 0
+
+    def to(self, device: torch.device | str) -> Prompts:
+        """The same on a device."""
+        image, text = (
+            {key: x.to(device) if isinstance(x, Tensor) else x for key, x in view.items()}
+            for view in (self.image, self.text)
+        )
+        return Prompts(image, text, self.blank)
 
 
 @dataclass(frozen=True)
@@ -75,6 +90,11 @@ class Rollout:
             )
         if (unread := self.scored_BT & ~self.mask_BT).any():
             raise ValueError(f"response {_first(unread)} has scored tokens outside of mask_BT")
+
+    def with_empty(self, rows: int) -> Rollout:
+        """The same with some empty responses at the end; without as many, where ``rows`` is negative."""
+        every = (self.response_BT, self.mask_BT, self.scored_BT)
+        return Rollout(*(nn.functional.pad(x, (0, 0, 0, rows)) for x in every))
 
     @classmethod
     def of(
@@ -122,7 +142,13 @@ class Rollout:
         return cls(ids_BT.to(device), mask_BT.to(device), scored_BT.to(device))
 
 
-def render(processor: Any, messages: Sequence[Sequence[Mapping[str, Any]]], **template_kwargs: Any) -> Views:
+def render(
+    processor: Any,
+    messages: Sequence[Sequence[Mapping[str, Any]]],
+    *,
+    blank_image: bool = False,
+    **template_kwargs: Any,
+) -> Prompts:
     """Both views of conversations, through the processor's chat template.
 
     The text view is rendered again from the messages without their images, videos and audio. This is exactly the prompt
@@ -132,6 +158,9 @@ def render(processor: Any, messages: Sequence[Sequence[Mapping[str, Any]]], **te
         processor: a transformers processor with a chat template.
         messages: one conversation for each prompt: ``[{"role": "user", "content": [{"type": "image", "image": picture},
             {"type": "text", "text": "What is it?"}]}]``; any number of images, of any size, also none.
+        blank_image: whether a prompt with a blank image is added where no row has an image. FSDP2 needs it where it
+            shards the vision tower: all processes must run it, or those that do wait for the others. ``rollout`` and
+            ``score`` leave the row out of what they return.
         template_kwargs: go to ``apply_chat_template``, ``processor_kwargs`` among them; ``add_generation_prompt`` is
             True by default.
 
@@ -143,16 +172,21 @@ def render(processor: Any, messages: Sequence[Sequence[Mapping[str, Any]]], **te
 
     Example:
         >>> from steer_optim.vlm.prompts import render
-        >>> image, text = render(processor, [[{"role": "user", "content": content}]])  # doctest: +SKIP
-        >>> image.keys() - text.keys()  # doctest: +SKIP
+        >>> prompts = render(processor, [[{"role": "user", "content": content}]])  # doctest: +SKIP
+        >>> prompts.image.keys() - prompts.text.keys()  # doctest: +SKIP
         {'pixel_values'}
     """
     if not messages or isinstance(messages[0], Mapping):
         raise ValueError("messages are a list of conversations, each a list of messages with a role and a content")
+    blank = int(
+        blank_image
+        and all(message.get("content") == _without_media(message.get("content")) for row in messages for message in row)
+    )
+    messages = [*messages, _blank()] if blank else messages
     bare = [[{**message, "content": _without_media(message.get("content"))} for message in row] for row in messages]
     image = _rendered(processor, messages, "", template_kwargs)
     hint = " without its images; text_only makes the view from the ids of the other"
-    return Views(image, _rendered(processor, bare, hint, template_kwargs))
+    return Prompts(image, _rendered(processor, bare, hint, template_kwargs), blank)
 
 
 def text_only(
@@ -330,6 +364,13 @@ def check_responses(views: Mapping[str, Mapping[str, Tensor]], responses: Rollou
                 f"view {name!r} does not end in the response: row {row} differs at token {column} of {T}; append "
                 "the same response and mask to every view, after its images were taken out"
             )
+
+
+def _blank() -> list[dict[str, Any]]:
+    from PIL import Image
+
+    picture = {"type": "image", "image": Image.new("RGB", (64, 64))}
+    return [{"role": "user", "content": [picture, {"type": "text", "text": "?"}]}]
 
 
 def _without_media(content: Any) -> Any:

@@ -18,12 +18,12 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 
 from steer_optim.vlm.families import image_ids, refuse
 from steer_optim.vlm.forward import overridden
-from steer_optim.vlm.prompts import Rollout, left_padded
+from steer_optim.vlm.prompts import Prompts, Rollout, left_padded
 
 
 def rollout(
     model: Any,
-    batch: Mapping[str, Tensor],
+    prompts: Prompts | Mapping[str, Tensor],
     *,
     max_new_tokens: int,
     temperature: float = 1.0,
@@ -43,7 +43,8 @@ def rollout(
 
     Args:
         model: a transformers model with ``generate``.
-        batch: prompts, padded on either side (they are padded on the left for the generation), with or without images.
+        prompts: both views, of which that with images is answered; or a batch, padded on either side (it is padded on
+            the left for the generation), with or without images.
         max_new_tokens: the longest response; ``T`` is smaller where all responses end before.
         temperature: divides the logits; 0 takes the most likely token every time, for evaluation.
         top_p: samples from the smallest set of tokens with this probability; 1 is all of them.
@@ -76,6 +77,7 @@ def rollout(
             "a rollout needs max_new_tokens >= 1, temperature >= 0 and 0 < top_p <= 1; got "
             f"{max_new_tokens}, {temperature} and {top_p}"
         )
+    batch, blank = (prompts.image, prompts.blank) if isinstance(prompts, Prompts) else (prompts, 0)
     refuse(model.config, batch)
     defaults = model.generation_config
     eos = sorted(_ids(defaults.eos_token_id) if eos_ids is None else set(eos_ids))
@@ -85,10 +87,10 @@ def rollout(
     suppress = image_ids(model.config) | set(suppress_ids) | (_ids(pad) - set(eos))
     # top_k=0 switches off what would be 50 by default.
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
-    prompts = left_padded(batch)
+    batch = left_padded(batch)
     with evaluating(model):
         sequences = model.generate(
-            **prompts,
+            **batch,
             max_new_tokens=max_new_tokens,
             do_sample=temperature > 0,
             eos_token_id=eos or None,
@@ -97,9 +99,9 @@ def rollout(
             use_cache=True,
             **sampling,
         )
-    response_BT = sequences[:, prompts["input_ids"].shape[1] :]
+    response_BT = sequences[:, batch["input_ids"].shape[1] :]
     ends_BT = torch.isin(response_BT, torch.tensor(eos, dtype=torch.int64, device=response_BT.device)).long()
-    return Rollout(response_BT, mask_BT=ends_BT.cumsum(dim=1) - ends_BT == 0)
+    return Rollout(response_BT, mask_BT=ends_BT.cumsum(dim=1) - ends_BT == 0).with_empty(-blank)
 
 
 @contextmanager

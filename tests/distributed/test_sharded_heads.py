@@ -16,7 +16,7 @@ from training import assert_close, assert_same_bits, share, whole
 
 from steer_optim import SteeredOptimizer
 from steer_optim.vlm import DecomposedDistillation, Rollout, response_states, score
-from steer_optim.vlm.prompts import Views
+from steer_optim.vlm.prompts import Prompts
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
@@ -48,12 +48,12 @@ def shard(model: nn.Module, how: str, mesh) -> nn.Module:
     return fully_shard(model, mesh=mesh, reshard_after_forward=True if how == "all" else None)
 
 
-def step_of(index: int, part=lambda x: x) -> tuple[Views, Rollout]:
+def step_of(index: int, part=lambda x: x) -> tuple[Prompts, Rollout]:
     """Prompts of two views, which differ by more than an image would, and their responses."""
     torch.manual_seed(10 + index)
     ids_BL, text_BL = torch.randint(2, V, (2, ROWS, 4)).unbind()
     response_BT, mask_BT = torch.randint(2, V, (ROWS, T)), torch.arange(T) < torch.tensor([3, 1, 0, 2])[:, None]
-    prompts = Views({"input_ids": part(ids_BL)}, {"input_ids": part(text_BL)})
+    prompts = Prompts({"input_ids": part(ids_BL)}, {"input_ids": part(text_BL)})
     return prompts, Rollout(part(response_BT), part(mask_BT))
 
 
