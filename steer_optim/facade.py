@@ -11,10 +11,20 @@ from __future__ import annotations
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from functools import partial
-from typing import Any, overload
+from operator import attrgetter
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
+
+
+def forward(owner: str, name: str) -> Any:
+    """Return a property that reads and writes the attribute ``name`` of ``self.<owner>``."""
+
+    def write(self: Any, value: Any) -> None:
+        setattr(getattr(self, owner), name, value)
+
+    return property(attrgetter(f"{owner}.{name}"), write)
 
 
 class OptimizerFacade(Optimizer):
@@ -24,13 +34,14 @@ class OptimizerFacade(Optimizer):
         self.inner = inner
         self._reset_hooks()
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
+    param_groups: list[dict[str, Any]] = forward("inner", "param_groups")
+    state: defaultdict[Tensor, Any] = forward("inner", "state")
+    defaults: dict[str, Any] = forward("inner", "defaults")
+    # AttributeError if the inner optimizer has none, so `hasattr` works.
+    train: Any = forward("inner", "train")
+    eval: Any = forward("inner", "eval")
 
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def _step(self, closure: Callable[[], float] | None) -> float | None:
         """Step the inner optimizer between this one's step hooks, and return what it returns."""
         if not hasattr(type(self.inner).step, "hooked"):  # its step fires no hooks, not even torch's global ones
             return self._step_between_hooks(closure)
@@ -70,8 +81,6 @@ class OptimizerFacade(Optimizer):
             post(self, args, kwargs)
         return loss
 
-    step.__dict__["hooked"] = True  # or torch wraps it in hooks of its own
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the inner optimizer; steering reads the groups anew in every call."""
         self.inner.add_param_group(param_group)
@@ -105,40 +114,6 @@ class OptimizerFacade(Optimizer):
     def _import_state(self, state_dict: dict[str, Any]) -> None:
         self.inner.load_state_dict(state_dict)
 
-    @property
-    def train(self) -> Any:
-        """The inner optimizer's ``train``; AttributeError if it has none, so ``hasattr`` works."""
-        return self.inner.train  # type: ignore[attr-defined]
-
-    @property
-    def eval(self) -> Any:
-        """The inner optimizer's ``eval``; AttributeError if it has none."""
-        return self.inner.eval  # type: ignore[attr-defined]
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return self.inner.param_groups
-
-    @param_groups.setter
-    def param_groups(self, param_groups: list[dict[str, Any]]) -> None:
-        self.inner.param_groups = param_groups
-
-    @property
-    def state(self) -> defaultdict[Tensor, Any]:
-        return self.inner.state
-
-    @state.setter
-    def state(self, state: defaultdict[Tensor, Any]) -> None:
-        self.inner.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        return self.inner.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        self.inner.defaults = defaults
-
     def __getstate__(self) -> dict[str, Any]:
         # A scheduler patches `step` on the instance with a closure over the original; hooks belong to it too.
         return {key: value for key, value in vars(self).items() if key != "step" and not key.endswith("_hooks")}
@@ -148,9 +123,6 @@ class OptimizerFacade(Optimizer):
         self._reset_hooks()
 
     def _reset_hooks(self) -> None:
-        self._optimizer_step_pre_hooks = OrderedDict()
-        self._optimizer_step_post_hooks = OrderedDict()
-        self._optimizer_state_dict_pre_hooks = OrderedDict()
-        self._optimizer_state_dict_post_hooks = OrderedDict()
-        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
-        self._optimizer_load_state_dict_post_hooks = OrderedDict()
+        for event in ("step", "state_dict", "load_state_dict"):
+            setattr(self, f"_optimizer_{event}_pre_hooks", OrderedDict())
+            setattr(self, f"_optimizer_{event}_post_hooks", OrderedDict())
