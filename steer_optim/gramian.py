@@ -203,13 +203,10 @@ def measure(losses: Losses, parameters: Iterable[Tensor], *, retain_graph: bool 
     held = LocalSets(tuple(losses), [trainable])
     values: list[Tensor | None] = []
     for name, loss, keep in evaluate(losses, retain_graph=retain_graph):
-        if loss is None:
-            held.take(name, None)
-        else:
-            held.take(name, capture_isolated([loss], None, trainable, {}, retain_graph=keep))
-            if not held.sets[name]:
-                raise unreached_error(name)
         values.append(None if loss is None else loss.detach())
+        held.take(name, None if loss is None else capture_isolated([loss], None, trainable, {}, retain_graph=keep))
+        if loss is not None and not held.sets[name]:
+            raise unreached_error(name)
         del loss  # and its graph, before the next one is built
     (G,) = gramian(held)
     return Geometry(tuple(losses), G, G.new_ones(len(losses)), stack_losses(values, G))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import combinations_with_replacement
+from itertools import chain, combinations_with_replacement
 from typing import Any
 
 import torch
@@ -31,41 +31,38 @@ def inner_products(rows: Sequence[Row], scopes: int, k: int, device: torch.devic
     Raises:
         TypeError: a gradient has a layout other than strided or sparse COO.
     """
-    pairs = list(combinations_with_replacement(range(k), 2))
-    parts: dict[tuple[int, torch.device], list[list[Tensor]]] = {}  # by scope, the parts of each pair's product
+    large: list[Row] = []
     small: dict[tuple[int, Any], list[Row]] = {}
     for scope, row in rows:
         like = _first(row)
-        if not like.numel():
-            continue
-        if like.numel() < _SMALL and all(g is None or g.layout is torch.strided for g in row):
+        if like.numel() >= _SMALL or any(g is not None and g.layout is not torch.strided for g in row):
+            large.append((scope, row))
+        elif like.numel():
             small.setdefault((scope, (like.dtype, like.device)), []).append((scope, row))
-            continue
-        sparse = any(g is not None and g.is_sparse for g in row)
-        own = parts.setdefault((scope, like.device), [[] for _ in pairs])
-        for piece in _pieces(row, wide=wide):
-            for (i, j), products in zip(pairs, own, strict=True):
-                a, b = piece[i], piece[j]
-                if a is not None and b is not None:
-                    products.append(_sparse_dot(a, b) if sparse else torch.dot(a, b))
-
-    total = zeros(device, scopes, k, k)  # its upper triangle, at first
-    for (scope, _), own in parts.items():
-        for (i, j), products in zip(pairs, own, strict=True):
-            if products:
-                total[scope, i, j] += torch.stack(products).to(total.dtype).sum().to(device)
-    alike: dict[Any, list[Row]] = {}  # tensors of one size, each alone in its scope
-    batches: list[Sequence[Row]] = []
+    alike: dict[Any, list[Row]] = {}  # small tensors of one size, each alone in its scope
     for (_, kind), members in small.items():
         if len(members) == 1:
             alike.setdefault((kind, _first(members[0][1]).numel()), []).extend(members)
-        else:
-            batches.extend(_batches(members))
-    for batch in (*batches, *alike.values()):
-        own_scopes = list(dict.fromkeys(scope for scope, _ in batch))
-        J = torch.stack([column.view(len(own_scopes), -1) for column in _end_to_end(batch, k)])
-        G = torch.einsum("isn,jsn->sij", *[J.to(total.dtype)] * 2).to(device)
-        for run, block in _runs(own_scopes, G):
+    batches = (batch for members in small.values() if len(members) > 1 for batch in _batches(members))
+
+    pairs = list(combinations_with_replacement(range(k), 2))
+    parts: dict[tuple[int, torch.device], list[list[Tensor]]] = {}  # the parts of each pair's product
+    for scope, row in chain(large, ((batch[0][0], list(_end_to_end(batch, k))) for batch in batches)):
+        dot = _sparse_dot if any(g is not None and g.is_sparse for g in row) else torch.dot
+        own = parts.setdefault((scope, _first(row).device), [[] for _ in pairs])
+        for piece in _pieces(row, wide=wide):
+            for (i, j), dots in zip(pairs, own, strict=True):
+                a, b = piece[i], piece[j]
+                if a is not None and b is not None:
+                    dots.append(dot(a, b))
+    total = zeros(device, scopes, k, k)  # its upper triangle, at first
+    for (scope, _), own in parts.items():
+        for (i, j), dots in zip(pairs, own, strict=True):
+            if dots:
+                total[scope, i, j] += torch.stack(dots).to(total.dtype).sum().to(device)
+    for members in alike.values():
+        J = _end_to_end(members, k).view(k, len(members), -1).to(total.dtype)
+        for run, block in _runs([scope for scope, _ in members], torch.einsum("isn,jsn->sij", J, J).to(device)):
             total[run] += block
     return total.triu() + total.triu(1).mT
 
@@ -123,13 +120,11 @@ def _batches(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
         yield rows[start:]
 
 
-def _end_to_end(rows: Sequence[Row], k: int) -> list[Tensor]:
-    """The gradients of several parameters of one kind, set by set, in one dimension; zeros for None."""
-    columns = []
-    for i in range(k):
-        column = [_real(torch.zeros_like(_first(row)) if (g := row[i]) is None else g) for _, row in rows]
-        columns.append(torch._utils._flatten_dense_tensors(column))
-    return columns
+def _end_to_end(rows: Sequence[Row], k: int) -> Tensor:
+    """The gradients of several parameters of one kind, ``(k, n)``; zeros for None."""
+    gradients = [torch.zeros_like(_first(row)) if (g := row[i]) is None else g for i in range(k) for _, row in rows]
+    flat: Tensor = torch._utils._flatten_dense_tensors([_real(g) for g in gradients])
+    return flat.view(k, -1)
 
 
 def _runs(ids: Sequence[int], blocks: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -307,11 +307,8 @@ class Steering:
         check_losses(losses)
         self._check_names(losses, accumulate=accumulate)
         step = self._step(scale, retain_graph)
-        # Taken off `self` now, so that an error from here on drops the pending micro-batches.
-        pending, self._pending = self._pending or Pending(self._last_to_reuse()), None
-        step.begin(pending)
 
-        held = pending if accumulate else self._hold(step)
+        held = step.pending if accumulate else self._hold(step)
         for name, gradients in step.capture({name: losses.get(name) for name in self._names}, held):
             held.take(name, gradients)
         if isinstance(held, Pending):
@@ -332,7 +329,7 @@ class Steering:
         return new.geometry
 
     def _step(self, scale: Tensor | None, retain_graph: bool) -> Step:
-        """Return this call's `Step`. Parameters are read anew: groups may have been added."""
+        """Return this call's `Step`, which continues what is pending. Parameters are read anew: groups may be new."""
         scopes = [own for _, own in self._scopes()]
         parameters = [p for own in scopes for p in own if p.requires_grad]
         if not parameters:
@@ -343,7 +340,12 @@ class Steering:
         replicas = processes.replica_group(self.data_parallel, parameters)
         peers = [replicas] if replicas is not None else processes.mesh_groups(parameters)
         averaged = replicas is not None and self._agreement.averages is not False
-        return Step(self._names, scopes, parameters, others, replicas, peers, averaged, scale, retain_graph)
+        # Taken off `self` now, so that an error from here on drops the pending micro-batches.
+        pending, self._pending = self._pending or Pending(self._last_to_reuse()), None
+        pending.parameters.update(parameters)
+        if scale is not None:
+            pending.scale = scale.detach().abs() + (0.0 if pending.scale is None else pending.scale)
+        return Step(self._names, scopes, parameters, others, replicas, peers, averaged, scale, retain_graph, pending)
 
     def _hold(self, step: Step) -> GradientSets:
         """Return the holder of this step's sets, after checking that the processes are alike."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,14 +53,7 @@ class Step:
     averaged: bool  # whether a plain backward pass may be averaged over the replicas by a reducer
     scale: Tensor | None
     retain_graph: bool
-    pending: Pending = field(default_factory=lambda: Pending(None))
-
-    def begin(self, pending: Pending) -> None:
-        """Continue from earlier micro-batches."""
-        self.pending = pending
-        pending.parameters.update(self.parameters)
-        if self.scale is not None:
-            pending.scale = self.scale.detach().abs() + (0.0 if pending.scale is None else pending.scale)
+    pending: Pending
 
     @property
     def isolated(self) -> bool:
@@ -113,7 +106,7 @@ class Step:
             before = self.pending.losses.get(name)
             self.pending.losses[name] = loss.detach() if before is None else before + loss.detach()
         if self.isolated:
-            on_gradient: Callable[[Tensor], None] | None = None
+            on_gradient = None
             if isinstance(held, AveragedSets):
                 on_gradient = held.on_gradient
                 held.unsteered.extend(self._unsteered(terms))
@@ -132,7 +125,7 @@ class Step:
     def _others(self, losses: Sequence[Tensor]) -> list[Tensor]:
         """Return the parameters of other steerings that the losses reach: another thread may be at work on the rest."""
         nodes = list(graph(losses)) if self.others else []
-        if any(is_reentrant(node) for node in nodes):  # which hides what it reaches
+        if any(map(is_reentrant, nodes)):  # which hides what it reaches
             return self.others
         leaves = {getattr(node, "variable", None) for node in nodes}
         return [p for p in self.others if p in leaves]
