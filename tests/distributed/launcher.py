@@ -11,6 +11,7 @@ import itertools
 import multiprocessing
 import os
 import tempfile
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable
@@ -62,9 +63,11 @@ def _launch(check: Callable[..., None], calls: list[dict[str, object]], size: in
             worker.start()
             sender.close()
             workers.append((worker, receiver))
+        end = time.monotonic() + TIMEOUT
         for rank, (worker, receiver) in enumerate(workers):
             try:
-                error = receiver.recv() if receiver.poll(TIMEOUT) else f"no answer in {TIMEOUT} seconds"
+                answered = receiver.poll(max(0, end - time.monotonic()))
+                error = receiver.recv() if answered else f"no answer in {TIMEOUT} seconds"
             except EOFError:
                 error = "ended without an answer"
             if error:
