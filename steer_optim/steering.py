@@ -352,7 +352,7 @@ class Steering:
         sharded = step.replicas is None
         if not sharded or not self._agreement.knows(step.parameters):  # shards: in the first step and after a change
             last = step.pending.last
-            remembered = [*self._memory.state.values(), *([] if last is None else [last.weights])]
+            remembered = [*self._memory.state.values(), *([] if last is None else [last.geometry.weights])]
             for group in step.peers:
                 read = sharded or step.isolated
                 self._agreement.check(
@@ -373,14 +373,16 @@ class Steering:
             if self.scope != "model":
                 scopes = tuple(name for name, _ in self._scopes())
                 return weights, Memory(names, state, None, Geometry(names, G, weights, losses, scopes))
-            norms = G.new_zeros(len(names)) if old.last is None else old.last.norms
+            norms = G.new_zeros(len(names)) if old.last is None else old.last.geometry.norms
             previous = torch.where(norms.isfinite(), norms, 0.0)
-            now = Last(self._rule_key(), G[0].clone(), weights[0].clone(), previous, scale)  # the user may write to G
+            kept = Geometry(names, G[0].clone(), weights[0].clone())  # the user may write to the other one
+            now = Last(self._rule_key(), kept, previous, scale)
             return weights, Memory(names, state, now, Geometry(names, G[0], weights[0], losses))
-        length, most = G[:, 0].clamp(min=0).sqrt(), BOUND * last.update_norm * scale / last.scale
+        exact = last.geometry
+        length, most = G[:, 0].clamp(min=0).sqrt(), BOUND * exact.update_norm * scale / last.scale
         factor = torch.where(length.isfinite() & (length > most), most / length, 1.0)
         now = replace(last, age=last.age + 1)
-        geometry = Geometry(names, last.G.clone(), last.weights * factor[0], losses, age=now.age)
+        geometry = replace(exact, G=exact.G.clone(), weights=exact.weights * factor[0], losses=losses, age=now.age)
         return factor, Memory(names, old.state, now, geometry)
 
     def _last_to_reuse(self) -> Last | None:

@@ -79,7 +79,7 @@ class Step:
                     del loss  # and its graph, before the next one is built
                 yield name, own
             return
-        label, weights = " + ".join(self.names), dict(zip(self.names, last.weights, strict=True))
+        label, weights = " + ".join(self.names), dict(zip(self.names, last.geometry.weights, strict=True))
         own = pending.sets.pop(label, {})
         tensors = {name: loss for name, loss in losses.items() if isinstance(loss, Tensor)}
         if tensors:
