@@ -1,7 +1,7 @@
 """Tests that run in several processes at once: NCCL where there is a device for each of them, else gloo on the CPU.
 
-The processes are forked from a server that has imported torch and done nothing with it, so that a test costs less than
-a second, and none can disturb the next. One that hangs in a collective fails.
+The processes are forked from a server that has imported what most of them need and done nothing with it, so that a test
+costs less than a second, and none can disturb the next. One that hangs in a collective fails.
 """
 
 import functools
@@ -24,7 +24,16 @@ import torch.distributed as dist
 
 TIMEOUT = 60  # seconds for a test that takes one or two, half of it for one collective
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor.parallel"])
+CONTEXT.set_forkserver_preload(
+    [
+        "torch._dynamo",
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor.parallel",
+        "pytest",
+        "hypothesis",
+        "steer_optim",
+    ]
+)
 
 
 def processes(size: int, **each: Iterable[object]) -> Callable[[Callable[..., None]], Callable[..., None]]:
