@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
-from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -43,43 +42,38 @@ class OptimizerFacade(Optimizer):
 
     def _step(self, closure: Callable[[], float] | None) -> float | None:
         """Step the inner optimizer between this one's step hooks, and return what it returns."""
+        args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
+        step: Callable[..., float | None] = self.inner.step
         if not hasattr(type(self.inner).step, "hooked"):  # its step fires no hooks, not even torch's global ones
-            return self._step_between_hooks(closure)
-        args = () if closure is None else (closure,)
+            args, kwargs = self._pre(self.inner, args, {})
+            loss = step(*args[1:], **kwargs)
+            self._post(self.inner, args, kwargs)
+            return loss
         try:
             try:
                 # On the inner optimizer, so that global hooks run first and last, as around any torch optimizer.
-                for hook in self._optimizer_step_pre_hooks.values():
-                    self.inner.register_step_pre_hook(partial(self._pre, hook))
-                for hook in self._optimizer_step_post_hooks.values():
-                    self.inner.register_step_post_hook(partial(self._post, hook))
-                return self.inner.step(*args)
+                self.inner.register_step_pre_hook(self._pre)
+                self.inner.register_step_post_hook(self._post)
+                return step(*args[1:])
             finally:
                 self._take_hooks_back()
         finally:
             self._take_hooks_back()  # once more, if the first time was interrupted
 
+    def _pre(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        args = (self, *args[1:])
+        for hook in self._optimizer_step_pre_hooks.values():
+            args, kwargs = hook(self, args, kwargs) or (args, kwargs)
+        return (self.inner, *args[1:]), kwargs
+
+    def _post(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for hook in self._optimizer_step_post_hooks.values():
+            hook(self, (self, *args[1:]), kwargs)
+
     def _take_hooks_back(self) -> None:
         for hooks in (self.inner._optimizer_step_pre_hooks, self.inner._optimizer_step_post_hooks):
-            for key in [key for key, hook in hooks.items() if getattr(hook, "func", None) in (self._pre, self._post)]:
+            for key in [key for key, hook in hooks.items() if hook in (self._pre, self._post)]:
                 del hooks[key]
-
-    def _pre(self, hook: Callable[..., Any], _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        result = hook(self, (self, *args[1:]), kwargs)
-        return result if result is None else ((self.inner, *result[0][1:]), result[1])
-
-    def _post(self, hook: Callable[..., Any], _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hook(self, (self, *args[1:]), kwargs)
-
-    def _step_between_hooks(self, closure: Callable[[], float] | None) -> float | None:
-        args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
-        kwargs: dict[str, Any] = {}
-        for pre in self._optimizer_step_pre_hooks.values():
-            args, kwargs = pre(self, args, kwargs) or (args, kwargs)
-        loss: float | None = self.inner.step(*args[1:], **kwargs)
-        for post in self._optimizer_step_post_hooks.values():
-            post(self, args, kwargs)
-        return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the inner optimizer; steering reads the groups anew in every call."""

@@ -75,34 +75,30 @@ class Step:
             for name, loss, keep in evaluate(losses, retain_graph=self.retain_graph):
                 own = pending.sets.pop(name, None)
                 if loss is not None:
-                    own = self._backpropagate({name: loss}, {}, own or {}, keep, held)
+                    own = self._backpropagate({name: loss}, own or {}, keep, held)
                     del loss  # and its graph, before the next one is built
                 yield name, own
             return
-        label, weights = " + ".join(self.names), dict(zip(self.names, last.geometry.weights, strict=True))
+        label = " + ".join(self.names)
         own = pending.sets.pop(label, {})
         tensors = {name: loss for name, loss in losses.items() if isinstance(loss, Tensor)}
         if tensors:
-            own = self._backpropagate(tensors, weights, own, self.retain_graph, held)
+            own = self._backpropagate(tensors, own, self.retain_graph, held)
         callables = {name: loss for name, loss in losses.items() if name not in tensors}
         for name, loss, keep in evaluate(callables, retain_graph=self.retain_graph):
             if loss is not None:
-                own = self._backpropagate({name: loss}, weights, own, keep, held)
+                own = self._backpropagate({name: loss}, own, keep, held)
                 del loss
         yield label, own
 
     def _backpropagate(
-        self,
-        losses: Mapping[str, Tensor],
-        weights: Mapping[str, Tensor],
-        own: Gradients,
-        retain_graph: bool,
-        held: GradientSets | Pending,
+        self, losses: Mapping[str, Tensor], own: Gradients, retain_graph: bool, held: GradientSets | Pending
     ) -> Gradients:
-        """Backpropagate some losses in one pass, each times its weight, and add to the set ``own``."""
-        terms = list(losses.values())
-        grad_tensors = [grad_tensor(loss, (weights.get(name), self.scale)) for name, loss in losses.items()]
+        """Backpropagate some losses in one pass, each times its weight if that is known, and add to the set ``own``."""
+        last, terms, grad_tensors = self.pending.last, list(losses.values()), []
         for name, loss in losses.items():
+            weight = None if last is None else last.geometry.weights[last.geometry.index(name)]
+            grad_tensors.append(grad_tensor(loss, (weight, self.scale)))
             before = self.pending.losses.get(name)
             self.pending.losses[name] = loss.detach() if before is None else before + loss.detach()
         if self.isolated:
