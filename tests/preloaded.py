@@ -3,13 +3,14 @@
 So several runs of an example pay for its imports once, and each is still a process of its own.
 """
 
+import contextlib
 import importlib
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -28,7 +29,7 @@ class Server:
         return [CompletedProcess(code, *found) for found in self.connection.recv()]
 
 
-@contextmanager
+@contextlib.contextmanager
 def preloaded(folder: Path, *modules: str, **environment: str) -> Iterator[Server]:
     """A server for programs that run in ``folder`` and need some modules; nothing of it is left at the end."""
     here, there = multiprocessing.Pipe()
@@ -41,6 +42,8 @@ def preloaded(folder: Path, *modules: str, **environment: str) -> Iterator[Serve
         yield Server(here)
     finally:
         here.close()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.kill()
         process.join()
 
@@ -56,6 +59,7 @@ def two_processes() -> list[dict[str, str]]:
 
 
 def _serve(jobs: Any, folder: str, modules: Sequence[str], environment: Mapping[str, str]) -> None:
+    os.setsid()  # so that what it forks can be ended with it
     os.environ.update(environment)
     os.chdir(folder)
     sys.path.insert(0, folder)
