@@ -155,29 +155,31 @@ def capture_isolated(
     Returns:
         The gradient set, whose tensors may share memory: they are not to be written to.
     """
-    handles: list[Any] = []
     try:
         try:
             if on_gradient is not None:
-                handles.extend(p.register_hook(on_gradient) for p in parameters)
+                for p in parameters:
+                    p.register_hook(on_gradient)
             taken = _with_remedy(
                 lambda: torch.autograd.grad(
                     losses, parameters, grad_tensors, retain_graph=retain_graph, allow_unused=True
                 )
             )
         finally:
-            for handle in handles:
-                handle.remove()
+            _remove_hooks(parameters, on_gradient)
     finally:
-        # Once more, if the first time was interrupted, or the registration was.
-        for hooks in (p._backward_hooks for p in parameters if p._backward_hooks):
-            for key in [key for key, hook in hooks.items() if hook == on_gradient]:
-                del hooks[key]
+        _remove_hooks(parameters, on_gradient)  # once more, if the first time was interrupted
     if any(g is None for g in taken) and any(map(is_reentrant, graph(losses))):
         # torch.autograd.grad skips it without an error where no parameter is upstream of it.
         raise RuntimeError(_REMEDIES["use_reentrant=True"])
     new = {p: g for p, g in zip(parameters, taken, strict=True) if g is not None}
     return own | {p: own[p] + g if p in own else g for p, g in new.items()}
+
+
+def _remove_hooks(parameters: Iterable[Tensor], hook: Callable[[Tensor], None] | None) -> None:
+    for hooks in (p._backward_hooks for p in parameters if p._backward_hooks):
+        for key in [key for key, registered in hooks.items() if registered == hook]:
+            del hooks[key]
 
 
 def graph(losses: Iterable[Tensor]) -> Iterator[Any]:

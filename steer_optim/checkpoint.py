@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 from steer_optim.capture import is_dtensor
 
 _FORMAT = "steer_optim.checkpoint"
-_VERSION = 1
+_VERSION = "1"
 
 
 def save(path: str | os.PathLike[str], optimizer: Optimizer, *, extra: Mapping[str, Any] | None = None) -> None:
@@ -78,7 +78,7 @@ def save(path: str | os.PathLike[str], optimizer: Optimizer, *, extra: Mapping[s
     structure = json.dumps({key: _encode(value, key, tensors) for key, value in content.items()})
     metadata = {
         "format": _FORMAT,
-        "version": str(_VERSION),
+        "version": _VERSION,
         "structure": structure,
         "sha256": _digest(structure, tensors),
     }
@@ -159,7 +159,7 @@ def _read_once(path: Path) -> dict[str, Any]:
             if metadata.get("format") != _FORMAT:
                 raise ValueError(f"{path} is a safetensors file, but not a checkpoint of steer_optim")
             version = metadata.get("version", "")
-            if version != str(_VERSION):
+            if version != _VERSION:
                 raise ValueError(
                     f"{path} has version {version!r} of the format, and this steer_optim reads version {_VERSION}: "
                     "it was written by a newer one; upgrade steer_optim"
@@ -175,8 +175,8 @@ def _read_once(path: Path) -> dict[str, Any]:
     if _digest(structure, tensors) != metadata.get("sha256"):
         raise ValueError(f"{path} is damaged or was altered: its checksum is wrong; take an older checkpoint")
     try:
-        content = {key: _decode(value, tensors) for key, value in json.loads(structure).items()}
-        return {key: content[key] for key in ("class", "parameters", "optimizer", "extra")}
+        content = json.loads(structure)
+        return {key: _decode(content[key], tensors) for key in ("class", "parameters", "optimizer", "extra")}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} was altered: {error!r}; take an older checkpoint") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -50,10 +51,7 @@ def combine(rows: Iterable[Row], weights: Tensor) -> list[Tensor]:
 
 def _sum(terms: Sequence[tuple[Tensor, Any]]) -> Tensor:
     """Return the weighted sum of gradients of which some are sparse."""
-    first, *others = (g * w if isinstance(w, float) else g * w.to(g.device, g.dtype) for g, w in terms)
-    for term in others:
-        first = add(first, term)
-    return first
+    return reduce(add, (g * w if isinstance(w, float) else g * w.to(g.device, g.dtype) for g, w in terms))
 
 
 def add(a: Tensor, b: Tensor) -> Tensor:

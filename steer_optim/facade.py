@@ -10,11 +10,20 @@ from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
-from functools import partial
-from typing import Any, overload
+from operator import attrgetter
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
+
+
+def forward(owner: str, name: str) -> Any:
+    """Return a property that reads and writes the attribute ``name`` of ``self.<owner>``."""
+
+    def write(self: Any, value: Any) -> None:
+        setattr(getattr(self, owner), name, value)
+
+    return property(attrgetter(f"{owner}.{name}"), write)
 
 
 class OptimizerFacade(Optimizer):
@@ -24,53 +33,47 @@ class OptimizerFacade(Optimizer):
         self.inner = inner
         self._reset_hooks()
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
+    param_groups: list[dict[str, Any]] = forward("inner", "param_groups")
+    state: defaultdict[Tensor, Any] = forward("inner", "state")
+    defaults: dict[str, Any] = forward("inner", "defaults")
+    # AttributeError if the inner optimizer has none, so `hasattr` works.
+    train: Any = forward("inner", "train")
+    eval: Any = forward("inner", "eval")
 
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def _step(self, closure: Callable[[], float] | None) -> float | None:
         """Step the inner optimizer between this one's step hooks, and return what it returns."""
+        args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
+        step: Callable[..., float | None] = self.inner.step
         if not hasattr(type(self.inner).step, "hooked"):  # its step fires no hooks, not even torch's global ones
-            return self._step_between_hooks(closure)
-        args = () if closure is None else (closure,)
+            args, kwargs = self._pre(self.inner, args, {})
+            loss = step(*args[1:], **kwargs)
+            self._post(self.inner, args, kwargs)
+            return loss
         try:
             try:
                 # On the inner optimizer, so that global hooks run first and last, as around any torch optimizer.
-                for hook in self._optimizer_step_pre_hooks.values():
-                    self.inner.register_step_pre_hook(partial(self._pre, hook))
-                for hook in self._optimizer_step_post_hooks.values():
-                    self.inner.register_step_post_hook(partial(self._post, hook))
-                return self.inner.step(*args)
+                self.inner.register_step_pre_hook(self._pre)
+                self.inner.register_step_post_hook(self._post)
+                return step(*args[1:])
             finally:
                 self._take_hooks_back()
         finally:
             self._take_hooks_back()  # once more, if the first time was interrupted
 
+    def _pre(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        args = (self, *args[1:])
+        for hook in self._optimizer_step_pre_hooks.values():
+            args, kwargs = hook(self, args, kwargs) or (args, kwargs)
+        return (self.inner, *args[1:]), kwargs
+
+    def _post(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for hook in self._optimizer_step_post_hooks.values():
+            hook(self, (self, *args[1:]), kwargs)
+
     def _take_hooks_back(self) -> None:
         for hooks in (self.inner._optimizer_step_pre_hooks, self.inner._optimizer_step_post_hooks):
-            for key in [key for key, hook in hooks.items() if getattr(hook, "func", None) in (self._pre, self._post)]:
+            for key in [key for key, hook in hooks.items() if hook in (self._pre, self._post)]:
                 del hooks[key]
-
-    def _pre(self, hook: Callable[..., Any], _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        result = hook(self, (self, *args[1:]), kwargs)
-        return result if result is None else ((self.inner, *result[0][1:]), result[1])
-
-    def _post(self, hook: Callable[..., Any], _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hook(self, (self, *args[1:]), kwargs)
-
-    def _step_between_hooks(self, closure: Callable[[], float] | None) -> float | None:
-        args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
-        kwargs: dict[str, Any] = {}
-        for pre in self._optimizer_step_pre_hooks.values():
-            args, kwargs = pre(self, args, kwargs) or (args, kwargs)
-        loss: float | None = self.inner.step(*args[1:], **kwargs)
-        for post in self._optimizer_step_post_hooks.values():
-            post(self, args, kwargs)
-        return loss
-
-    step.__dict__["hooked"] = True  # or torch wraps it in hooks of its own
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the inner optimizer; steering reads the groups anew in every call."""
@@ -105,40 +108,6 @@ class OptimizerFacade(Optimizer):
     def _import_state(self, state_dict: dict[str, Any]) -> None:
         self.inner.load_state_dict(state_dict)
 
-    @property
-    def train(self) -> Any:
-        """The inner optimizer's ``train``; AttributeError if it has none, so ``hasattr`` works."""
-        return self.inner.train  # type: ignore[attr-defined]
-
-    @property
-    def eval(self) -> Any:
-        """The inner optimizer's ``eval``; AttributeError if it has none."""
-        return self.inner.eval  # type: ignore[attr-defined]
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return self.inner.param_groups
-
-    @param_groups.setter
-    def param_groups(self, param_groups: list[dict[str, Any]]) -> None:
-        self.inner.param_groups = param_groups
-
-    @property
-    def state(self) -> defaultdict[Tensor, Any]:
-        return self.inner.state
-
-    @state.setter
-    def state(self, state: defaultdict[Tensor, Any]) -> None:
-        self.inner.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        return self.inner.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        self.inner.defaults = defaults
-
     def __getstate__(self) -> dict[str, Any]:
         # A scheduler patches `step` on the instance with a closure over the original; hooks belong to it too.
         return {key: value for key, value in vars(self).items() if key != "step" and not key.endswith("_hooks")}
@@ -148,9 +117,6 @@ class OptimizerFacade(Optimizer):
         self._reset_hooks()
 
     def _reset_hooks(self) -> None:
-        self._optimizer_step_pre_hooks = OrderedDict()
-        self._optimizer_step_post_hooks = OrderedDict()
-        self._optimizer_state_dict_pre_hooks = OrderedDict()
-        self._optimizer_state_dict_post_hooks = OrderedDict()
-        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
-        self._optimizer_load_state_dict_post_hooks = OrderedDict()
+        for event in ("step", "state_dict", "load_state_dict"):
+            setattr(self, f"_optimizer_{event}_pre_hooks", OrderedDict())
+            setattr(self, f"_optimizer_{event}_post_hooks", OrderedDict())

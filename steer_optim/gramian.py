@@ -12,14 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from steer_optim.capture import (
-    Losses,
-    capture_isolated,
-    check_losses,
-    evaluate,
-    is_dtensor,
-    unreached_error,
-)
+from steer_optim.capture import Losses, capture_isolated, check_losses, evaluate, is_dtensor, unreached_error
 from steer_optim.holding import GradientSets, LocalSets
 from steer_optim.products import inner_products, zeros
 
@@ -72,7 +65,8 @@ class Geometry:
     @property
     def cosines(self) -> Tensor:
         """``(..., k, k)``: cosines between the gradients, in [-1, 1]; 0 where a gradient is zero, NaN if not finite."""
-        products = self.norms.unsqueeze(-1) * self.norms.unsqueeze(-2)
+        norms = self.norms
+        products = norms.unsqueeze(-1) * norms.unsqueeze(-2)
         return torch.where(products == 0, 0.0, self.G / products).clamp(-1, 1)
 
     @property
@@ -160,14 +154,10 @@ def _all_reduced(held: GradientSets, *, wide: bool) -> Tensor:
 def _needs_float64(G: Tensor) -> bool:
     """Return whether one of the Gramians ``(S, k, k)``, from float32 products on the CPU, may be inaccurate."""
     squares = G.diagonal(dim1=-2, dim2=-1)
-    accurate = ((squares > _TINY) & squares.isfinite()).all()
-    if G.shape[-1] > 1:
-        norms = squares.sqrt()
-        products = norms[:, :, None] * norms[:, None, :]
-        cosines = torch.where(products == 0, 0.0, G / products)
-        cosines.diagonal(dim1=-2, dim2=-1).fill_(1.0)
-        accurate = accurate & (torch.linalg.det(cosines) > _VOLUME).all()
-    return not accurate.tolist()  # not bool(): what a CPU reads of its own is no wait
+    cosines = Geometry((), G, squares).cosines
+    cosines.diagonal(dim1=-2, dim2=-1).fill_(1.0)
+    accurate = (squares > _TINY) & squares.isfinite() & (torch.linalg.det(cosines) > _VOLUME).unsqueeze(-1)
+    return not accurate.all().tolist()  # not bool(): what a CPU reads of its own is no wait
 
 
 def measure(losses: Losses, parameters: Iterable[Tensor], *, retain_graph: bool = True) -> Geometry:
@@ -213,13 +203,10 @@ def measure(losses: Losses, parameters: Iterable[Tensor], *, retain_graph: bool 
     held = LocalSets(tuple(losses), [trainable])
     values: list[Tensor | None] = []
     for name, loss, keep in evaluate(losses, retain_graph=retain_graph):
-        if loss is None:
-            held.take(name, None)
-        else:
-            held.take(name, capture_isolated([loss], None, trainable, {}, retain_graph=keep))
-            if not held.sets[name]:
-                raise unreached_error(name)
         values.append(None if loss is None else loss.detach())
+        held.take(name, None if loss is None else capture_isolated([loss], None, trainable, {}, retain_graph=keep))
+        if loss is not None and not held.sets[name]:
+            raise unreached_error(name)
         del loss  # and its graph, before the next one is built
     (G,) = gramian(held)
     return Geometry(tuple(losses), G, G.new_ones(len(losses)), stack_losses(values, G))

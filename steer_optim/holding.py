@@ -147,7 +147,8 @@ class AveragedSets:
                     parts, rest, room = [], rest[room:], next(lengths, 0)
                 parts.append(rest)
                 room -= len(rest)
-                self._unpacked -= dense.nbytes if dense is gradient else 0
+                if dense is gradient:
+                    self._unpacked -= dense.nbytes
             if room:
                 self._send(name, [*parts, buffer.parameters[0].new_zeros(room)])
         self._unpacked = 0
@@ -213,12 +214,14 @@ class AveragedSets:
             works += [_all_gather(message, next(pieces), group=self._group, async_op=True) for message in messages]
         for work in works:
             work.wait()
-        return {
-            p: segment
-            for flat, buffer in zip(flats, self._buffers, strict=True)
-            for p, segment in zip(buffer.parameters, _segments(flat, buffer.parameters), strict=True)
-            if p in self._reached
-        }
+        result = {}
+        for flat, buffer in zip(flats, self._buffers, strict=True):
+            sizes = [p.numel() for p in buffer.parameters]
+            for p, segment in zip(buffer.parameters, flat[: sum(sizes)].split(sizes), strict=True):
+                if p in self._reached:
+                    # Fused kernels pair parameter and gradient in the order of memory.
+                    result[p] = segment.as_strided(p.shape, _strides(p))
+        return result
 
 
 _UNSTEERED = (
@@ -246,20 +249,19 @@ class _FlatBuffer:
         for scope, own in itertools.groupby(members, key=lambda member: member[0]):
             position += sum(p.numel() for _, p in own)
             self._scopes.append((scope, position))
+        self._scopes[-1] = (scope, sum(self.messages))  # the padding of the last message is zero
 
     def parts(self, rank: int, replicas: int) -> Iterator[tuple[int, int, int]]:
         """The scopes within the pieces of one replica, message by message, as ranges within the piece."""
-        scopes, begin = deque(self._scopes), 0
+        scopes, begin = iter(self._scopes), 0
+        scope, end = next(scopes)
         for length in self.messages:
             size = length // replicas
-            first = begin + rank * size
-            position = first
+            first = position = begin + rank * size
             while position < first + size:
-                while len(scopes) > 1 and scopes[0][1] <= position:
-                    scopes.popleft()
-                scope, end = scopes[0]
-                # The padding of the last message is zero; it goes to the last scope.
-                stop = first + size if len(scopes) == 1 else min(end, first + size)
+                while end <= position:
+                    scope, end = next(scopes)
+                stop = min(end, first + size)
                 yield scope, position - first, stop - first
                 position = stop
             begin += length
@@ -274,15 +276,6 @@ def _in_memory_order(p: Tensor, gradient: Tensor) -> Tensor:
     """The elements of a gradient in the order in which autograd lays out a gradient of ``p``."""
     strides = _strides(p)
     return gradient.permute(sorted(range(p.ndim), key=lambda dim: -strides[dim])).reshape(-1)
-
-
-def _segments(flat: Tensor, parameters: Sequence[Tensor]) -> Iterator[Tensor]:
-    """The parts of ``flat`` that hold each parameter, in its shape and memory format."""
-    start = 0
-    for p in parameters:
-        # Fused kernels pair parameter and gradient in the order of memory.
-        yield flat[start : start + p.numel()].as_strided(p.shape, _strides(p))
-        start += p.numel()
 
 
 def _shard_groups(p: Any) -> Groups:

@@ -31,16 +31,14 @@ class Last:
 
     Attributes:
         rule: the rule that gave the weights, hyperparameters included.
-        G: ``(k, k)``.
-        weights: ``(k,)``.
+        geometry: of the step that took the Gramian, over the whole model.
         previous_norms: ``(k,)``, the norms at the Gramian before this one; 0 where there was none.
         scale: the factor on the losses (gradient scaler, division), summed over micro-batches.
         age: how many steps ago it was taken.
     """
 
     rule: str
-    G: Tensor
-    weights: Tensor
+    geometry: Geometry
     previous_norms: Tensor
     scale: Tensor
     age: int = 0
@@ -51,20 +49,10 @@ class Last:
         A large weight on a small gradient, as from a projection on one that is nearly zero, would be far too large once
         that gradient grows. It is reused only if the norm was about the same at the previous Gramian.
         """
-        norms = self.norms
-        amplified = self.weights.abs() * norms.max() > _AMPLIFIED * self.update_norm
+        norms, weights = self.geometry.norms, self.geometry.weights
+        amplified = weights.abs() * norms.max() > _AMPLIFIED * self.geometry.update_norm
         steady = (norms <= _STEADY * self.previous_norms) & (self.previous_norms <= _STEADY * norms)
-        return (self.weights.isfinite() & norms.isfinite() & (norms > 0) & (steady | ~amplified)).all()
-
-    @property
-    def norms(self) -> Tensor:
-        """``(k,)``: the norms of the gradients."""
-        return self.G.diagonal().clamp(min=0).sqrt()
-
-    @property
-    def update_norm(self) -> Tensor:
-        """The norm of the update."""
-        return (self.weights @ self.G @ self.weights).clamp(min=0).sqrt()
+        return (weights.isfinite() & norms.isfinite() & (norms > 0) & (steady | ~amplified)).all()
 
 
 @dataclass(frozen=True)
@@ -81,9 +69,11 @@ def pack(memory: Memory, *, owner: str, keep_last: bool) -> str:
     """Return the memory as a string; ``owner`` names the rule and its scope."""
     state = {key: _pack(value) for key, value in memory.state.items()}
     record: dict[str, Any] = {"rule": owner, "names": memory.names, "state": state}
-    if keep_last and memory.last is not None and bool((memory.last.G.sum() + memory.last.weights.sum()).isfinite()):
-        tensors = {key: _pack(getattr(memory.last, key)) for key in ("G", "weights", "previous_norms", "scale")}
-        record["last"] = {"rule": memory.last.rule, "age": memory.last.age, **tensors}
+    last = memory.last
+    if keep_last and last is not None and bool((last.geometry.G.sum() + last.geometry.weights.sum()).isfinite()):
+        tensors = {"G": last.geometry.G, "weights": last.geometry.weights}
+        tensors |= {"previous_norms": last.previous_norms, "scale": last.scale}
+        record["last"] = {"rule": last.rule, "age": last.age, **{key: _pack(t) for key, t in tensors.items()}}
     return json.dumps(record)
 
 
@@ -138,10 +128,11 @@ def _checked(record: dict[str, Any], rule: Rule, scopes: int, device: torch.devi
         tensors = {key: _unpack(key, record["last"][key], shape).to(device) for key, shape in shapes.items()}
         if not all(t.dtype == torch.float64 and (t.abs() < 1e300).all() for t in tensors.values()):
             raise ValueError("the last weights and their Gramian must be float64 and finite")
-        age = record["last"]["age"]
-        if not isinstance(record["last"]["rule"], str) or not isinstance(age, int) or age < 0 or tensors["scale"] < 0:
+        key, age = record["last"]["rule"], record["last"]["age"]
+        if not isinstance(key, str) or not isinstance(age, int) or age < 0 or tensors["scale"] < 0:
             raise ValueError("the last weights need a rule (str), an age (int, at least 0) and a scale of at least 0")
-        last = Last(record["last"]["rule"], age=record["last"]["age"], **tensors)
+        geometry = Geometry(names, tensors["G"], tensors["weights"])
+        last = Last(key, geometry, tensors["previous_norms"], tensors["scale"], age)
     return Memory(names, state, last)
 
 

@@ -23,10 +23,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from itertools import combinations
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from steer_optim.gramian import Geometry
 
@@ -83,9 +83,8 @@ class Monitor:
 
     def __init__(self) -> None:
         self._steps: list[int] = []
-        self._pending: list[tuple[Keys, Tensor]] = []
-        # Blocks of rows that share their columns: the columns, the rows' places in the record, the values.
-        self._blocks: list[tuple[Keys, Tensor, Tensor]] = []
+        self._columns: dict[str, Tensor] = {}  # the steps on the host
+        self._pending: list[tuple[Keys, Tensor]] = []  # the last steps, still on the device
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -115,39 +114,31 @@ class Monitor:
             float64 on the CPU, NaN in the steps that had no such number.
         """
         self._move_to_host()
-        columns = dict.fromkeys(key for keys, _, _ in self._blocks for key in keys)
-        n = len(self)
-        history = {key: torch.full((n,), math.nan, dtype=torch.float64) for key in columns}
-        for keys, places, values in self._blocks:
-            for key, column in zip(keys, values.unbind(1), strict=True):
-                history[key][places] = column
-        known = {k: column for k, column in history.items() if k.startswith(_ALWAYS) or not column.isnan().all()}
+        known = {k: c.clone() for k, c in self._columns.items() if k.startswith(_ALWAYS) or not c.isnan().all()}
         return {"step": torch.tensor(self._steps, dtype=torch.int64), **known}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the record so far: tensors, lists and strings, fit for any checkpoint."""
-        self._move_to_host()
-        return {
-            "steps": torch.tensor(self._steps, dtype=torch.int64),
-            "blocks": [
-                {"keys": list(keys), "places": places, "values": values} for keys, places, values in self._blocks
-            ],
-        }
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the record so far, the tensors of :meth:`history`: fit for any checkpoint."""
+        return self.history()
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Continue from a record; drop what was recorded here before."""
-        self._steps = state_dict["steps"].tolist()
+        self._columns = dict(state_dict)
+        self._steps = self._columns.pop("step").tolist()
         self._pending = []
-        self._blocks = [(tuple(block["keys"]), block["places"], block["values"]) for block in state_dict["blocks"]]
 
     def _move_to_host(self) -> None:
-        first = len(self._steps) - len(self._pending)
         groups: dict[Keys, list[int]] = {}
         for i, (keys, _) in enumerate(self._pending):
             groups.setdefault(keys, []).append(i)
-        for keys, group in groups.items():
-            values = torch.stack([self._pending[i][1] for i in group]).cpu().double()
-            self._blocks.append((keys, torch.tensor(group) + first, values))
+        moved = [torch.stack([self._pending[i][1] for i in group]).cpu().double() for group in groups.values()]
+        new = len(self._pending)
+        self._columns = {key: pad(column, (0, new), value=math.nan) for key, column in self._columns.items()}
+        for (keys, group), values in zip(groups.items(), moved, strict=True):
+            places = torch.tensor(group) + len(self) - new
+            for key, column in zip(keys, values.unbind(1), strict=True):
+                absent = torch.full((len(self),), math.nan, dtype=torch.float64)
+                self._columns.setdefault(key, absent)[places] = column
         self._pending = []
 
 
@@ -168,9 +159,7 @@ def _row(geometry: Geometry) -> tuple[Keys, Tensor]:
     add("norm", whole.norms)
     conflicts = geometry.conflicts.reshape(-1, k, k).to(whole.G.dtype).mean(0)
     update_norm = geometry.update_norm.square().sum().sqrt()
-    cosines, angles = whole.cosines, whole.angles
-
-    for kind, matrix in (("cos", cosines), ("angle", angles), ("conflict", conflicts)):
+    for kind, matrix in (("cos", whole.cosines), ("angle", whole.angles), ("conflict", conflicts)):
         for i, j in combinations(sorted(range(k), key=names.__getitem__), 2):
             numbers[f"steer/{kind}/{names[i]}~{names[j]}"] = matrix[i, j]
     numbers["steer/update_norm"] = update_norm

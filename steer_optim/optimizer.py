@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from steer_optim import processes
 from steer_optim.capture import Losses
-from steer_optim.facade import OptimizerFacade
+from steer_optim.facade import OptimizerFacade, forward
 from steer_optim.gramian import Geometry
 from steer_optim.memory import KEY
 from steer_optim.rules.base import Rule
@@ -60,6 +60,15 @@ class SteeredOptimizer(OptimizerFacade):
         Vision-Language Reasoning*, arXiv 2606.00564.
     """
 
+    geometry: Geometry | None = forward("steering", "geometry")
+    """The :class:`Geometry` of the last steered backward pass; None before the first."""
+
+    rule: Rule = forward("steering", "rule")
+    """The rule; another object starts without memory."""
+
+    refresh_every: int = forward("steering", "refresh_every")
+    """The number of steps from one Gramian to the next."""
+
     def __init__(
         self,
         optimizer: Optimizer,
@@ -102,29 +111,6 @@ class SteeredOptimizer(OptimizerFacade):
         """Return one scalar, the sum of the components, whose backward pass steers; see :meth:`Steering.join`."""
         return self.steering.join(losses, accumulate=accumulate)
 
-    @property
-    def geometry(self) -> Geometry | None:
-        """The :class:`Geometry` of the last steered backward pass; None before the first."""
-        return self.steering.geometry
-
-    @property
-    def rule(self) -> Rule:
-        """The rule; another object starts without memory."""
-        return self.steering.rule
-
-    @rule.setter
-    def rule(self, rule: Rule) -> None:
-        self.steering.rule = rule
-
-    @property
-    def refresh_every(self) -> int:
-        """The number of steps from one Gramian to the next."""
-        return self.steering.refresh_every
-
-    @refresh_every.setter
-    def refresh_every(self, steps: int) -> None:
-        self.steering.refresh_every = steps
-
     @overload
     def step(self, closure: None = None) -> None: ...
 
@@ -145,7 +131,7 @@ class SteeredOptimizer(OptimizerFacade):
         """
         if closure is None:
             self.steering.refuse_pending()
-            return super().step()
+            return self._step(None)
         if not isinstance(self.rule, Sum) and any(group.get("line_search_fn") for group in self.param_groups):
             warnings.warn(
                 "a line search needs the gradient of the loss, and a steered gradient is another: it may stall. Use "
@@ -158,7 +144,7 @@ class SteeredOptimizer(OptimizerFacade):
             self.steering.refuse_pending()
             return loss
 
-        return super().step(evaluate)
+        return self._step(evaluate)
 
     step.__dict__["hooked"] = True  # torch must not wrap it in hooks of its own
 

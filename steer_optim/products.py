@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import combinations_with_replacement
+from itertools import chain, combinations_with_replacement
 from typing import Any
 
 import torch
@@ -31,46 +31,40 @@ def inner_products(rows: Sequence[Row], scopes: int, k: int, device: torch.devic
     Raises:
         TypeError: a gradient has a layout other than strided or sparse COO.
     """
-    pairs = list(combinations_with_replacement(range(k), 2))
-    parts: dict[int, list[list[Tensor]]] = {}  # by scope, the parts of each pair's product
-    total = zeros(device, scopes, k, k)
-
-    def add(scope: int, row: Sequence[Tensor | None], *, wide: bool) -> None:
-        own = parts.setdefault(scope, [[] for _ in pairs])
-        dot = _sparse_dot if any(g is not None and g.is_sparse for g in row) else torch.dot
-        for piece in _pieces(row, wide=wide):
-            for (i, j), products in zip(pairs, own, strict=True):
-                a, b = piece[i], piece[j]
-                if a is not None and b is not None:
-                    products.append(dot(a, b))
-
+    large: list[Row] = []
     small: dict[tuple[int, Any], list[Row]] = {}
     for scope, row in rows:
         like = _first(row)
-        if not like.numel():
-            continue
-        if like.numel() < _SMALL and not any(g is not None and g.layout is not torch.strided for g in row):
-            small.setdefault((scope, _kind(like)), []).append((scope, row))
-        else:
-            add(scope, row, wide=wide)
+        if like.numel() >= _SMALL or any(g is not None and g.layout is not torch.strided for g in row):
+            large.append((scope, row))
+        elif like.numel():
+            small.setdefault((scope, (like.dtype, like.device)), []).append((scope, row))
     alike: dict[Any, list[Row]] = {}  # small tensors of one size, each alone in its scope
-    for (scope, kind), members in small.items():
+    for (_, kind), members in small.items():
         if len(members) == 1:
-            alike.setdefault((kind, _first(members[0][1]).numel()), []).append(members[0])
-        else:
-            for batch in _batches(members):
-                add(scope, _end_to_end([row for _, row in batch], k), wide=wide)
+            alike.setdefault((kind, _first(members[0][1]).numel()), []).extend(members)
+    batches = (batch for members in small.values() if len(members) > 1 for batch in _batches(members))
+
+    pairs = list(combinations_with_replacement(range(k), 2))
+    parts: dict[tuple[int, torch.device], list[list[Tensor]]] = {}  # the parts of each pair's product
+    for scope, row in chain(large, ((batch[0][0], list(_end_to_end(batch, k))) for batch in batches)):
+        dot = _sparse_dot if any(g is not None and g.is_sparse for g in row) else torch.dot
+        own = parts.setdefault((scope, _first(row).device), [[] for _ in pairs])
+        for piece in _pieces(row, wide=wide):
+            for (i, j), dots in zip(pairs, own, strict=True):
+                a, b = piece[i], piece[j]
+                if a is not None and b is not None:
+                    dots.append(dot(a, b))
+    total = zeros(device, scopes, k, k)  # its upper triangle, at first
+    for (scope, _), own in parts.items():
+        for (i, j), dots in zip(pairs, own, strict=True):
+            if dots:
+                total[scope, i, j] += torch.stack(dots).to(total.dtype).sum().to(device)
     for members in alike.values():
-        J = torch.stack([column.view(len(members), -1) for column in _end_to_end([row for _, row in members], k)])
-        G = torch.einsum("isn,jsn->sij", *[J.to(total.dtype)] * 2).to(device)
-        for (first, last), block in _runs([scope for scope, _ in members], G):
-            total[first : last + 1] += block
-    if parts:
-        sums = torch.stack([torch.stack([_total(products, total) for products in own]) for own in parts.values()])
-        columns = [sums[:, pairs.index((min(i, j), max(i, j)))] for i in range(k) for j in range(k)]
-        for (first, last), block in _runs(list(parts), torch.stack(columns, 1).view(-1, k, k)):
-            total[first : last + 1] += block
-    return total
+        J = _end_to_end(members, k).view(k, len(members), -1).to(total.dtype)
+        for run, block in _runs([scope for scope, _ in members], torch.einsum("isn,jsn->sij", J, J).to(device)):
+            total[run] += block
+    return total.triu() + total.triu(1).mT
 
 
 def zeros(device: torch.device, *shape: int) -> Tensor:
@@ -80,10 +74,6 @@ def zeros(device: torch.device, *shape: int) -> Tensor:
 
 def _first(row: Sequence[Tensor | None]) -> Tensor:
     return next(g for g in row if g is not None)
-
-
-def _kind(g: Tensor) -> tuple[torch.dtype, torch.device]:
-    return g.dtype, g.device
 
 
 def _pieces(row: Sequence[Tensor | None], *, wide: bool) -> Iterator[Sequence[Tensor | None]]:
@@ -130,21 +120,19 @@ def _batches(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
         yield rows[start:]
 
 
-def _end_to_end(rows: Sequence[Sequence[Tensor | None]], k: int) -> list[Tensor]:
-    """The gradients of several parameters of one kind, set by set, in one dimension; zeros for None."""
-    columns = []
-    for i in range(k):
-        column = [_real(torch.zeros_like(_first(row)) if (g := row[i]) is None else g) for row in rows]
-        columns.append(torch._utils._flatten_dense_tensors(column))
-    return columns
+def _end_to_end(rows: Sequence[Row], k: int) -> Tensor:
+    """The gradients of several parameters of one kind, ``(k, n)``; zeros for None."""
+    gradients = [torch.zeros_like(_first(row)) if (g := row[i]) is None else g for i in range(k) for _, row in rows]
+    flat: Tensor = torch._utils._flatten_dense_tensors([_real(g) for g in gradients])
+    return flat.view(k, -1)
 
 
-def _runs(ids: Sequence[int], blocks: Tensor) -> Iterator[tuple[tuple[int, int], Tensor]]:
-    """Yield runs of successive ids (first, last) with their blocks: slices, so that no index goes to the device."""
+def _runs(ids: Sequence[int], blocks: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield runs of successive ids with their blocks: slices, so that no index goes to the device."""
     start = 0
     for i in range(1, len(ids) + 1):
         if i == len(ids) or ids[i] != ids[i - 1] + 1:
-            yield (ids[start], ids[i - 1]), blocks[start:i]
+            yield slice(ids[start], ids[i - 1] + 1), blocks[start:i]
             start = i
 
 
@@ -154,12 +142,3 @@ def _sparse_dot(a: Tensor, b: Tensor) -> Tensor:
     a, b = a.to(dtype), b.to(dtype)
     product = a * b if a.is_sparse else b * a  # torch multiplies a sparse tensor by a dense one
     return (product.coalesce().values() if product.is_sparse else product).sum()
-
-
-def _total(parts: Sequence[Tensor], like: Tensor) -> Tensor:
-    """The sum of some scalars that may lie on several devices."""
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for value in parts:
-        by_device.setdefault(value.device, []).append(value)
-    sums = (torch.stack(values).to(like.dtype).sum() for values in by_device.values())
-    return sum((s.to(like.device) for s in sums), start=like.new_zeros(()))

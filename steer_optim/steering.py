@@ -307,11 +307,8 @@ class Steering:
         check_losses(losses)
         self._check_names(losses, accumulate=accumulate)
         step = self._step(scale, retain_graph)
-        # Taken off `self` now, so that an error from here on drops the pending micro-batches.
-        pending, self._pending = self._pending or Pending(self._last_to_reuse()), None
-        step.begin(pending)
 
-        held = pending if accumulate else self._hold(step)
+        held = step.pending if accumulate else self._hold(step)
         for name, gradients in step.capture({name: losses.get(name) for name in self._names}, held):
             held.take(name, gradients)
         if isinstance(held, Pending):
@@ -332,7 +329,7 @@ class Steering:
         return new.geometry
 
     def _step(self, scale: Tensor | None, retain_graph: bool) -> Step:
-        """Return this call's `Step`. Parameters are read anew: groups may have been added."""
+        """Return this call's `Step`, which continues what is pending. Parameters are read anew: groups may be new."""
         scopes = [own for _, own in self._scopes()]
         parameters = [p for own in scopes for p in own if p.requires_grad]
         if not parameters:
@@ -343,14 +340,19 @@ class Steering:
         replicas = processes.replica_group(self.data_parallel, parameters)
         peers = [replicas] if replicas is not None else processes.mesh_groups(parameters)
         averaged = replicas is not None and self._agreement.averages is not False
-        return Step(self._names, scopes, parameters, others, replicas, peers, averaged, scale, retain_graph)
+        # Taken off `self` now, so that an error from here on drops the pending micro-batches.
+        pending, self._pending = self._pending or Pending(self._last_to_reuse()), None
+        pending.parameters.update(parameters)
+        if scale is not None:
+            pending.scale = scale.detach().abs() + (0.0 if pending.scale is None else pending.scale)
+        return Step(self._names, scopes, parameters, others, replicas, peers, averaged, scale, retain_graph, pending)
 
     def _hold(self, step: Step) -> GradientSets:
         """Return the holder of this step's sets, after checking that the processes are alike."""
         sharded = step.replicas is None
         if not sharded or not self._agreement.knows(step.parameters):  # shards: in the first step and after a change
             last = step.pending.last
-            remembered = [*self._memory.state.values(), *([] if last is None else [last.weights])]
+            remembered = [*self._memory.state.values(), *([] if last is None else [last.geometry.weights])]
             for group in step.peers:
                 read = sharded or step.isolated
                 self._agreement.check(
@@ -371,14 +373,16 @@ class Steering:
             if self.scope != "model":
                 scopes = tuple(name for name, _ in self._scopes())
                 return weights, Memory(names, state, None, Geometry(names, G, weights, losses, scopes))
-            norms = G.new_zeros(len(names)) if old.last is None else old.last.norms
+            norms = G.new_zeros(len(names)) if old.last is None else old.last.geometry.norms
             previous = torch.where(norms.isfinite(), norms, 0.0)
-            now = Last(self._rule_key(), G[0].clone(), weights[0].clone(), previous, scale)  # the user may write to G
+            kept = Geometry(names, G[0].clone(), weights[0].clone())  # the user may write to the other one
+            now = Last(self._rule_key(), kept, previous, scale)
             return weights, Memory(names, state, now, Geometry(names, G[0], weights[0], losses))
-        length, most = G[:, 0].clamp(min=0).sqrt(), BOUND * last.update_norm * scale / last.scale
+        exact = last.geometry
+        length, most = G[:, 0].clamp(min=0).sqrt(), BOUND * exact.update_norm * scale / last.scale
         factor = torch.where(length.isfinite() & (length > most), most / length, 1.0)
         now = replace(last, age=last.age + 1)
-        geometry = Geometry(names, last.G.clone(), last.weights * factor[0], losses, age=now.age)
+        geometry = replace(exact, G=exact.G.clone(), weights=exact.weights * factor[0], losses=losses, age=now.age)
         return factor, Memory(names, old.state, now, geometry)
 
     def _last_to_reuse(self) -> Last | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,14 +53,7 @@ class Step:
     averaged: bool  # whether a plain backward pass may be averaged over the replicas by a reducer
     scale: Tensor | None
     retain_graph: bool
-    pending: Pending = field(default_factory=lambda: Pending(None))
-
-    def begin(self, pending: Pending) -> None:
-        """Continue from earlier micro-batches."""
-        self.pending = pending
-        pending.parameters.update(self.parameters)
-        if self.scale is not None:
-            pending.scale = self.scale.detach().abs() + (0.0 if pending.scale is None else pending.scale)
+    pending: Pending
 
     @property
     def isolated(self) -> bool:
@@ -82,38 +75,34 @@ class Step:
             for name, loss, keep in evaluate(losses, retain_graph=self.retain_graph):
                 own = pending.sets.pop(name, None)
                 if loss is not None:
-                    own = self._backpropagate({name: loss}, {}, own or {}, keep, held)
+                    own = self._backpropagate({name: loss}, own or {}, keep, held)
                     del loss  # and its graph, before the next one is built
                 yield name, own
             return
-        label, weights = " + ".join(self.names), dict(zip(self.names, last.weights, strict=True))
+        label = " + ".join(self.names)
         own = pending.sets.pop(label, {})
         tensors = {name: loss for name, loss in losses.items() if isinstance(loss, Tensor)}
         if tensors:
-            own = self._backpropagate(tensors, weights, own, self.retain_graph, held)
+            own = self._backpropagate(tensors, own, self.retain_graph, held)
         callables = {name: loss for name, loss in losses.items() if name not in tensors}
         for name, loss, keep in evaluate(callables, retain_graph=self.retain_graph):
             if loss is not None:
-                own = self._backpropagate({name: loss}, weights, own, keep, held)
+                own = self._backpropagate({name: loss}, own, keep, held)
                 del loss
         yield label, own
 
     def _backpropagate(
-        self,
-        losses: Mapping[str, Tensor],
-        weights: Mapping[str, Tensor],
-        own: Gradients,
-        retain_graph: bool,
-        held: GradientSets | Pending,
+        self, losses: Mapping[str, Tensor], own: Gradients, retain_graph: bool, held: GradientSets | Pending
     ) -> Gradients:
-        """Backpropagate some losses in one pass, each times its weight, and add to the set ``own``."""
-        terms = list(losses.values())
-        grad_tensors = [grad_tensor(loss, (weights.get(name), self.scale)) for name, loss in losses.items()]
+        """Backpropagate some losses in one pass, each times its weight if that is known, and add to the set ``own``."""
+        last, terms, grad_tensors = self.pending.last, list(losses.values()), []
         for name, loss in losses.items():
+            weight = None if last is None else last.geometry.weights[last.geometry.index(name)]
+            grad_tensors.append(grad_tensor(loss, (weight, self.scale)))
             before = self.pending.losses.get(name)
             self.pending.losses[name] = loss.detach() if before is None else before + loss.detach()
         if self.isolated:
-            on_gradient: Callable[[Tensor], None] | None = None
+            on_gradient = None
             if isinstance(held, AveragedSets):
                 on_gradient = held.on_gradient
                 held.unsteered.extend(self._unsteered(terms))
@@ -132,7 +121,7 @@ class Step:
     def _others(self, losses: Sequence[Tensor]) -> list[Tensor]:
         """Return the parameters of other steerings that the losses reach: another thread may be at work on the rest."""
         nodes = list(graph(losses)) if self.others else []
-        if any(is_reentrant(node) for node in nodes):  # which hides what it reaches
+        if any(map(is_reentrant, nodes)):  # which hides what it reaches
             return self.others
         leaves = {getattr(node, "variable", None) for node in nodes}
         return [p for p in self.others if p in leaves]

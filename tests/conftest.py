@@ -14,3 +14,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    # The slow ones first, so that no process is left with one of them when the other has finished.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)

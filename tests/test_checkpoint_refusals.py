@@ -7,8 +7,6 @@ import os
 import random
 import signal
 import stat
-import subprocess
-import sys
 import time
 
 import pytest
@@ -185,7 +183,7 @@ def saving_forever(path, stop):
 def test_a_load_while_another_process_saves_succeeds(tmp_path):
     path, stop = tmp_path / "x", tmp_path / "stop"
     checkpoint.save(path, trained(), extra={"step": 0.0})
-    saver = multiprocessing.get_context("spawn").Process(target=saving_forever, args=(path, stop))
+    saver = multiprocessing.get_context("forkserver").Process(target=saving_forever, args=(path, stop))
     saver.start()
     try:
         optimizer, steps, end = trained(), set(), time.time() + 20
@@ -218,26 +216,32 @@ def test_a_file_that_is_replaced_between_two_looks_is_looked_at_again(tmp_path, 
     assert len(calls) == 2
 
 
+def save_on_a_full_disk(path, answers):
+    import resource
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
+    try:
+        checkpoint.save(path, trained(), extra={"large": torch.zeros(2**20)})
+        answers.put((0, "", "saved"))
+    except OSError as error:
+        answers.put((error.errno, error.filename, str(error)))
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs limits of a process")
 def test_a_disk_that_is_full_is_an_oserror_with_the_path(tmp_path):
     path = tmp_path / "x"
     checkpoint.save(path, trained(), extra={"step": 1})
     before = path.read_bytes()
-    code = (
-        "import resource, signal, sys, torch\n"
-        "from steer_optim import checkpoint\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))\n"
-        "optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])\n"
-        "try:\n"
-        "    checkpoint.save(sys.argv[1], optimizer, extra={'large': torch.zeros(2**20)})\n"
-        "except OSError as error:\n"
-        "    assert error.filename == sys.argv[1], error\n"
-        "    print(error.errno, error)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith(f"{errno.EFBIG} "), done.stdout
-    assert "could not save, and left what was there" in done.stdout
+    answers = multiprocessing.get_context("forkserver").SimpleQueue()
+    process = multiprocessing.get_context("forkserver").Process(target=save_on_a_full_disk, args=(path, answers))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    number, filename, message = answers.get()
+    assert number == errno.EFBIG
+    assert filename == str(path)
+    assert "could not save, and left what was there" in message
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 

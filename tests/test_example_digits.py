@@ -3,14 +3,13 @@
 import dataclasses
 import json
 import math
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from preloaded import preloaded
 
 for needed in ("sklearn", "tensorboard", "tokenizers", "tqdm", "transformers", "matplotlib"):
     pytest.importorskip(needed)
@@ -174,20 +173,23 @@ runpy.run_path("distill_digits.py", run_name="__main__")
 """
 
 
-def quick(out, *interruption):
-    program = ["-c", INTERRUPTED, *map(str, interruption)] if interruption else ["distill_digits.py"]
-    return subprocess.run(
-        [sys.executable, *program, "--quick", "--refresh-every", "2", "--device", "cpu", "--out", out],
-        cwd=EXAMPLES,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+UNINTERRUPTED = "import runpy; runpy.run_path('distill_digits.py', run_name='__main__')"
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory):
+def quick():
+    with preloaded(EXAMPLES, "distill_digits") as server:
+
+        def run(out, *interruption):
+            options = ["--quick", "--refresh-every", "2", "--device", "cpu", "--out", out]
+            (done,) = server.run(INTERRUPTED if interruption else UNINTERRUPTED, [*interruption, *options])
+            return done
+
+        yield run
+
+
+@pytest.fixture(scope="module")
+def out(quick, tmp_path_factory):
     out = tmp_path_factory.mktemp("digits") / "quick"
     done = quick(out)
     assert done.returncode == 0, done.stderr
@@ -253,7 +255,7 @@ def test_quick_leaves_models_that_answer(out, problems, name):
 
 
 @pytest.mark.slow
-def test_a_run_that_is_interrupted_and_killed_ends_as_one_that_is_not(out, tmp_path):
+def test_a_run_that_is_interrupted_and_killed_ends_as_one_that_is_not(quick, out, tmp_path):
     again = tmp_path / "again"
     interrupted = quick(again, "student-standard", 3, 2)
     assert interrupted.returncode == 130

@@ -3,10 +3,12 @@
 Equality is bit for bit in one process: the frameworks do the same operations in the same order.
 """
 
+import importlib.util
 import sys
 
 import pytest
 import torch
+from preloaded import preloaded, two_processes
 from safetensors.torch import load_file
 from torch.nn.utils import clip_grad_norm_
 from torchrun import EXAMPLES, run_two_processes
@@ -36,6 +38,23 @@ def _fresh_accelerate(monkeypatch):
     yield
     state.AcceleratorState._reset_state(reset_partial_state=True)
     state.GradientState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def run_two_forks():
+    """Runs an example in two processes that find what torchrun tells them; returns their output."""
+    needed = {"transformers": "transformers_trainer", "lightning": "lightning_automatic"}
+    modules = [module for package, module in needed.items() if importlib.util.find_spec(package)]
+    with preloaded(EXAMPLES, *modules, ACCELERATE_USE_CPU="true") as server:
+
+        def run(module, out):
+            code = f"import runpy; runpy.run_path('{module}.py', run_name='__main__')"
+            done = server.run(code, ["--out", out], each=two_processes())
+            output = "".join(process.stdout + process.stderr for process in done)
+            assert [process.returncode for process in done] == [0, 0], output
+            return output
+
+        yield run
 
 
 def weights(model):
@@ -167,10 +186,10 @@ def test_trainer_logs_the_sum_of_the_components_and_evaluates(transformers_train
 
 
 @pytest.mark.slow
-def test_trainer_in_two_processes_reaches_the_plain_loop(tmp_path):
+def test_trainer_in_two_processes_reaches_the_plain_loop(run_two_forks, tmp_path):
     pytest.importorskip("accelerate")
     pytest.importorskip("transformers", minversion="5.0")
-    run_two_processes("transformers_trainer.py", "--out", tmp_path)
+    run_two_forks("transformers_trainer", tmp_path)
     assert len(list((tmp_path / "checkpoint-6").glob("rng_state_*.pth"))) == 2
     assert_close_to(load_file(tmp_path / "checkpoint-6" / "model.safetensors"), plain_loop.train(left_over="actual"))
 
@@ -219,9 +238,9 @@ def test_lightning_steps_at_the_end_of_a_shortened_epoch(lightning_fit, tmp_path
 
 
 @pytest.mark.slow
-def test_lightning_in_two_processes_reaches_the_plain_loop(tmp_path):
+def test_lightning_in_two_processes_reaches_the_plain_loop(run_two_forks, tmp_path):
     pytest.importorskip("lightning")
-    output = run_two_processes("lightning_automatic.py", "--out", tmp_path)
+    output = run_two_forks("lightning_automatic", tmp_path)
     assert "MEMBER: 2/2" in output
     checkpoint = torch.load(tmp_path / "epoch=1.ckpt", weights_only=False)
     found = {name.removeprefix("model."): weight for name, weight in checkpoint["state_dict"].items()}

@@ -33,12 +33,14 @@ def examples(per_hundred: int) -> Callable[..., Any]:
     return settings(max_examples=count, phases=PHASES, suppress_health_check=SLOW)
 
 
+@pytest.mark.slow
 @examples(300)
 @given(programs(precise=True))
 def test_programs_in_float64(program: Program):
     Run(program).run()
 
 
+@pytest.mark.slow
 @examples(200)
 @given(programs(precise=False))
 def test_programs_of_many_dtypes(program: Program):

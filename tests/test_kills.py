@@ -151,6 +151,7 @@ def wait_for(process, clock, moment):
         time.sleep(1e-4)
 
 
+@pytest.mark.slow
 @needs_fork
 def test_sixty_kills_change_nothing(tmp_path):
     process = multiprocessing.get_context("spawn").Process(target=kill_and_resume, args=(tmp_path,))

@@ -176,8 +176,9 @@ def test_a_state_dict_is_a_snapshot():
     kept = copy.deepcopy(state)
     monitor.record(geometry(seed=1))
     monitor.history()
-    assert len(state["blocks"]) == len(kept["blocks"]) == 1
-    assert state["steps"].tolist() == kept["steps"].tolist() == [0]
+    assert state["step"].tolist() == [0]
+    assert state.keys() == kept.keys() == monitor.state_dict().keys()
+    assert all(torch.equal(state[key], kept[key]) for key in kept)
 
 
 def test_empty():

@@ -1,7 +1,7 @@
 """Tests that run in several processes at once: NCCL where there is a device for each of them, else gloo on the CPU.
 
-The processes are forked from a server that has imported torch and done nothing with it, so that a test costs less than
-a second, and none can disturb the next. One that hangs in a collective fails.
+The processes are forked from a server that has imported what most of them need and done nothing with it, so that a test
+costs less than a second, and none can disturb the next. One that hangs in a collective fails.
 """
 
 import functools
@@ -11,6 +11,7 @@ import itertools
 import multiprocessing
 import os
 import tempfile
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable
@@ -23,7 +24,17 @@ import torch.distributed as dist
 
 TIMEOUT = 60  # seconds for a test that takes one or two, half of it for one collective
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor.parallel"])
+CONTEXT.set_forkserver_preload(
+    [
+        "torch._dynamo",
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor.parallel",
+        "pytest",
+        "hypothesis",
+        "steer_optim.vlm",
+        "transformers.models.llama.modeling_llama",
+    ]
+)
 
 
 def processes(size: int, **each: Iterable[object]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -62,9 +73,11 @@ def _launch(check: Callable[..., None], calls: list[dict[str, object]], size: in
             worker.start()
             sender.close()
             workers.append((worker, receiver))
+        end = time.monotonic() + TIMEOUT
         for rank, (worker, receiver) in enumerate(workers):
             try:
-                error = receiver.recv() if receiver.poll(TIMEOUT) else f"no answer in {TIMEOUT} seconds"
+                answered = receiver.poll(max(0, end - time.monotonic()))
+                error = receiver.recv() if answered else f"no answer in {TIMEOUT} seconds"
             except EOFError:
                 error = "ended without an answer"
             if error:
