@@ -289,7 +289,7 @@ def _cell(key: str, value: str) -> str:
     if key == "states" and verdict == REFUSED:
         return "`response_logits` only"
     if key == "messages" and verdict == REFUSED:
-        note += " Use `text_only`."
+        note = note.rstrip(".") + ". Use `text_only`."
     note = re.sub(r"the processor cannot render conversation 0[^:]*: ", "", note)
     note = note.replace("the config says it all", "")
     note = re.sub(r"(tokenizer=\w*) needed", r"with `\1`", note)
@@ -344,7 +344,7 @@ an image.
 - **from ids**: `text_only` gives the prompt as the processor writes it without an image. *With `tokenizer=`*: the
   configuration does not name the tokens around an image, and `text_only` raises without the tokenizer.
 - **padding**: responses of 1 to 4 tokens follow prompts with no, one and two images in one batch, padded on either
-  side. Their logits are those that `generate` gives for each row by itself, in both views, and another image changes them.
+  side. Their logits are those that `generate` gives for each row by itself, in both views. Another image changes them.
 - **future**: a late token of the response changes no earlier logit, in both views.
 - **hidden states**: the logits that `response_states` gives are the model's; else it raises and names what to pass.
 - **rollout**: samples no placeholder, however likely the model makes it.
