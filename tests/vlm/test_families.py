@@ -79,8 +79,11 @@ def test_the_checks_can_fail(monkeypatch):
     with pytest.raises(ValueError, match="does not name the tokens around an image: pass tokenizer="):
         ids(zoo, prompts)
     zoo, prompts = broken(monkeypatch, "mllama", per_token={})
-    with pytest.raises(ValueError, match="'cross_attention_mask' has the shape .* a value for each"):
+    with pytest.raises(ValueError, match=r"'cross_attention_mask' has the shape .* a value for each"):
         padding(zoo, [prompt for prompt in prompts if IMAGE in prompt])
+    monkeypatch.undo()
+    zoo, prompts = broken(monkeypatch, "mllama", mixed=True)
+    assert padding(zoo, prompts).startswith(f"{WRONG}: logits differ")
 
 
 def test_a_prompt_in_the_zoo_has_an_image_where_it_says_so():
