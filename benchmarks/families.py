@@ -24,7 +24,9 @@ from steer_optim.vlm.families import family_of, placeholder_ids, roles
 from steer_optim.vlm.forward import response_logits, response_states
 from steer_optim.vlm.prompts import Rollout, append_response, render, text_only
 from steer_optim.vlm.rollout import rollout
-from tests.vlm.zoo import BOS, CONFIG_MAPPING, ENTRIES, EOS, IMAGE, MODELS, NOT_BUILT, VOCABULARY, Zoo, transformers
+from tests.vlm.zoo import BOS, CONFIG_MAPPING, EOS, IMAGE, MODELS, VOCABULARY, Zoo
+from tests.vlm.zoo_entries import ENTRIES, NOT_BUILT
+from tests.vlm.zoo_pixels import transformers
 
 PAGE = common.ROOT / "docs" / "families.md"
 COLUMNS = {"messages": "from messages", "ids": "from ids"}

@@ -9,7 +9,9 @@ from benchmarks import common
 from benchmarks.families import PAGE, PROMPTS, REFUSED, RIGHT, WRONG, check, future, ids, padding, report
 from steer_optim.vlm import families
 from steer_optim.vlm.prompts import Rollout, append_response
-from tests.vlm.zoo import CONFIG_MAPPING, ENTRIES, IMAGE, MODELS, NOT_BUILT, Zoo, transformers  # noqa: F401
+from tests.vlm.zoo import CONFIG_MAPPING, IMAGE, MODELS, Zoo
+from tests.vlm.zoo_entries import ENTRIES, NOT_BUILT
+from tests.vlm.zoo_pixels import transformers  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of transformers about tiny configurations
 GATE = (
