@@ -175,6 +175,7 @@ _MOLMO = [
 _MINICPM = {"image_token": "<image_pad>", "video_token": "<video_pad>"}
 _MINICPM |= {"image_start_token": "<image>", "image_end_token": "</image>", "slice_start_token": "<slice>"}
 _MINICPM |= {"slice_end_token": "</slice>", "image_id_start_token": "<image_id>", "image_id_end_token": "</image_id>"}
+_SLICES = {"patch_size": 4, "scale_resolution": 16, "downsample_mode": "4x", "slice_mode": True, "use_image_id": True}
 _OVIS = ["<IMG_ATOM>", "<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>"]
 
 ENTRIES: dict[str, Entry] = {
@@ -759,18 +760,18 @@ ENTRIES: dict[str, Entry] = {
         image="<image_pad>",
         ids={"image_token_id": "<image_pad>", "video_token_id": "<video_pad>"},
         config={"insert_layer_id": 0, "vision_config": {"insert_layer_id": 0}, "downsample_mode": "4x"},
-        pixels=Noise(minicpm, slice_mode=True, use_image_id=True, downsample_mode="4x"),
-        sizes=((16, 16), (16, 32)),
-        kept=("", "\n"),
+        pixels=_SLICES,
+        sizes=((16, 16), (48, 16)),
+        kept=("", "\n\n"),
     ),
     "minicpmv4_7": Entry(
         tokens=_MINICPM,
         image="<image_pad>",
         ids={"image_token_id": "<image_pad>", "video_token_id": "<video_pad>"},
         config={"insert_layer_id": 0, "vision_config": {"insert_layer_id": 0}, "downsample_mode": "4x"},
-        pixels=Noise(minicpm, slice_mode=True, use_image_id=True, downsample_mode="4x"),
-        sizes=((16, 16), (16, 32)),
-        kept=("", "\n"),
+        pixels=_SLICES,
+        sizes=((16, 16), (48, 16)),
+        kept=("", "\n\n"),
     ),
     "step3p7": Entry(
         tokens={
@@ -805,7 +806,7 @@ ENTRIES: dict[str, Entry] = {
                 "num_key_value_heads": 2,
             },
         },
-        pixels=Noise(views(192), size={"height": 192, "width": 192}, tile_size=192),
+        pixels={"size": {"height": 192, "width": 192}, "tile_size": 192},
         processor={"patch_size": 4},
     ),
     "unlimited_ocr": Entry(
