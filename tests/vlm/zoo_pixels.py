@@ -48,11 +48,11 @@ def patches(image: Tensor, size: int = 4) -> Tensor:
     return image.unfold(1, size, size).unfold(2, size, size).permute(1, 2, 0, 3, 4).flatten(0, 1).flatten(1)
 
 
-def grids(name: str = "image_grid_thw", *shape: int, times: int = 1, **attributes: Any) -> Noise:
+def grids(name: str = "image_grid_thw", *shape: int, **attributes: Any) -> Noise:
     """Flat patches of all images in one tensor, and how many there are in each direction."""
 
     def make(images: list[Tensor]) -> dict[str, Any]:
-        pixels = torch.cat([patches(image) for image in images]).repeat(1, times)
+        pixels = torch.cat([patches(image) for image in images])
         grid = torch.tensor([[1, image.shape[1] // 4, image.shape[2] // 4] for image in images])
         grid = grid[:, 1:] if name.endswith("_hw") else grid
         return {"pixel_values": pixels.unflatten(1, shape) if shape else pixels, name: grid}
@@ -131,7 +131,7 @@ def gemma4_unified(images: list[Tensor]) -> dict[str, Any]:
 
 
 def views(size: int, **more: Any) -> Callable[[list[Tensor]], dict[str, Any]]:
-    """Each image as a whole and no tiles beside."""
+    """Each image as a whole; with ``tiles`` a wide one in two tiles, too, with ``grid`` the number of tiles."""
 
     def make(images: list[Tensor]) -> dict[str, Any]:
         whole = torch.stack([nn.functional.interpolate(image[None], size)[0] for image in images])
