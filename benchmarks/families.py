@@ -24,9 +24,13 @@ from steer_optim.vlm.families import family_of, placeholder_ids, roles
 from steer_optim.vlm.forward import response_logits, response_states
 from steer_optim.vlm.prompts import Rollout, append_response, render, text_only
 from steer_optim.vlm.rollout import rollout
-from tests.vlm.zoo import BOS, CONFIG_MAPPING, ENTRIES, EOS, IMAGE, MODELS, NOT_BUILT, VOCABULARY, Zoo, transformers
+from tests.vlm.zoo import BOS, CONFIG_MAPPING, EOS, IMAGE, MODELS, VOCABULARY, Zoo
+from tests.vlm.zoo_entries import ENTRIES, NOT_BUILT
+from tests.vlm.zoo_pixels import transformers
 
 PAGE = common.ROOT / "docs" / "families.md"
+COLUMNS = {"messages": "from messages", "ids": "from ids"}
+COLUMNS |= {key: key for key in ("padding", "future", "gradients")} | {"states": "hidden states", "rollout": "rollout"}
 RIGHT, REFUSED, WRONG = "right", "refused", "WRONG"
 # Ids of letters, and of a newline; one image, none, two, and rows of different lengths.
 PROMPTS = {
@@ -58,6 +62,7 @@ def check(name: str) -> dict[str, str]:
         "messages": messages,
         "padding": padding,
         "future": future,
+        "gradients": gradients,
         "states": states,
         "rollout": sampled,
     }
@@ -68,7 +73,7 @@ def check(name: str) -> dict[str, str]:
             continue
         try:
             with torch.no_grad():
-                found[key] = function(zoo, alike if key in ("future", "states", "rollout") else prompts)
+                found[key] = function(zoo, prompts if key in ("ids", "messages", "padding") else alike)
         except Exception as error:
             ours = traceback.extract_tb(error.__traceback__)[-1].filename
             verdict = REFUSED if "steer_optim/vlm" in ours else f"{WRONG}: {type(error).__name__}"
@@ -196,6 +201,24 @@ def future(zoo: Zoo, prompts: list[list[int]]) -> str:
     return RIGHT
 
 
+@torch.enable_grad()
+def gradients(zoo: Zoo, prompts: list[list[int]]) -> str:
+    """Padding leaves no NaN in the gradients, and the response reaches the vision tower."""
+    responses = Rollout.of(
+        [[46, 47, 48, 49][: 1 + number % TOKENS] for number in range(len(prompts))], config=zoo.config
+    )
+    appended = append_response(zoo.batch(prompts, "right"), responses, zoo.config)
+    logits = response_logits(zoo.model, appended, responses.mask_BT.shape[1])
+    zoo.model.zero_grad()
+    logits[responses.mask_BT].logsumexp(dim=-1).sum().backward()
+    found = {name: p.grad for name, p in zoo.model.named_parameters() if p.grad is not None}
+    if broken := [name for name, grad in found.items() if not grad.isfinite().all()]:
+        return f"{WRONG}: the gradient of {broken[0]} is not finite"
+    if not any(grad.any() for name, grad in found.items() if re.search("vision|visual|image", name)):
+        return f"{RIGHT}: none reaches the image"
+    return RIGHT
+
+
 def states(zoo: Zoo, prompts: list[list[int]]) -> str:
     """Logits from hidden states against the model's own."""
     responses = Rollout.of([[46, 47, 48, 49]] * len(prompts), config=zoo.config)
@@ -279,7 +302,7 @@ def row(name: str, found: dict[str, str]) -> list[str]:
     """A line of the table of families that are not refused."""
     cells = {key: _cell(key, value) for key, value in found.items() if key != "image"}
     image = found["image"].replace("|", "\\|")
-    return [name, f"`{image}`", *(cells[key] for key in ("messages", "ids", "padding", "future", "states", "rollout"))]
+    return [name, f"`{image}`", *(cells[key] for key in COLUMNS)]
 
 
 def _cell(key: str, value: str) -> str:
@@ -289,7 +312,7 @@ def _cell(key: str, value: str) -> str:
     if key == "states" and verdict == REFUSED:
         return "`response_logits` only"
     if key == "messages" and verdict == REFUSED:
-        note += " Use `text_only`."
+        note = note.rstrip(".") + ". Use `text_only`."
     note = re.sub(r"the processor cannot render conversation 0[^:]*: ", "", note)
     note = note.replace("the config says it all", "")
     note = re.sub(r"(tokenizer=\w*) needed", r"with `\1`", note)
@@ -301,16 +324,7 @@ def report(result: dict[str, Any]) -> str:
     """The page, from a result."""
     families = result["families"]
     tried = {name: found for name, found in families.items() if "image" in found}
-    head = [
-        "family",
-        "an image in a prompt",
-        "from messages",
-        "from ids",
-        "padding",
-        "future",
-        "hidden states",
-        "rollout",
-    ]
+    head = ["family", "an image in a prompt", *COLUMNS.values()]
     refused = {name: found["refused"].partition(": ")[2] for name, found in families.items() if "refused" in found}
     right = [name for name in tried if name not in NOT_BUILT]
     return TEMPLATE.format(
@@ -344,8 +358,9 @@ an image.
 - **from ids**: `text_only` gives the prompt as the processor writes it without an image. *With `tokenizer=`*: the
   configuration does not name the tokens around an image, and `text_only` raises without the tokenizer.
 - **padding**: responses of 1 to 4 tokens follow prompts with no, one and two images in one batch, padded on either
-  side. Their logits are those that `generate` gives for each row by itself, in both views, and another image changes them.
+  side. Their logits are those that `generate` gives for each row by itself, in both views. Another image changes them.
 - **future**: a late token of the response changes no earlier logit, in both views.
+- **gradients**: padding leaves none that is not finite, and the response's loss reaches the vision tower.
 - **hidden states**: the logits that `response_states` gives are the model's; else it raises and names what to pass.
 - **rollout**: samples no placeholder, however likely the model makes it.
 

@@ -63,7 +63,6 @@ _PIXTRAL = Family(closing=("[IMG_BREAK]", "[IMG_END]"))
 _INTERN = Family(opening=("<img>",), closing=("</img>",))
 _COHERE = Family(opening=("<|START_OF_IMG|>",), closing=("<|END_OF_IMG|>",))
 _BARE = Family(bare=True)
-_IN_FRONT = Family(refused="its processor puts one image before every prompt, marked by a mask and not by placeholders")
 _PIXELS = Family(refused="it takes no prompt without pixel values")
 _DEFAULT = Family(per_token={"token_type_ids": 0, "mm_token_type_ids": 0})
 
@@ -109,8 +108,8 @@ FAMILIES = {
     "instructblipvideo": Family(refused="it reads videos only"),
     "internvl": _INTERN,
     "janus": Family(opening=("<begin_of_image>",), closing=("<end_of_image>",)),
-    "kosmos-2": _IN_FRONT,
-    "kosmos-2.5": _IN_FRONT,
+    "kosmos-2": _PIXELS,
+    "kosmos-2.5": Family(refused="its placeholders are the token that begins every text"),
     "lfm2_vl": Family(opening=("<|image_start|>",), closing=("<|image_end|>",)),
     "lighton_ocr": _BARE,
     "llava": _BARE,

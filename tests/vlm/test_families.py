@@ -9,7 +9,9 @@ from benchmarks import common
 from benchmarks.families import PAGE, PROMPTS, REFUSED, RIGHT, WRONG, check, future, ids, padding, report
 from steer_optim.vlm import families
 from steer_optim.vlm.prompts import Rollout, append_response
-from tests.vlm.zoo import CONFIG_MAPPING, ENTRIES, IMAGE, MODELS, NOT_BUILT, Zoo, transformers  # noqa: F401
+from tests.vlm.zoo import CONFIG_MAPPING, IMAGE, MODELS, Zoo
+from tests.vlm.zoo_entries import ENTRIES, NOT_BUILT
+from tests.vlm.zoo_pixels import transformers  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of transformers about tiny configurations
 GATE = (
@@ -79,8 +81,11 @@ def test_the_checks_can_fail(monkeypatch):
     with pytest.raises(ValueError, match="does not name the tokens around an image: pass tokenizer="):
         ids(zoo, prompts)
     zoo, prompts = broken(monkeypatch, "mllama", per_token={})
-    with pytest.raises(ValueError, match="'cross_attention_mask' has the shape .* a value for each"):
+    with pytest.raises(ValueError, match=r"'cross_attention_mask' has the shape .* a value for each"):
         padding(zoo, [prompt for prompt in prompts if IMAGE in prompt])
+    monkeypatch.undo()
+    zoo, prompts = broken(monkeypatch, "mllama", mixed=True)
+    assert padding(zoo, prompts).startswith(f"{WRONG}: logits differ")
 
 
 def test_a_prompt_in_the_zoo_has_an_image_where_it_says_so():

@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 
 from torch import Tensor, nn
-from zoo import BOS, EOS, FIRST, IMAGE, MORE, NEWLINE, PAD, VOCABULARY, Zoo, transformers
+
+from tests.vlm.zoo import BOS, EOS, FIRST, IMAGE, MORE, NEWLINE, PAD, VOCABULARY, Zoo
+from tests.vlm.zoo_pixels import transformers
 
 __all__ = ["BOS", "EOS", "FAMILIES", "IMAGE", "NEWLINE", "PAD", "VOCABULARY", "Family", "transformers"]
 
