@@ -25,7 +25,7 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from benchmarks import common
 from steer_optim import SteeredOptimizer
-from steer_optim.vlm import DecomposedDistillation, Rollout, Prompts, rollout, score, text_only
+from steer_optim.vlm import DecomposedDistillation, Prompts, Rollout, rollout, score, text_only
 
 GIB = 2**30
 PARTS = ("views", "student", "student, text only", "teacher", "teacher, text only", "losses", "backward", "optimizer")

@@ -41,8 +41,8 @@ from steer_optim.monitor import Monitor, scalars
 from steer_optim.rules import Rule
 from steer_optim.vlm import (
     DecomposedDistillation,
-    Rollout,
     Prompts,
+    Rollout,
     angles_by_decile,
     rollout,
     score,

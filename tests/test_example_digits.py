@@ -22,7 +22,7 @@ import digits_models  # noqa: E402
 import digits_run  # noqa: E402
 import distill_digits  # noqa: E402
 
-from steer_optim.vlm import Rollout, Prompts, append_response, response_logits, score, text_only  # noqa: E402
+from steer_optim.vlm import Prompts, Rollout, append_response, response_logits, score, text_only  # noqa: E402
 
 METHODS = distill_digits.methods(distill_digits.Settings(seed=0, device="cpu"))
 

@@ -15,7 +15,7 @@ from torchrun import EXAMPLES, run_two_processes
 from toys import assert_equal, memory
 
 from steer_optim import SteeredOptimizer
-from steer_optim.vlm import Rollout, Prompts, score, text_only, visual_dependency, visual_tokens
+from steer_optim.vlm import Prompts, Rollout, score, text_only, visual_dependency, visual_tokens
 
 sys.path.insert(0, str(EXAMPLES))
 

@@ -3,9 +3,9 @@ import torch
 from hidden_states import views_of
 from hypothesis import given
 from hypothesis import strategies as st
-from steer_optim.vlm import token_losses
 
 from steer_optim import measure
+from steer_optim.vlm import token_losses
 from steer_optim.vlm.analysis import angles_by_decile
 
 
