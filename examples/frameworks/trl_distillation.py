@@ -20,15 +20,7 @@ from tiny_llava import make_dataset, make_model, make_processor
 from trl import DistillationConfig, DistillationTrainer
 
 from steer_optim import SteeredOptimizer
-from steer_optim.vlm import (
-    DecomposedDistillation,
-    Rollout,
-    append_response,
-    response_states,
-    text_only,
-    visual_dependency,
-    visual_tokens,
-)
+from steer_optim.vlm import DecomposedDistillation, Prompts, Rollout, score, text_only, visual_dependency, visual_tokens
 
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 PIXELS = ("pixel_values", "image_grid_thw", "pixel_attention_mask", "image_sizes")
@@ -42,10 +34,8 @@ class SteeredDistillationTrainer(DistillationTrainer):
         self.method, self.steered = method, optimizer  # self.optimizer will be Accelerate's wrapper
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        student, student_text = self._views(model, inputs)
-        teacher, teacher_text = inputs["teacher_views"]
         losses = self.method(
-            {"student": student, "student_text": student_text, "teacher": teacher, "teacher_text": teacher_text},
+            self._views(model, inputs, known=inputs["teacher_views"]),
             inputs["completion_mask"].bool(),
             # TRL counts the tokens of the whole step on all processes, over which gradients are averaged.
             count=inputs["num_items_in_batch"] / self.accelerator.num_processes,
@@ -60,9 +50,8 @@ class SteeredDistillationTrainer(DistillationTrainer):
         if "gate_BT" not in inputs:
             step = self._buffered_inputs if self.model.training else [inputs]
             masks = [batch["completion_mask"].bool() for batch in step]
-            with torch.no_grad():
-                teachers = [self._views(self.teacher_model.eval(), batch) for batch in step]
-            scores = [visual_dependency(*views, mask) for views, mask in zip(teachers, masks, strict=True)]
+            teachers = [self._views(self.model, batch, names=("teacher", "teacher_text")) for batch in step]
+            scores = [visual_dependency(*views.values(), mask) for views, mask in zip(teachers, masks, strict=True)]
             everyone = dist.group.WORLD if self.accelerator.num_processes > 1 else None
             gate_BT = visual_tokens(torch.cat(scores), torch.cat(masks), quantile=self.method.quantile, group=everyone)
             gates = gate_BT.split([len(mask) for mask in masks])
@@ -70,15 +59,15 @@ class SteeredDistillationTrainer(DistillationTrainer):
                 batch |= {"teacher_views": views, "gate_BT": gate}
         return inputs
 
-    def _views(self, model, inputs):
-        """What a model says to the responses, with the image and without: hidden states before its head."""
+    def _views(self, model, inputs, **options):
+        """What the models say to the responses: hidden states before their heads."""
         length = inputs["prompt_ids"].shape[1]
         prompt = {"input_ids": inputs["prompt_ids"], "attention_mask": inputs["prompt_mask"]}
         prompt |= {name: inputs[name][:, :length] for name in TOKEN_TYPES if name in inputs}
         prompt |= {name: inputs[name] for name in PIXELS if name in inputs}
-        response, config = Rollout(inputs["completion_ids"], inputs["completion_mask"].bool()), self.model.config
-        views = [append_response(batch, response, config) for batch in (prompt, text_only(prompt, config))]
-        return [response_states(model, view, response.mask_BT.shape[1]) for view in views]
+        prompts = Prompts(prompt, text_only(prompt, self.model.config))
+        response = Rollout(inputs["completion_ids"], inputs["completion_mask"].bool())
+        return score(model, self.teacher_model, prompts, response, method=self.method, **options)
 
 
 def make_trainer(directory, *, adapt=lambda model: model, max_steps=3):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -153,6 +153,7 @@ def score(
     method: DecomposedDistillation,
     prior: nn.Module | None = None,
     teacher_prompts: Prompts | None = None,
+    names: Collection[str] | None = None,
     known: Mapping[str, Tensor | HiddenStates] | None = None,
     hidden_states: bool = True,
 ) -> dict[str, Tensor | HiddenStates]:
@@ -171,7 +172,9 @@ def score(
         prior: where the method's prior is frozen, a copy of the student as it was before training. By default the
             student itself with its adapters switched off, where it has some (PEFT).
         teacher_prompts: what the teacher sees, where that is not the same: another crop, further text.
-        known: views that are there already and not computed again, those of the teacher from the gate, for instance.
+        names: of the views that are computed; by default all that the method reads. ``teacher`` and ``teacher_text``
+            are those that a gate over several micro-batches needs first.
+        known: views that are there already, from such a call, and are not computed again.
         hidden_states: whether to stop before the head; False for a model whose head :class:`Head` cannot be read, at
             the price of ``(B, T, V)`` logits.
 
@@ -201,7 +204,7 @@ def score(
     batches |= {"teacher": others.image, "teacher_text": others.text}
     adapters = (x.disable_adapter for x in student.modules() if prior is None and hasattr(x, "disable_adapter"))
     without_adapter: Any = next(adapters, None)
-    if "prior" in method.views and prior is None and without_adapter is None:
+    if "prior" in (names or method.views) and prior is None and without_adapter is None:
         raise ValueError(
             "the method's prior is frozen: pass prior=copy.deepcopy(student), made before training; a student with "
             "PEFT adapters needs none, for they are switched off"
@@ -212,7 +215,7 @@ def score(
     if prior is not None:
         prior.eval()
     views = dict(known or {})
-    for name in (name for name in method.views if name in models and name not in views):
+    for name in [name for name in names or method.views if name in models and name not in views]:
         model = models[name]
         twin = views.get(name.removesuffix("_text"))
         blank = (others if name.startswith("teacher") else prompts).blank

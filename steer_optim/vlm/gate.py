@@ -87,7 +87,7 @@ def sampled_log_probs(
     select_rows(mask_BT, view=view_BTV)
     rows = Rows(view_BTV.detach()[mask_BT], temperature)
     response_N, found = response_BT[mask_BT], []
-    for part in chunks(rows, default_size(mask_BT.device)):
+    for part in chunks(rows, default_size(1, mask_BT.device)):
         log_p_CV = rows.logits(part).log_softmax(-1)
         found.append(log_p_CV.gather(-1, response_N[part, None])[:, 0])
     log_p_N = torch.cat(found) if found else torch.zeros(0, device=mask_BT.device)

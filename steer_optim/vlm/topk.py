@@ -226,7 +226,7 @@ def top_ids(
         raise ValueError(f"k must be at least 1 and at most the vocabulary of {V}; got {k}")
     rows = [Rows(view[mask_BT].detach()) for view in views]
     ids_Nk = torch.empty(len(rows[0]), k, dtype=torch.int64, device=mask_BT.device)
-    for part in chunks(rows[0], default_size(mask_BT.device)):
+    for part in chunks(rows[0], default_size(len(rows), mask_BT.device)):
         scores = [row.logits(part).log_softmax(dim=-1) for row in rows]
         ids_Nk[part] = heaviest(torch.maximum(scores[0], scores[-1]), k)
     return ids_Nk.new_full((*mask_BT.shape, k), -1).masked_scatter(mask_BT[..., None], ids_Nk)
