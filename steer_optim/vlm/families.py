@@ -38,6 +38,7 @@ class Family:
             merges them with those of the text.
         per_token: what a response token gets in a key that has a value per token; None for what the last prompt token
             has. Keys with None are about images only, so that the view without images lacks them.
+        scaled: whether the logits are multiplied by the factor that the text model's config names.
         mixed: whether a row without images, in a batch with images, is what it is by itself.
         refused: the reason why the model cannot read a prompt followed by a response.
     """
@@ -48,6 +49,7 @@ class Family:
     bare: bool = False
     newlines: range = range(0)
     per_token: Mapping[str, int | None] = field(default_factory=dict)
+    scaled: bool = True
     mixed: bool = True
     refused: str = ""
 
@@ -61,7 +63,7 @@ _FAKE = Family(around=("<fake_token_around_image>",))
 _GEMMA = Family(newlines=range(107, 138))
 _PIXTRAL = Family(closing=("[IMG_BREAK]", "[IMG_END]"))
 _INTERN = Family(opening=("<img>",), closing=("</img>",))
-_COHERE = Family(opening=("<|START_OF_IMG|>",), closing=("<|END_OF_IMG|>",))
+_COHERE = Family(opening=("<|START_OF_IMG|>",), closing=("<|END_OF_IMG|>",), scaled=False)
 _BARE = Family(bare=True)
 _PIXELS = Family(refused="it takes no prompt without pixel values")
 _DEFAULT = Family(per_token={"token_type_ids": 0, "mm_token_type_ids": 0})

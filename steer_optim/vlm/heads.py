@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steer_optim.vlm.families import family_of
+
 # How a model type names the factor of its logits, and the exponent it is raised to: Granite divides by its own.
 _SCALES = {"logit_scale": 1, "logits_scaling": -1, "lm_head_multiplier": 1, "output_multiplier": 1}
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
@@ -277,7 +279,7 @@ def _after(model: nn.Module) -> dict[str, Any]:
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     found: dict[str, Any] = {}
-    for name, exponent in _SCALES.items():
+    for name, exponent in _SCALES.items() if family_of(config).scaled else ():
         if (value := getattr(text, name, None)) is not None:
             # HyperCLOVA X multiplies by what Granite, under the same name, divides by.
             multiplies = exponent > 0 or str(getattr(text, "model_type", "")).startswith("hyperclovax")

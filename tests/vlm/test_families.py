@@ -20,7 +20,7 @@ GATE = (
 )
 # What a family cannot do by itself; all else of it is right.
 NO_TEMPLATE = {"chameleon", "got_ocr2", "paligemma", "pp_chart2table"}
-NO_STATES = {"aya_vision", "chameleon", "cohere2_vision"}
+NO_STATES = {"chameleon"}
 
 
 def names(chosen):
