@@ -234,7 +234,9 @@ def placeholder_ids(config: Any) -> set[int]:
 
 
 def _named(config: Any, names: tuple[str, ...]) -> list[int]:
-    values = [getattr(config, f"{name}_{end}", None) for name in names for end in ("id", "index", "ids")]
+    owners = [config, *(getattr(config, f"{part}_config", None) for part in ("vision", "audio"))]
+    attributes = [f"{name}_{end}" for name in names for end in ("id", "index", "ids")]
+    values = [getattr(owner, attribute, None) for owner in owners for attribute in attributes]
     return [
         one for value in values if value is not None for one in (value if isinstance(value, (list, tuple)) else [value])
     ]
