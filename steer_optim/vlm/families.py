@@ -128,6 +128,7 @@ FAMILIES = {
     "paddleocr_vl": Family(opening=("<|IMAGE_START|>",), closing=("<|IMAGE_END|>",)),
     "paligemma": Family(bare=True, per_token={"token_type_ids": 1}),
     "perception_lm": _BARE,
+    "phi4_multimodal": _BARE,
     "pi0": Family(refused="it predicts a robot's actions and no tokens"),
     "pp_chart2table": _INTERN,
     "qianfan_ocr": _INTERN,
