@@ -90,6 +90,7 @@ DECOMPOSITIONS: dict[str, Decomposition] = {
         {**_LANGUAGE, "vp": Component(TERMS["vis"], "visual", factor="lam")}, _towards_language
     ),
     "standard": Decomposition({"std": _STD}, _sum),
+    "both-views": Decomposition({"std": _STD, "lang": Component(TERMS["lang"])}, _sum),
     "forward": Decomposition({"std": Component(TERMS["forward"])}, _sum),
     "jsd": Decomposition({"std": Component(TERMS["jsd"])}, _sum),
     "vision-opd": Decomposition({"std": Component(TERMS["jsd-top100"])}, _sum),
@@ -112,6 +113,7 @@ class DecomposedDistillation:
     ``language``        ``std``, ``lang``, ``vp`` as printed (Eqs. 19-21)      ``VGS(gamma, toward="lang")``
     ``language-image``  the same, ``vp`` on the view with the image            ``VGS(gamma, toward="lang")``
     ``standard``        ``std`` (Eq. 3)                                        ``Sum()``
+    ``both-views``      ``std``, ``lang``: distillation of both views          ``Sum()``
     ``forward``         ``std`` = ``KL(q || p)``                               ``Sum()``
     ``jsd``             ``std`` = ``JSD(1/2)``                                 ``Sum()``
     ``vision-opd``      ``std`` = ``JSD(1/2)`` on the student's top 100 ids    ``Sum()``
