@@ -24,8 +24,7 @@ _MEDIA = ("image", "image_url", "video", "video_url", "audio", "audio_url", "inp
 # Position ids are computed anew by the model; a processor's labels are those of another objective.
 _DROPPED = ("position_ids", "rope_deltas", "cache_position", "labels")
 # An image in the roles of `families.roles`, `t` being text: whatever is between its opening and its closing token,
-# a part between two tokens of the same kind, with a newline or two at its end, or placeholders up to the token that closes
-# them.
+# a part between two tokens of one kind, with a newline or two at its end, or placeholders up to their closing token.
 _IMAGE = r"o[^oc]*c|b[^pobc]*p+[^pobc]{0,2}(?=b)|p+[^pobc]*c|[obc]"
 
 

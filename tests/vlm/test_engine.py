@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from steer_optim.vlm import DecomposedDistillation, Head, HiddenStates, adaptive_strength, visual_dependency
+from steer_optim.vlm.distillation import DECOMPOSITIONS
 from steer_optim.vlm.divergences import TERMS, Term, token_losses
 from steer_optim.vlm.engine import weighted_sums
 
@@ -33,6 +34,15 @@ every_method = pytest.mark.parametrize("method", METHODS, ids=repr)
 def test_every_method_and_head_is_the_eager_one(method, kind):
     states = random_states(3, 4, 9, kind=kind, padded=2)
     assert_same(method(views_of(states), MASK), method(views_of(dense(states)), MASK), states, **EXACT)
+
+
+@pytest.mark.parametrize("name", DECOMPOSITIONS)
+def test_every_entry_is_the_eager_one(name):
+    states, frozen = random_states(3, 4, 9, kind="everything", padded=2), random_states(3, 4, 9, seed=1)[1].detach()
+    method = DecomposedDistillation(name, lam=0.5, chunk_size=3)
+    meant = method({**views_of(dense(states)), "prior": frozen.logits()}, MASK)
+    assert_same(method({**views_of(states), "prior": frozen}, MASK), meant, states, **EXACT)
+    method.rule().check(list(meant))
 
 
 @settings(deadline=None)
