@@ -78,6 +78,7 @@ _exact = DecomposedDistillation("exact", gamma=0.0)
 BASES = {
     "standard": Method(DecomposedDistillation("standard")),
     "vgs": Method(DecomposedDistillation("vgs")),
+    "vgs-frozen": Method(DecomposedDistillation("vgs-frozen"), prior="frozen"),
     "language": Method(DecomposedDistillation("language")),
     "fixed": Method(DecomposedDistillation("vgs"), refresh_every=FOREVER),
     # On the exact split std = lang + vis; gamma is the gain here.

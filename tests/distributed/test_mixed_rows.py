@@ -76,6 +76,6 @@ def test_a_process_without_images_trains_with_one_that_has_some():
     found, expected = whole(student.parameters()), whole(alone.parameters())
     assert_same_bits(found)
     # The norms of Qwen compute in float32 whatever the model is, and rows of other lengths round otherwise.
-    assert_close(found, expected, 2e-6)
+    assert_close(found, expected, 1e-6)
     sampled = rollout(student, prompts, max_new_tokens=3, temperature=0)
     assert len(sampled.response_BT) == 2

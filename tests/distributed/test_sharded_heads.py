@@ -88,7 +88,7 @@ def check_shards(method: str, how: str, dtype, tied: bool, refresh_every: int) -
     found, expected = (whole(model.parameters()) for model in (student, alone[0]))
     assert_same_bits(found)
     # Sums over tokens in another order, of which Adam makes more where a gradient is small.
-    assert_close(found, expected, 1e-12 if dtype == torch.float64 else 2e-6)
+    assert_close(found, expected, 1e-12 if dtype == torch.float64 else 1e-6)
 
 
 @processes(2, method=["vgs", "vgs-frozen"], tied=[False, True], refresh_every=[1, 3])

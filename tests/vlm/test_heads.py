@@ -283,3 +283,12 @@ def test_a_static_graph_which_would_not_average_is_refused():
             assert response_states(model, batch, 3).shape == (2, 3, VOCABULARY)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_states_remember_the_autocast_of_their_pass():
+    """On an accelerator the losses then multiply as the model's own head would have."""
+    model, batch = text_model("llama"), batch_of([2, 20], [2, 21])
+    assert response_states(model, batch, 3).autocast is None
+    with torch.autocast("cpu", torch.bfloat16):
+        states = response_states(model, batch, 3)
+    assert states.autocast == states[:1].detach().autocast == torch.bfloat16
