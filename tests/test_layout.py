@@ -1,6 +1,7 @@
 """What the package promises about its own shape."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,20 @@ def test_no_module_imports_one_further_down_the_line():
         for path in paths:
             allowed = {*LINE[:place], *(["rules"] if name == "rules" else [])}
             assert imports(path) <= allowed, f"{path.name} imports {imports(path) - allowed}"
+
+
+# What is known of families; the algebra of heads; from terms to components; prompts and responses; all of it together.
+VLM = ("families", "heads", "rows", "topk", "divergences", "engine", "gate", "distillation", "prompts", "forward")
+VLM += ("rollout", "check", "analysis")
+
+
+def test_no_module_of_vlm_imports_one_further_down_its_line():
+    assert {path.stem for path in (PACKAGE / "vlm").glob("*.py")} == {*VLM, "__init__"}
+    for place, name in enumerate(VLM):
+        found = set(
+            re.findall(r"^from steer_optim\.vlm\.(\w+) import", (PACKAGE / "vlm" / f"{name}.py").read_text(), re.M)
+        )
+        assert found <= {*VLM[:place]}, f"{name}.py imports {found - {*VLM[:place]}}"
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
