@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 import weakref
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -103,11 +103,13 @@ def response_states(
             "response_logits"
         )
     _, module = output_embeddings(model)
+    sharded = any(hasattr(x, "unshard") for x in model.modules())
     taken: list[Any] = []
 
     def take(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         taken.append(args[0])
-        return (args[0].detach()[:1, -1:], *args[1:])
+        # Under a frozen head the logits would have no graph, and FSDP2 could not hook them.
+        return (args[0].detach()[:1, -1:].requires_grad_(sharded and args[0].requires_grad), *args[1:])
 
     handle = module.register_forward_pre_hook(take, prepend=True)
     try:
@@ -128,16 +130,11 @@ def response_states(
     if made_of not in _COMPARED.setdefault(model, set()) and x_BLd.numel():
         _compare(model, head, x_BLd[:1, -1:], logits_BLV)
         _COMPARED[model].add(made_of)
-    sharded: list[Any] = [x for x in model.modules() if hasattr(x, "unshard") and any(y is module for y in x.modules())]
-
-    def gather(_: Tensor) -> None:
-        for around in sharded:
-            around.unshard()
-
     if x_BLd.requires_grad and sharded:
-        # FSDP2 gathers a module for the backward pass when a gradient reaches what it returned, here logits that no
-        # loss reads: from the second pass on, weights that the graph has saved would be memory that was freed.
-        x_BLd.register_hook(gather)
+        # FSDP2 gathers a module for the backward pass, and reduces its gradients after it, when a gradient reaches what
+        # it returned, here logits that no loss reads.
+        beside: Callable[..., Tensor] = _Beside.apply
+        x_BLd = beside(x_BLd, logits_BLV)
     device = x_BLd.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     states = HiddenStates(x_BLd, head, autocast)[:, -(num_tokens + 1) : -1]
@@ -259,6 +256,18 @@ def _forward(model: nn.Module, batch: Mapping[str, Tensor], num_tokens: int) -> 
     keep = {"logits_to_keep": num_tokens + 1} if takes_any or "logits_to_keep" in parameters else {}
     with overridden(model, "rope_deltas", None):
         return model(**batch, use_cache=False, **keep)
+
+
+class _Beside(torch.autograd.Function):
+    """Hidden states whose backward pass runs the hooks of the logits, too, which get no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, logits: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor, None]:
+        return incoming, None
 
 
 def _compare(model: nn.Module, head: Head, x_BLd: Tensor, logits_BLV: Any) -> None:

@@ -40,7 +40,11 @@ def make(seed: int, dtype: torch.dtype, *, tied: bool = False) -> nn.Module:
 
 
 def shard(model: nn.Module, how: str, mesh) -> nn.Module:
-    """``root``: layers by themselves, the head with the rest; ``head``: the head by itself, too, and gathered anew."""
+    """``root``: layers by themselves, the head with the rest; ``head``: the head by itself, too, and gathered anew;
+    ``one`` and ``one anew``: all in one, gathered for both passes or for each.
+    """
+    if how.startswith("one"):
+        return fully_shard(model, mesh=mesh, reshard_after_forward=how == "one anew")
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     if how != "root":
@@ -99,6 +103,27 @@ def test_a_head_that_the_root_holds(method, tied, refresh_every):
 @processes(2, how=["head", "whole head", "all"], refresh_every=[1, 3])
 def test_a_head_that_is_sharded_by_itself(how, refresh_every):
     check_shards("vgs", how, torch.float64, False, refresh_every)
+
+
+@processes(2, how=["one", "one anew"], method=["vgs", "vgs-frozen"])
+def test_a_model_that_is_sharded_in_one_piece(how, method):
+    """Its gradients are reduced although no loss reads what it returns."""
+    check_shards(method, how, torch.float64, False, 1)
+
+
+@processes(2, how=["one", "one anew", "root", "head"], frozen_head=[False, True])
+def test_a_plain_backward_pass(how, frozen_head):
+    def gradients(student, teacher, part, replicas):
+        student.lm_head.requires_grad_(not frozen_head)
+        prompts, response = step_of(0, part)
+        views = score(student, teacher, prompts, response, method=METHODS["standard"])
+        METHODS["standard"](views, response.scored_BT, count=6 / replicas)["std"].backward()
+        return whole(p.grad for p in student.parameters() if p.requires_grad)
+
+    (alone, teacher, _), (student, _, _) = models(torch.float64, False), models(torch.float64, False)
+    mesh = init_device_mesh(torch.get_default_device().type, (2,))
+    found = gradients(shard(student, how, mesh), teacher, share, 2)
+    assert_close(found, gradients(alone, teacher, lambda x: x, 1), 1e-12)
 
 
 @processes(4, how=["root", "head"])
