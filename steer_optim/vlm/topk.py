@@ -146,7 +146,7 @@ class TopLogProbs:
 
 
 def collapse(log_probs: Tensor, ids: Tensor) -> Tensor:
-    """Return log-probabilities ``(..., V)`` collapsed to bins ``(..., k + 1)``: those of the ids, then that of the tail.
+    """Return log-probabilities ``(..., V)`` collapsed to bins ``(..., k + 1)``: those of the ids, then the tail.
 
     Differentiable. A bin without an entry is ``ABSENT``. The tail is summed over its entries rather than computed as a
     difference, so that its gradient is accurate however small it is.
