@@ -153,7 +153,7 @@ def padding(zoo: Zoo, prompts: list[list[int]]) -> str:
     except ValueError as refusal:
         found = [_padding(zoo, [prompt for prompt in prompts if (IMAGE in prompt) is kind]) for kind in (True, False)]
         wrong = [value for value in found if value != RIGHT]
-        return wrong[0] if wrong else f"{RIGHT}: {str(refusal).partition(' stand')[0]} in one batch are refused"
+        return wrong[0] if wrong else f"{RIGHT}: {str(refusal).partition(' are')[0]} in one batch are refused"
     return f"{WRONG}: a batch of rows with and without images is not refused"
 
 

@@ -1,4 +1,4 @@
-"""Decomposed on-policy distillation of vision-language models: prompts, rollouts, views, losses. Needs only torch."""
+"""Decomposed on-policy distillation of vision-language models: prompts, rollouts, views, losses. Needs torch only."""
 
 from steer_optim.vlm.analysis import angles_by_decile
 from steer_optim.vlm.check import check_views
@@ -7,7 +7,7 @@ from steer_optim.vlm.divergences import token_losses
 from steer_optim.vlm.forward import response_logits, response_states, score
 from steer_optim.vlm.gate import adaptive_strength, visual_dependency, visual_tokens
 from steer_optim.vlm.heads import Head, HiddenStates
-from steer_optim.vlm.prompts import Prompts, Rollout, append_response, check_responses, left_padded, render, text_only
+from steer_optim.vlm.prompts import Prompts, Rollout, append_response, left_padded, render, text_only
 from steer_optim.vlm.rollout import rollout
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "adaptive_strength",
     "angles_by_decile",
     "append_response",
-    "check_responses",
     "check_views",
     "left_padded",
     "render",

@@ -1,4 +1,4 @@
-"""Where language and vision pull apart: the geometry of the components among tokens of like visual dependency.
+"""The geometry of the components among tokens of similar visual dependency.
 
 Dimensions: ``B`` prompts, ``T`` response tokens, ``N`` tokens that the mask keeps.
 """
@@ -21,38 +21,35 @@ def angles_by_decile(
     *,
     bins: int = 10,
 ) -> Geometry:
-    """The geometry of the components in each decile of visual dependency (Fig. 3 of the paper).
+    """Return the geometry of the components in each decile of visual dependency (Fig. 3).
 
-    The tokens that the mask keeps are ranked by their visual dependency score, equal ones in the order of the
-    batch, and divided into ``bins`` groups whose sizes differ by one at most. In each, a component is the mean of
-    its token losses. Takes ``bins`` times as many backward passes as there are components; the graph is retained
-    and no ``.grad`` is touched.
+    The tokens that the mask keeps are sorted by visual dependency score (ties keep the order of the batch) and split
+    into ``bins`` groups whose sizes differ by at most one. Within a group, a component is the mean of its token losses.
+    This takes ``bins`` backward passes per component, retains the graph and touches no ``.grad``.
 
     Args:
-        token_losses: ``(B, T)`` per component, differentiable, as in ``TokenLosses``.
-        vds_BT: visual dependency scores, ``KL(q || q_tx)``. Scores that the mask drops are not read.
+        token_losses: ``(B, T)`` per component, differentiable, for example from ``token_losses``.
+        vds_BT: visual dependency scores, ``KL(q || q_tx)``. Scores outside the mask are not read.
         mask_BT: bool, True at response tokens.
         parameters: whose gradients are compared.
         bins: the number of groups; 10 for deciles.
 
     Returns:
         A geometry with a leading dimension of bins, from the least visual to the most: ``angle("lang", "vis")`` is
-        ``(bins,)``, in degrees. Losses are None.
+            ``(bins,)``, in degrees. Losses are None.
 
     Raises:
         TypeError: the mask is not bool.
-        ValueError: shapes differ; a score is not finite; there are fewer tokens than bins; or what
-            :func:`steer_optim.measure` refuses.
+        ValueError: shapes differ; a score is not finite; there are fewer tokens than bins; or
+            :func:`steer_optim.measure` refuses the losses.
 
     Example:
         >>> import torch
-        >>> from steer_optim.vlm.analysis import angles_by_decile
         >>> x = torch.tensor([1.0, 1.0], requires_grad=True)
         >>> lang_BT = torch.stack([x[0], x[0], x[0], x[0]])[None]
         >>> vis_BT = torch.stack([x[0], x[1], x[0] + x[1], -x[0]])[None]
         >>> vds_BT, mask_BT = torch.tensor([[0.1, 0.5, 0.2, 0.9]]), torch.ones(1, 4, dtype=torch.bool)
-        >>> losses = {"lang": lang_BT, "vis": vis_BT}
-        >>> geometry = angles_by_decile(losses, vds_BT, mask_BT, [x], bins=4)
+        >>> geometry = angles_by_decile({"lang": lang_BT, "vis": vis_BT}, vds_BT, mask_BT, [x], bins=4)
         >>> geometry.angle("lang", "vis").round()
         tensor([  0.,  45.,  90., 180.], dtype=torch.float64)
 

@@ -1,4 +1,4 @@
-"""Checks on a model and its processor, of any family, that the two views of a prompt and a response are what they seem.
+"""Check that the two views of a prompt and their responses are correct for a model and its processor, of any family.
 
 Dimensions: ``B`` prompts, ``T`` response tokens, ``V`` vocabulary.
 """
@@ -22,11 +22,11 @@ _TOKENS = 8
 
 @dataclass(frozen=True)
 class ViewReport:
-    """What :func:`check_views` found. ``str`` says it in words.
+    """The result of :func:`check_views`; ``str`` gives it in words.
 
     Attributes:
-        text_view: how the text view that ``text_only`` makes from ids differs from the rendered one; empty if it does
-            not. The rendered one is right.
+        text_view: how the text view that ``text_only`` makes from ids differs from the correct, rendered one; empty if
+            they are equal.
         future: the largest change of a logit when a later token of the response changes.
         generation: the largest difference between the logits of the appended response and those of ``generate``.
         scale: the largest logit.
@@ -52,30 +52,29 @@ def check_views(
     messages: Sequence[Sequence[Mapping[str, Any]]] | None = None,
     **template_kwargs: Any,
 ) -> ViewReport:
-    """Checks that views and responses are right for a model and its processor, before a training run depends on it.
+    """Check that views and responses are correct for a model and its processor. Run it once before training.
 
-    The views of a few prompts are rendered, the model answers them greedily, and for both views
+    A few prompts are rendered and the model answers them greedily. In both views
 
-    1. a response token does not see its own future: the logits before a token do not move when the token changes;
-    2. the logits of the appended response are those with which ``generate`` wrote it.
+    1. a response token must not see its own future: changing a token must not change the logits before it;
+    2. the logits of the appended response must equal those of ``generate``.
 
-    The report also says where ``text_only``, which sees ids only, makes another text view than the processor.
+    The report also says where ``text_only``, which sees only ids, makes a different text view than the processor.
 
     Args:
-        model: a transformers model with ``generate``. In float32 the checks see more than in half precision.
+        model: a transformers model with ``generate``. The checks are more sensitive in float32 than in half precision.
         processor: its processor, with a chat template.
-        messages: conversations as ``render`` takes them; by default two with an image and one without.
-        template_kwargs: those of ``render``.
+        messages: conversations as in ``render``; by default two with an image and one without.
+        template_kwargs: as in ``render``.
 
     Returns:
-        What was found. Differences in logits are within the model's precision.
+        The differences found, which are within the model's precision.
 
     Raises:
         ValueError: the processor cannot render the prompts, or the model's family is refused.
-        RuntimeError: a check failed; the message says which, in which view, and by how much.
+        RuntimeError: a check failed; the message names the check, the view and the difference.
 
     Example:
-        >>> from steer_optim.vlm.check import check_views
         >>> print(check_views(model, processor))  # doctest: +SKIP
         the text view from ids equals the one from messages
         a later token moves logits by at most 0.0e+00, and generate's logits differ by at most 3.8e-06; ...
@@ -104,21 +103,21 @@ def check_views(
                 for ids in (response_BT, changed_BT)
             )
         scale = max(scale, float(logits_BTV.amax().abs()))
-        # Half of the digits may differ between a pass with a cache and one without; nothing is reordered between the
-        # two passes without, except where tokens are sorted by expert.
+        # A pass with a cache and one without may differ in half of the digits. Two passes without a cache are equal,
+        # unless the model sorts tokens by expert.
         limit = float(torch.finfo(model.dtype).eps) ** 0.5 * scale
         moved = _largest(logits_BTV[:, : half + 1], changed_BTV[:, : half + 1])
         if not moved <= limit / 16:
             raise RuntimeError(
                 f"the response sees its own future in the {name} view: logits of up to {scale:.3g} move by {moved:.2g} "
-                "when a later token changes. The model reads a key of the batch that has another value for a response: "
-                "name it in the per_token of the model's entry in families.FAMILIES"
+                "when a later token changes. The model reads a key of the batch that needs another value at response "
+                "tokens: name it in per_token of the model's entry in families.FAMILIES"
             )
         differ = _largest(logits_BTV, said_BTV)
         if not differ <= limit:
             raise RuntimeError(
-                f"logits of the appended response differ by {differ:.2g} from those that generate wrote it with, in "
-                f"the {name} view, at logits of up to {scale:.3g}: the losses would be those of another policy"
+                f"logits of the appended response differ by {differ:.2g} from those of generate in the {name} view, at "
+                f"logits of up to {scale:.3g}: the losses would be those of another policy"
             )
         future, generation = max(future, moved), max(generation, differ)
     return ViewReport(_difference(views, config, processor), future, generation, scale)
@@ -140,12 +139,12 @@ def _to(value: Any, model: Any) -> Any:
 
 
 def _largest(left: Tensor, right: Tensor) -> float:
-    """The largest difference; infinities of one sign are equal."""
+    """Return the largest difference; infinities of the same sign are equal."""
     return float((left - right).where(left != right, 0.0).abs().max())
 
 
 def _difference(views: Prompts, config: Any, processor: Any) -> str:
-    """Where the text view from ids leaves the rendered one, in words."""
+    """Describe the first difference between the text view from ids and the rendered one; empty if there is none."""
     try:
         from_ids = text_only(views.image, config, tokenizer=processor)
     except ValueError as error:

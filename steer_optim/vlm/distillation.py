@@ -1,8 +1,8 @@
-"""Decomposed distillation as one object: its hyperparameters, its loss components, and the rule that steers them.
+"""Decomposed distillation: its hyperparameters, its loss components, and the rule that steers them.
 
-:mod:`steer_optim.vlm.divergences` says what a token contributes; here the tokens are gated, weighted and averaged into
-the scalars that ``backward_components`` takes. Given the count and the gate of the whole optimizer step, the sum over
-its micro-batches does not depend on how it was split.
+:mod:`steer_optim.vlm.divergences` defines the loss of a token; here tokens are gated, weighted and averaged into the
+scalars that ``backward_components`` takes. If ``count`` and gate are those of the optimizer step, the sum over its
+micro-batches does not depend on the split.
 
 A new decomposition is one entry of ``DECOMPOSITIONS``, or a :class:`Decomposition` of your own.
 
@@ -34,10 +34,10 @@ class Component:
     """One component of a decomposition: a term over some of the tokens.
 
     Attributes:
-        term: of each token.
-        tokens: ``all``; the most ``visual`` ones, above the quantile of visual dependency; the ``rest``; or all,
-            ``graded`` by their visual dependency where the method is adaptive.
-        factor: the hyperparameter that multiplies the component, which is absent where that is 0.
+        term: the divergence of each token.
+        tokens: ``all``; the most ``visual`` ones, above the quantile of visual dependency; the ``rest``; or ``graded``:
+            all, weighted by their visual dependency if the method is adaptive.
+        factor: the hyperparameter that multiplies the component; if it is 0, the component is left out.
         less: another component that is subtracted.
     """
 
@@ -49,7 +49,7 @@ class Component:
 
 @dataclass(frozen=True)
 class Decomposition:
-    """Which components, the rule that steers them given ``gamma``, and the defaults of their hyperparameters."""
+    """The components, the rule that steers them given ``gamma``, and the defaults of their hyperparameters."""
 
     components: Mapping[str, Component]
     rule: Callable[[float], Rule]
@@ -65,8 +65,7 @@ _VGS = {"std": _STD, "vis": _VIS, "lp": _LP}
 _LANGUAGE = {"std": _STD, "lang": Component(TERMS["lang"])}
 
 
-def _towards_language(gamma: float) -> Rule:
-    return VGS(gamma, toward="lang")
+_towards_language = partial(VGS, toward="lang")
 
 
 def _towards_vision(gamma: float) -> Rule:
@@ -119,18 +118,17 @@ class DecomposedDistillation:
     ``vision-opd``      ``std`` = ``JSD(1/2)`` on the student's top 100 ids    ``Sum()``
     ==================  =====================================================  =======================================
 
-    The default, ``vgs-frozen``, is what the evidence of this project recommends among the forms of the paper's method:
-    the prior in ``q*`` is that of the student as it was, so that steering keeps the student's language
-    (docs/evidence.md). ``vgs`` is the paper's.
+    The default, ``vgs-frozen``, is the variant that this project recommends (docs/evidence.md): the prior in ``q*`` is
+    the initial student, so that steering keeps the student's language. ``vgs`` is the paper's method.
 
     ``lp`` (language preservation) is ``lam * KL(p_tx || q_tx)``, on the most visual tokens only. So is ``vp`` (vision
-    preservation): ``lam * KL(p_tx || q*)`` as Eq. 21 is printed, which teaches the view without the image to guess it,
-    or ``lam * KL(p || q*)``, as the text around the equation can be read.
+    preservation): ``lam * KL(p_tx || q*)`` as Eq. 21 is printed, which trains the view without the image to guess it,
+    or ``lam * KL(p || q*)``, another reading of the text around the equation.
 
-    Unsteered, the sum of ``exact`` and that of ``tokens`` is standard distillation. ``tokens`` needs no text-only pass
-    of the student and no ``q*``: steered with ``gain=gamma`` it is plain reweighting of the visual tokens.
+    Unsteered, ``exact`` and ``tokens`` each sum to standard distillation. ``tokens`` needs no text-only pass of the
+    student and no ``q*``: steered with ``gain=gamma`` it reweights the visual tokens.
 
-    With a policy loss (Eq. 22), pass it to the rule beside these components::
+    To add a policy loss (Eq. 22), pass it to the rule beside these components::
 
         losses = DecomposedDistillation("vgs-unscaled")(views, mask_BT)
         components = {"policy": (1 - alpha) * policy} | {name: alpha * loss for name, loss in losses.items()}
@@ -138,28 +136,29 @@ class DecomposedDistillation:
     Attributes:
         decomposition: a name of the table, or a :class:`Decomposition`.
         gamma: how much further the rule steers, at least 0.
-        lam: the weight of ``lp`` or ``vp``, at least 0. By default 0.01, and 0 for ``vgs-frozen``.
-        prior: whose text-only view is the prior in ``q*``: ``live``, the student's as it is; ``frozen``, that of the
-            student as it was before training, the view ``prior``. By default as in the table.
-        quantile: of visual dependency, above which a token counts as visual; inside [0, 1), 0 for all of them.
-        adaptive: whether a token's visual dependency decides how strongly ``vis`` steers it (Eqs. 24-25). What the
-            strength takes from ``vis`` stays in ``lang`` in the exact decomposition.
+        lam: the weight of ``lp`` or ``vp``, at least 0. Default: 0.01; 0 for ``vgs-frozen``.
+        prior: whose text-only view is the prior in ``q*``: ``live``, the student's current one; ``frozen``, that of the
+            student before training, the view ``prior``. Default: as in the table.
+        quantile: of visual dependency, above which a token counts as visual; inside [0, 1), 0 for all tokens that the
+            image changes.
+        adaptive: whether a token's visual dependency decides how strongly ``vis`` steers it (Eqs. 24-25). In ``exact``,
+            the part of ``vis`` that this removes stays in ``lang``.
         temperature: all logits are divided by it.
-        reduction: the mean over all tokens (``token``), or over the tokens of a response and then over
-            responses (``sequence``, the paper). A response without any token does not count as one.
-        detach_prior: whether the prior is a constant in ``q*``. If not, ``vis`` also pulls the student's text-only
-            view, by ``q* - p``; not with a frozen prior.
-        floor: on the teacher's probabilities before its visual gain is taken; None for the paper's equation. By default
-            as in the table: 1e-3 for ``vgs-frozen``. Pass 0 for none.
-        chunk_size: of hidden states, how many rows of each view meet a head at once; by default 384 in all views
-            together on a CPU, 3072 on an accelerator.
-        compile: whether ``torch.compile`` fuses what happens to the logits of a chunk; of hidden states only.
+        reduction: ``token``, the mean over all tokens; or ``sequence``, the mean over the tokens of a response, then
+            over responses (the paper). A response without tokens does not count.
+        detach_prior: whether the prior is a constant in ``q*``. If False, ``vis`` also pulls the student's text-only
+            view, by ``q* - p``; not possible with a frozen prior.
+        floor: the smallest probability of the teacher when its visual gain is computed. Default: 1e-3 for
+            ``vgs-frozen``, else none, the paper's equation. Pass 0 for none.
+        chunk_size: for hidden states, how many rows of each view meet a head at once. Default: 384 on a CPU and 3072 on
+            an accelerator, divided by the number of views.
+        compile: for hidden states, whether ``torch.compile`` fuses the operations on the logits of a chunk.
 
     Raises:
         ValueError: a hyperparameter is out of range, or does not fit the decomposition.
 
     Example:
-        Two micro-batches of one optimizer step, as if they were one batch.
+        Two micro-batches of one optimizer step equal one batch.
 
         >>> import torch
         >>> from steer_optim.vlm import visual_dependency, visual_tokens
@@ -181,8 +180,8 @@ class DecomposedDistillation:
         VGS(gamma=2.0, toward='vis')
 
     References:
-        arXiv 2606.00564. ``exact`` and ``tokens`` are not in the paper: ``std - vis`` is
-        ``E_p[log p_tx - log q_tx] - log Z*``, with ``Z*`` the normaliser of ``q*``. Vision-OPD: arXiv 2605.18740.
+        arXiv 2606.00564. ``exact`` and ``tokens`` are not in the paper: ``std - vis`` is ``E_p[log p_tx - log q_tx] -
+        log Z*``, with ``Z*`` the normaliser of ``q*``. Vision-OPD: arXiv 2605.18740.
     """
 
     decomposition: str | Decomposition = "vgs-frozen"
@@ -219,7 +218,8 @@ class DecomposedDistillation:
         check_chunk_size(self.chunk_size)
         if self.adaptive and not any(part.tokens == "graded" for part in self._entry.components.values()):
             raise ValueError(
-                f"adaptive grades the component vis, which vgs-frozen, vgs and exact have; got {self.decomposition!r}"
+                "adaptive=True needs a component with graded tokens, as vgs-frozen, vgs, vgs-unscaled and exact have; "
+                f"got {self.decomposition!r}"
             )
         if self.prior == "frozen" and not self.detach_prior:
             raise ValueError("a frozen prior receives no gradient: detach_prior=False needs prior='live'")
@@ -234,28 +234,28 @@ class DecomposedDistillation:
         strength_BT: Tensor | None = None,
         weight_BT: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """The loss components of a micro-batch.
+        """Return the loss components of a micro-batch.
 
-        Rows that the mask drops are never computed with, and may hold anything. Without a single token every
-        component is a zero with zero gradients, so that all replicas can run the same backward passes. Selecting
-        rows waits for the device.
+        Rows outside the mask are dropped before anything is computed, and may hold anything. If the mask keeps no
+        token, every component is a zero with zero gradients, so that all processes can run the same backward passes.
+        Selecting rows synchronizes with the device.
 
         Args:
-            views: :attr:`views` by name, as :func:`~steer_optim.vlm.forward.score` gives them: logits ``(B, T, V)``,
-                floating, that predict the response; or the hidden states that they would be computed from, and then
-                no ``(B, T, V)`` tensor is held (:mod:`steer_optim.vlm.engine`). The teacher's and the prior's may be
-                logits beside the student's states, and the teacher's :class:`~steer_optim.vlm.topk.TopLogProbs`.
+            views: :attr:`views` by name, as from :func:`~steer_optim.vlm.forward.score`: logits ``(B, T, V)``,
+                floating, that predict the response; or the hidden states before the head, and then no ``(B, T, V)``
+                tensor is held (:mod:`steer_optim.vlm.engine`). The teacher's and the prior's may be logits beside the
+                student's hidden states, and the teacher's :class:`~steer_optim.vlm.topk.TopLogProbs`.
             mask_BT: ``(B, T)``, bool, True at the response tokens that are scored.
-            count: what the sums over tokens or responses are divided by: :meth:`count` of all micro-batches of the
-                optimizer step, and of all replicas. Where gradients are averaged over ``R`` replicas and not
-                summed, as by DDP, FSDP and ``SteeredOptimizer``, pass that total divided by ``R``. By default that
-                of this micro-batch.
+            count: the divisor of the sums over tokens or responses: the total of :meth:`count` over all micro-batches
+                of the optimizer step and all processes. If gradients are averaged over ``R`` processes rather than
+                summed, as in DDP, FSDP and ``SteeredOptimizer``, pass that total divided by ``R``. Default: that of
+                this micro-batch.
             gate_BT: ``(B, T)``, bool, the most visual tokens: the part for this micro-batch of
-                :func:`~steer_optim.vlm.gate.visual_tokens` over the optimizer step. By default the tokens given
-                here are gated among themselves.
-            strength_BT: ``(B, T)``, floating, likewise of :func:`~steer_optim.vlm.gate.adaptive_strength`, for
+                :func:`~steer_optim.vlm.gate.visual_tokens` over the optimizer step. Default: computed from this
+                micro-batch.
+            strength_BT: ``(B, T)``, floating, the same of :func:`~steer_optim.vlm.gate.adaptive_strength`, for
                 ``adaptive`` only.
-            weight_BT: ``(B, T)``, floating, a weight of each token in all components, a constant; see
+            weight_BT: ``(B, T)``, floating, a constant weight of each token in all components; see
                 :func:`~steer_optim.vlm.gate.top_share`.
 
         Returns:
@@ -263,12 +263,12 @@ class DecomposedDistillation:
 
         Raises:
             TypeError: the mask or the gate is not bool, or logits are not floating.
-            ValueError: shapes or devices do not fit each other; logits that the mask keeps are not finite; a view is
-                missing, or requires no grad where it is trained; the count is not positive; a strength is given to a
-                method that is not adaptive.
+            ValueError: shapes or devices differ; logits that the mask keeps are not finite; a view is missing, or
+                requires no grad where it is trained; the count is not positive; ``strength_BT`` is given but the method
+                is not adaptive.
         """
         if strength_BT is not None and not self.adaptive:
-            raise ValueError("strength_BT is read by an adaptive method only: set adaptive=True or do not pass it")
+            raise ValueError("strength_BT is not used without adaptive=True: set it, or do not pass strength_BT")
         if missing := [name for name in self.views if name not in views]:
             raise ValueError(
                 f"the decomposition {self.decomposition} reads the views {', '.join(self.views)}; missing "
@@ -291,10 +291,10 @@ class DecomposedDistillation:
         return {name: total / denominator for name, total in components.items()}
 
     def count(self, mask_BT: Tensor) -> Tensor:
-        """What the losses of ``mask_BT`` are averaged over: its tokens, or its responses that have a token.
+        """Return the number that losses are averaged over: tokens, or responses with at least one token.
 
         Returns:
-            An int64 scalar, to be summed over the micro-batches and replicas of an optimizer step.
+            An int64 scalar, to be summed over the micro-batches and processes of an optimizer step.
 
         Example:
             >>> import torch
@@ -325,7 +325,7 @@ class DecomposedDistillation:
 
     @property
     def trains_text(self) -> bool:
-        """Whether a component reaches the student's view without the image: where not, it needs no graph.
+        """Whether a component trains the student's view without the image; if not, that view needs no graph.
 
         Example:
             >>> DecomposedDistillation("vgs").trains_text, DecomposedDistillation("vgs-frozen").trains_text
@@ -335,7 +335,7 @@ class DecomposedDistillation:
         return "student_text" in trained
 
     def rule(self) -> Rule:
-        """The rule that steers these components, with this method's ``gamma``.
+        """Return the rule that steers these components, with this method's ``gamma``.
 
         Example:
             >>> DecomposedDistillation("standard").rule()
@@ -349,7 +349,7 @@ class DecomposedDistillation:
 
     @property
     def _parts(self) -> dict[str, Component]:
-        """The components that are there, as the hyperparameters make them."""
+        """The components that are not left out, with the hyperparameters applied."""
         parts = {}
         for name, part in self._entry.components.items():
             if part.factor is not None and getattr(self, part.factor) == 0:
@@ -364,7 +364,7 @@ class DecomposedDistillation:
         return parts
 
     def _components(self, rows: Mapping[str, View], mask_BT: Tensor, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The components as sums over tokens, which the count turns into means."""
+        """Return the components as sums over tokens."""
         parts, every = self._parts, mask_BT[mask_BT]
         weight_N = given.get("weight_BT", torch.ones_like(every, dtype=torch.float64))
         if self.reduction == "sequence":
@@ -395,7 +395,7 @@ class DecomposedDistillation:
                 graded_N = weight_N if strength_N is None or part.tokens != "graded" else weight_N * strength_N
                 weights[name] = (getattr(self, part.factor) if part.factor else 1.0) * graded_N[where]
             if tokens == "all" and gated and gate_N is None:
-                terms |= score  # on the way, from logits that are computed in any case
+                terms |= score  # from the same logits
             kept = {name: x if where is every else x[where] for name, x in rows.items()}
             sums, losses = losses_of(kept, terms, weights, floor=self.floor)
             totals |= sums
@@ -410,7 +410,7 @@ class DecomposedDistillation:
                 f"count must be the positive number of {self.reduction}s of the optimizer step; got {total}, and "
                 f"this micro-batch alone has {here:g}"
             )
-        # Without a token in the whole step every sum is zero, and so is its mean.
+        # A step without any token has zero sums, and their mean is zero.
         return total or 1.0
 
 

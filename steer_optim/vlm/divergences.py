@@ -1,8 +1,8 @@
-"""The table of divergences: whose distribution is drawn to which target, and by which divergence.
+"""The table of divergences: the divergence of each loss, and the two distributions it compares.
 
-A *view* is the next-token distribution that a model gives for the same response, named by whose it is: ``student`` and
-``teacher`` with the image, ``student_text`` and ``teacher_text`` without it, ``prior`` for the text-only view whose
-language the visual target keeps. A term draws one view to the target ``softmax(sum of c * log view)``::
+A *view* is a model's next-token distribution for the response, given the prompt with or without its image: ``student``
+and ``teacher`` with the image, ``student_text`` and ``teacher_text`` without it, and ``prior`` for the text-only view
+whose language the visual target keeps. A term pulls one view towards the target ``softmax(sum of c * log view)``::
 
     std   KL(student || teacher)                                            Eq. 3
     vis   KL(student || q*),  log q* = log prior + log teacher - log teacher_text + const.    Eqs. 10, 11
@@ -10,9 +10,9 @@ language the visual target keeps. A term draws one view to the target ``softmax(
     vp    KL(student_text || q*)                                            Eq. 21 as printed
     vds   KL(teacher || teacher_text), the visual dependency score          Eq. 12
 
-Everything reads this table: :func:`token_losses` is the eager oracle, differentiated by autograd, and
-:mod:`steer_optim.vlm.engine` computes the same values and gradients a chunk of tokens at a time. The gradients stand
-here, in :func:`value_and_gradients`.
+All losses read this table: :func:`token_losses` is the eager oracle, differentiated by autograd;
+:mod:`steer_optim.vlm.engine` computes the same values and gradients a chunk of tokens at a time, with the gradients of
+:func:`value_and_gradients`.
 
 Dimensions: ``B`` prompts, ``T`` response tokens, ``V`` vocabulary entries.
 
@@ -44,20 +44,20 @@ class Term:
 
     Attributes:
         left: the view that is trained.
-        target: the coefficient ``c`` of each view in the target, which is normalised. The target is a constant.
-        divergence: ``reverse`` is ``KL(left || target)``, ``forward`` is ``KL(target || left)``, and ``jsd``
-            ``beta * KL(target || m) + (1 - beta) * KL(left || m)`` with ``m = beta * target + (1 - beta) * left``.
-        beta: of ``jsd``, inside (0, 1).
+        target: the coefficient ``c`` of each view in the target, which is normalised and constant.
+        divergence: ``reverse`` is ``KL(left || target)``, ``forward`` is ``KL(target || left)``, and ``jsd`` is ``beta
+            * KL(target || m) + (1 - beta) * KL(left || m)`` with ``m = beta * target + (1 - beta) * left``.
+        beta: for ``jsd``, inside (0, 1).
         attached: views of the target that receive a gradient too.
-        floored: views of the target whose probabilities are raised to the floor, where one is given.
-        top: a view and ``k``: the divergence is taken over the ``k`` ids that this view gives the most mass, and one
-            bin for the rest. None for the whole vocabulary.
+        floored: views of the target whose probabilities are raised to ``floor``, if one is given.
+        top: a view and ``k``: the divergence uses the ``k`` most likely ids of this view and one bin for the rest. None
+            for the full vocabulary.
 
     Raises:
-        ValueError: the divergence is not one of the three, or ``beta`` is out of range.
+        ValueError: the divergence is unknown, or ``beta`` is out of range.
 
     Example:
-        The gap to a teacher that is pushed beyond what it says with the image, away from what it says without.
+        A target that extrapolates the teacher's visual gain.
 
         >>> Term("student", {"teacher": 2.0, "teacher_text": -1.0}, divergence="forward").views
         ('student', 'teacher', 'teacher_text')
@@ -84,7 +84,7 @@ class Term:
         return tuple(dict.fromkeys([self.left, *self.target, *(self.top or ())[:1]]))
 
     def live(self) -> Term:
-        """The same with the student's own text-only view as the prior."""
+        """Return the same term with the student's own text-only view as the prior."""
         target = {"student_text" if name == "prior" else name: c for name, c in self.target.items()}
         attached = tuple("student_text" if name == "prior" else name for name in self.attached)
         return replace(self, target=target, attached=attached)
@@ -106,12 +106,12 @@ TERMS: dict[str, Term] = {
 
 
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """``KL(p || q)`` over the last dimension, from log-probabilities."""
+    """Return ``KL(p || q)`` over the last dimension, from log-probabilities."""
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def divergence(term: Term, log_p: Tensor, log_q: Tensor) -> Tensor:
-    """The divergence of ``term`` between its left view and its target, ``(...)``, differentiable."""
+    """Return the divergence of ``term`` between its left view and its target, ``(...)``, differentiable."""
     if term.divergence == "reverse":
         return kl(log_p, log_q)
     if term.divergence == "forward":
@@ -123,11 +123,11 @@ def divergence(term: Term, log_p: Tensor, log_q: Tensor) -> Tensor:
 def value_and_gradients(
     term: Term, log_p: Tensor, log_q: Tensor, *, attached: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What :func:`divergence` gives, and its gradients with respect to the logits of the left view and the target.
+    """Return the value of :func:`divergence`, and its gradients at the logits of the left view and of the target.
 
-    With ``r = log(p / m)``, that of ``KL(p || m)`` with respect to the logits of ``p`` is ``p (r - E_p r)``, and with
-    respect to those of ``m`` it is ``m - p``; both sum to zero over the vocabulary. In JSD what ``m`` moves cancels.
-    The target's is None unless views of it are ``attached``.
+    With ``r = log(p / m)``, the gradient of ``KL(p || m)`` at the logits of ``p`` is ``p (r - E_p r)``, and at those of
+    ``m`` it is ``m - p``; both sum to zero over the vocabulary. In JSD the contributions through ``m`` cancel. The
+    gradient at the target is None unless views of it are ``attached``.
     """
     if term.divergence == "reverse":
         value, left = _pulled(log_p, log_q)
@@ -153,7 +153,7 @@ def _mixture(term: Term, log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def log_target(term: Term, log_probs: Mapping[str, Tensor], floor: float | None) -> Tensor:
-    """The log-probabilities of the target, from those of the views."""
+    """Return the log-probabilities of the target, from those of the views."""
     parts = []
     for name, coefficient in term.target.items():
         log_q = log_probs[name] if name in term.attached else log_probs[name].detach()
@@ -170,30 +170,29 @@ def token_losses(
     temperature: float = 1.0,
     floor: float | None = None,
 ) -> dict[str, Tensor]:
-    """The divergences of each token, before any gate, weight or mean: eager, the oracle of all faster forms.
+    """Return the divergences of each token, before any gate, weight or mean. The eager oracle of the fast forms.
 
-    Everything is computed in float32 at least, and every ``(..., V)`` intermediate is held. Where the vocabularies of
-    student and teacher differ in size, as padded heads do, all views are cut to the common ids and renormalised; an id
-    must mean the same token to both. Asking whether the logits are finite waits once for the device.
+    All computations are in float32 or float64, and every ``(..., V)`` intermediate is held. If the vocabularies of
+    student and teacher differ in size, as with padded heads, all views are cut to the common ids and renormalised; an
+    id must mean the same token in both. The check for finite logits synchronizes with the device once.
 
     Args:
-        views: logits ``(..., V)`` by the name of the view, floating, or :class:`~steer_optim.vlm.topk.TopLogProbs` of
-            a teacher. ``prior`` is ``student_text`` where it is not given.
-        terms: by the name of the loss; by default ``std``, ``vis``, ``lang``, ``vp`` and ``vds`` of ``TERMS``, those
-            whose views are there.
+        views: logits ``(..., V)`` by the name of the view, floating, or :class:`~steer_optim.vlm.topk.TopLogProbs` of a
+            teacher. ``prior`` defaults to ``student_text``.
+        terms: by the name of the loss. Default: ``std``, ``vis``, ``lang``, ``vp`` and ``vds`` of ``TERMS``, as far as
+            their views are given.
         temperature: all logits are divided by it; the losses are not multiplied by its square.
-        floor: the smallest probability that the teacher is taken to give when its visual gain
-            ``log q - log q_tx`` is computed, which a peaked teacher otherwise makes unbounded. None is the paper's
-            equation.
+        floor: the smallest probability of the teacher when its visual gain ``log q - log q_tx`` is computed; without
+            it, a peaked teacher makes the gain unbounded. None is the paper's equation.
 
     Returns:
-        ``(...)`` each, differentiable; and, where a floor is given and ``vis`` asked for, ``floored``: how much of
-        ``p`` lies on entries whose visual gain the floor changed, in [0, 1], a constant.
+        ``(...)`` each, differentiable. If a floor is given and ``vis`` is computed, also ``floored``: the mass of ``p``
+        on entries whose visual gain the floor changed, in [0, 1], a constant.
 
     Raises:
         TypeError: logits are not floating.
-        ValueError: shapes or devices do not fit each other; a view is missing; logits are not finite; ``temperature``
-            or ``floor`` is out of range.
+        ValueError: shapes or devices differ; a view is missing; logits are not finite; ``temperature`` or ``floor`` is
+            out of range.
 
     Example:
         >>> import torch
@@ -230,20 +229,19 @@ def token_losses(
 
 
 def common_vocabulary(views: Mapping[str, View]) -> int:
-    """How many ids all views have, those that are not read included; 0 where all are of a server."""
+    """Return the number of ids that all views share, unread views included; 0 if all are a server's."""
     return min([view.shape[-1] for view in views.values() if not isinstance(view, TopLogProbs)], default=0)
 
 
 def _log_probs(
     views: Mapping[str, Tensor | TopLogProbs], names: Iterable[str], temperature: float
 ) -> dict[str, Tensor]:
-    """Log-probabilities over the common vocabulary, or over the bins of a server's ids, in float32 at least."""
+    """Return float32 or float64 log-probabilities over the common vocabulary, or over the bins of a server's ids."""
     V, scaled = common_vocabulary(views), {}
     for name in dict.fromkeys(names):
         if isinstance(x := views[name], Tensor):
             scaled[name] = x[..., :V].to(torch.promote_types(x.dtype, torch.float32)) / temperature
-    # A non-finite entry gives NaN losses without a word about where it came from. One verdict on all inputs, because
-    # every read from the device stalls it.
+    # One check for all inputs, because every read synchronizes with the device.
     if scaled:
         finite = torch.stack([x.isfinite().all() for x in scaled.values()]).tolist()
         refuse_non_finite([name for name, ok in zip(scaled, finite, strict=True) if not ok])
@@ -256,18 +254,18 @@ def _log_probs(
 
 
 def check_views(views: Mapping[str, View], terms: Mapping[str, Term], temperature: float) -> None:
-    """Raises TypeError or ValueError where a view is missing, or views are not of the same rows.
+    """Raise TypeError or ValueError if a view is missing, or the views do not have the same rows.
 
     ``name`` and ``name_text`` are the two views of one model.
     """
     for loss, term in terms.items():
         if missing := [name for name in term.views if name not in views]:
             raise ValueError(
-                f"the loss {loss!r} reads {', '.join(term.views)}; missing {', '.join(missing)}: score gives all that "
-                "a decomposition reads"
+                f"the loss {loss!r} reads {', '.join(term.views)}; missing {', '.join(missing)}: score computes all "
+                "views of a decomposition"
             )
     if len({term.top for term in terms.values()}) > 1:
-        raise ValueError("the components of one decomposition must be over the same ids: all, or the same top ids")
+        raise ValueError("all losses must be over the same ids: give all terms the same top, or none")
     first_name, first = next(iter(views.items()))
     servers: list[TopLogProbs] = []
     for name, x in views.items():
@@ -279,7 +277,7 @@ def check_views(views: Mapping[str, View], terms: Mapping[str, Term], temperatur
             )
         if x.shape[:-1] != first.shape[:-1]:
             raise ValueError(
-                f"all views must have the same rows, and may differ in their last dimension only; {first_name} is "
+                f"all views must have the same shape, except for the last dimension; {first_name} is "
                 f"{tuple(first.shape)} and {name} {tuple(x.shape)}: score the same response tokens in every view"
             )
         twin_name = name.removesuffix("_text")
@@ -291,17 +289,17 @@ def check_views(views: Mapping[str, View], terms: Mapping[str, Term], temperatur
         ):
             raise ValueError(
                 f"{twin_name} and {name} are two views of one model: both must be logits of one shape, or both hidden "
-                "states under one head (of the same tensors: pass the head of one to response_states of the other). "
-                "The text-only view of a frozen copy of the student is the view prior"
+                "states under one head: pass the head of one to response_states of the other. Name the text-only view "
+                "of a frozen copy of the student prior"
             )
         if isinstance(x, TopLogProbs):
             servers.append(x)
             if temperature != 1:
-                raise ValueError(f"log-probabilities of a few ids are those at temperature 1; got {temperature}")
+                raise ValueError(f"TopLogProbs are valid at temperature 1 only; got {temperature}: pass temperature=1")
             if name in {term.left for term in terms.values()} - {"teacher"} or not x.ids_BTk.equal(servers[0].ids_BTk):
                 raise ValueError(
-                    f"{name} must be a teacher's view over the ids of the teacher's other views, and not trained: pass "
-                    "both views through intersect, or score the same ids in both"
+                    f"{name} must be a view of the teacher over the ids of the teacher's other views, and not trained: "
+                    "pass both views through intersect, or score the same ids in both"
                 )
     if servers:
         check_ids(servers[0].ids_BTk, common_vocabulary(views) or None)
@@ -310,7 +308,7 @@ def check_views(views: Mapping[str, View], terms: Mapping[str, Term], temperatur
 
 
 def refuse_non_finite(names: Sequence[str]) -> None:
-    """Raises ValueError that these views hold logits that are not finite; nothing where there are none."""
+    """Raise ValueError if ``names``, the views with logits that are not finite, is not empty."""
     if names:
         raise ValueError(
             f"logits must be finite in every response row; found NaN or infinity in {', '.join(names)}. If entries of "
@@ -319,21 +317,21 @@ def refuse_non_finite(names: Sequence[str]) -> None:
 
 
 def refuse_overflow(losses: Iterable[Tensor]) -> None:
-    """Raises ValueError where a loss of finite logits is NaN."""
+    """Raise ValueError if a loss of finite logits is NaN."""
     if torch.stack([x.isnan().any() for x in losses]).any():
         raise ValueError(
-            "the logits are finite, but their sums overflow in a target: entries of the vocabulary that are masked "
-            "with the smallest number of the dtype must be larger, -1e4 for instance"
+            "the logits are finite, but their sums overflow in a target: if entries of the vocabulary are masked with "
+            "the smallest number of the dtype, mask them with -1e4"
         )
 
 
 def check_temperature(temperature: float) -> None:
-    """Raises ValueError where ``temperature`` is not a positive finite number."""
+    """Raise ValueError unless ``temperature`` is positive and finite."""
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite; got {temperature}")
 
 
 def check_floor(floor: float | None) -> None:
-    """Raises ValueError where ``floor`` is neither None nor a probability inside (0, 1)."""
+    """Raise ValueError unless ``floor`` is None or a probability inside (0, 1)."""
     if floor is not None and not 0 < floor < 1:
         raise ValueError(f"floor must be a probability inside (0, 1), or None for no floor; got {floor}")

@@ -1,8 +1,8 @@
 """The losses from hidden states, a chunk of tokens at a time: no ``(N, V)`` tensor is ever held.
 
-The forward pass also computes the gradients with respect to hidden states and heads, chunk by chunk, each token
-weighted with what the caller's mean gives it, and the backward pass of a component multiplies them by the gradient that
-comes in. :func:`~steer_optim.vlm.divergences.token_losses` is the oracle.
+The forward pass of the losses also computes their gradients at hidden states and heads, chunk by chunk, weighted per
+token. The backward pass of a component multiplies them by the incoming gradient.
+:func:`~steer_optim.vlm.divergences.token_losses` is the oracle.
 
 Dimensions: ``N`` rows, ``C`` rows of a chunk, ``c`` rows of a block, ``V`` vocabulary entries, ``k`` ids.
 """
@@ -48,36 +48,13 @@ def weighted_sums(
     chunk_size: int | None = None,
     compile: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The sums over rows of ``weight * loss``, each with a backward pass of its own, and the losses of the rows.
+    """Return the sums over rows of ``weight * loss``, each with its own backward pass, and the losses of the rows.
 
-    Args:
-        views: by name, ``(N, d)`` hidden states, those of one model under one head; of what no term trains also logits
-            ``(N, V)`` or :class:`~steer_optim.vlm.topk.TopLogProbs`. The vocabularies are cut to the common ids. Where
-            none is hidden states, autograd differentiates the oracle.
-        terms: by the name of the loss, all over the same ids.
-        weights: ``(N,)`` by the name of the loss, constants; of a loss without any, only those of the rows are given.
-        temperature: as of ``token_losses``, like the one that follows.
-        floor: on the teacher's probabilities before its visual gain is taken.
-        chunk_size: how many rows of each view meet a head at once. By default 384 in all views together on a CPU, 3072
-            on an accelerator.
-        compile: whether ``torch.compile`` fuses what happens to the logits of a chunk.
-
-    Returns:
-        Scalars, and ``(N,)`` constants, by the name of the loss; float32 or float64.
-
-    Raises:
-        TypeError, ValueError: as ``token_losses``; a view that is trained is no hidden states.
-
-    Example:
-        >>> import torch
-        >>> from steer_optim.vlm.divergences import TERMS
-        >>> from steer_optim.vlm.heads import Head, HiddenStates
-        >>> head = Head(torch.randn(7, 4, requires_grad=True))
-        >>> views = {"student": HiddenStates(torch.randn(5, 4), head), "teacher": torch.randn(5, 7)}
-        >>> sums, losses = weighted_sums(views, {"std": TERMS["std"]}, {"std": torch.full((5,), 1 / 5)})
-        >>> sums["std"].backward()
-        >>> head.weight_Vd.grad.shape, losses["std"].shape
-        (torch.Size([7, 4]), torch.Size([5]))
+    ``views`` are ``(N, d)`` hidden states by name, both views of a model under one head. A view that no term trains may
+    also be logits ``(N, V)`` or :class:`~steer_optim.vlm.topk.TopLogProbs`. If no view is hidden states, autograd
+    differentiates the oracle. ``terms``, by the name of the loss, are all over the same ids; ``weights`` are ``(N,)``
+    constants, and a loss without weights has no sum. The other arguments and the errors are those of ``token_losses``
+    and ``DecomposedDistillation``; a trained view that is logits beside hidden states is a ValueError.
     """
     check_chunk_size(chunk_size)
     check_temperature(temperature)
@@ -96,8 +73,8 @@ def weighted_sums(
     for _, name in pulls:
         if isinstance(views[name], Tensor) and views[name].requires_grad:
             raise ValueError(
-                f"{name} is logits, and the losses need what they were computed from: pass HiddenStates, as "
-                "response_states gives them, for the student too"
+                f"{name} is logits that require grad, beside views that are hidden states: pass HiddenStates from "
+                "response_states for the student too"
             )
     dtype = reduce(torch.promote_types, (view.dtype for view in views.values()), torch.float32)
     casts: dict[Place, Tensor] = {}
@@ -134,7 +111,7 @@ def weighted_sums(
 
 
 def check_chunk_size(chunk_size: int | None) -> None:
-    """Raises ValueError where ``chunk_size`` is neither None nor at least 1."""
+    """Raise ValueError unless ``chunk_size`` is None or at least 1."""
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, or None for the default; got {chunk_size}")
 
@@ -148,7 +125,7 @@ def _losses(
     weights_c: Mapping[str, Tensor],
     ids_ck: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """The losses of some rows, and the weighted gradients ``(c, V)`` at the logits of each pull."""
+    """Return the losses of some rows, and the weighted gradients ``(c, V)`` at the logits of each pull."""
     top = next(iter(terms.values())).top
     ids = ids_ck.get("ids") if top is None else heaviest(logits_cV[top[0]], top[1])
     full = {name: x.log_softmax(-1) for name, x in logits_cV.items()}
@@ -170,12 +147,12 @@ def _losses(
 def _by_blocks(
     size: int, terms: Mapping[str, Term], floor: float | None, pulls: Sequence[_Pull], *rows: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """:func:`_losses` on a few rows after the other, so that what it computes on the way is small and cached."""
+    """Run :func:`_losses` on blocks of a few rows, so that its intermediates stay small and in cache."""
     logits_CV = rows[0]
     first = next(iter(logits_CV.values()))
     C, V = first.shape
     step = max(1, (2**18 if first.device.type == "cpu" else 2**25) // V)
-    # What a target is made of is not read again: a gradient is written over it.
+    # Logits that are only read for a target are overwritten with a gradient.
     lefts = {logits_CV[name].data_ptr() for _, name in pulls}
     spare = {x.data_ptr(): x for x in logits_CV.values() if x.data_ptr() not in lefts}
     out = [*spare.values(), *(torch.empty_like(first) for _ in pulls[len(spare) :])][: len(pulls)]
@@ -194,7 +171,7 @@ def _by_blocks(
 def _compiled(
     size: int, terms: Mapping[str, Term], floor: float | None, pulls: Sequence[_Pull], *rows: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """:func:`_losses` compiled for chunks of one size; the last is filled up with rows of weight zero."""
+    """Run :func:`_losses` compiled for chunks of one size; the last chunk is padded with rows of weight zero."""
     C = len(next(iter(rows[0].values())))
     padded = [{name: pad(x, (0, 0) * (x.ndim - 1) + (0, size - C)) for name, x in y.items()} for y in rows]
     values, found = _compile()(terms, floor, pulls, *padded)

@@ -1,6 +1,6 @@
-"""Everything that is known by model type, as data: how an image stands in a prompt, and what a prompt has per token.
+"""All facts per model type, as data: the tokens of an image in a prompt, and the keys with a value per token.
 
-Most configs name the ids themselves, under the names listed first; a family whose config says it all needs no entry.
+Most configs name the ids themselves, in the attributes listed first; a family with such a config needs no entry.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ _AROUND = ("fake_image_token",)
 
 @dataclass(frozen=True)
 class Family:
-    """What is known of a model type beyond the ids that its config names.
+    """The facts about a model type that its config does not name.
 
     Attributes:
         opening: tokens before an image that only the tokenizer knows.
         closing: tokens after an image, or after a part of it, that only the tokenizer knows.
-        around: tokens that stand on both sides of every part of an image.
-        bare: placeholders may stand without any token after them.
+        around: tokens on both sides of every part of an image.
+        bare: whether no token needs to follow placeholders.
         newlines: ids of one newline, two, ...: the processor writes two on either side of an image, and the tokenizer
             merges them with those of the text.
-        per_token: what a response token gets in a key that has a value per token; None for what the last prompt token
-            has. Keys with None are about images only, so that the view without images lacks them.
+        per_token: the value of a response token in a key that has a value per token; None for that of the last prompt
+            token. Keys with None describe images only, so that the view without images lacks them.
         scaled: whether the logits are multiplied by the factor that the text model's config names.
-        mixed: whether a row without images, in a batch with images, is what it is by itself.
+        mixed: whether a row without images is unaffected by rows with images in its batch.
         refused: the reason why the model cannot read a prompt followed by a response.
     """
 
@@ -55,7 +55,7 @@ class Family:
 
     @property
     def tokens(self) -> tuple[str, ...]:
-        """What has to be looked up in the tokenizer."""
+        """The tokens to look up in the tokenizer."""
         return self.opening + self.closing + self.around
 
 
@@ -65,40 +65,40 @@ _PIXTRAL = Family(closing=("[IMG_BREAK]", "[IMG_END]"))
 _INTERN = Family(opening=("<img>",), closing=("</img>",))
 _COHERE = Family(opening=("<|START_OF_IMG|>",), closing=("<|END_OF_IMG|>",), scaled=False)
 _BARE = Family(bare=True)
-_PIXELS = Family(refused="it takes no prompt without pixel values")
+_PIXELS = Family(refused="it needs pixel values in every prompt")
 _DEFAULT = Family(per_token={"token_type_ids": 0, "mm_token_type_ids": 0})
 
 # By model type, or by model type and that of the vision tower.
 FAMILIES = {
     "aria": Family(opening=("<fim_prefix>",), closing=("<fim_suffix>",)),
     "aya_vision": _COHERE,
-    "blip": Family(refused="its text model attends to one image and reads no prompt without it"),
+    "blip": Family(refused="its text model attends to one image and needs it in every prompt"),
     "blip-2": _PIXELS,
     "cohere2_vision": _COHERE,
     "deepseek_ocr2": _BARE,
     "deepseek_vl": _BARE,
     "deepseek_vl_hybrid": _BARE,
-    "diffusion_gemma": Family(refused="it writes blocks of tokens at once and has no next token to predict"),
+    "diffusion_gemma": Family(refused="it generates blocks of tokens at once and predicts no next token"),
     "dots3_note": Family(opening=("<|img|>",), closing=("<|endofimg|>",)),
     "emu3": Family(opening=("<|image start|>",), closing=("<|image end|>",)),
     "ernie4_5_vl_moe": Family(per_token={"moe_mm_token_type_ids": 0}),
-    "evolla": Family(refused="its prompt is a protein and no image"),
+    "evolla": Family(refused="its prompts hold proteins, not images"),
     "exaone4_5": Family(opening=("<vision>",), closing=("</vision>",)),
     "fast_vlm": _BARE,
     "fuyu": Family(refused="its processor puts the image before the whole prompt, with coordinates in the text"),
     "gemma3": _GEMMA,
     "gemma3n": _GEMMA,
-    "git": Family(refused="its image is no part of the prompt's ids"),
+    "git": Family(refused="its prompt ids hold no tokens for the image"),
     "granite4_vision": _BARE,
     "granite_docling": Family(
-        # An image of one tile has no token after it; the newline of each row of tiles stays.
+        # An image of one tile is not closed by a token. The newline of each row of tiles stays in the text view.
         opening=("<global-img>", *(f"<row_{row}_col_{column}>" for row in range(1, 11) for column in range(1, 11))),
         around=("<fake_token_around_image>",),
         bare=True,
     ),
     "hunyuan_vl": Family(
-        refused="transformers numbers the images of a batch from its first row on, so that a row's logits depend on "
-        "the rows before it"
+        refused="transformers numbers images across the rows of a batch, so that a row's logits depend on the rows "
+        "before it"
     ),
     "hyperclovax_vision_v2": Family(opening=("<|image_start|>",), closing=("<|image_end|>",)),
     "idefics": _PIXELS,
@@ -107,11 +107,11 @@ FAMILIES = {
     "inkling2": Family(bare=True, opening=("<|content_image|>",)),
     "inkling_mm_model": _BARE,
     "instructblip": _PIXELS,
-    "instructblipvideo": Family(refused="it reads videos only"),
+    "instructblipvideo": Family(refused="it takes videos only"),
     "internvl": _INTERN,
     "janus": Family(opening=("<begin_of_image>",), closing=("<end_of_image>",)),
     "kosmos-2": _PIXELS,
-    "kosmos-2.5": Family(refused="its placeholders are the token that begins every text"),
+    "kosmos-2.5": Family(refused="its placeholders are the same token that begins every text"),
     "lfm2_vl": Family(opening=("<|image_start|>",), closing=("<|image_end|>",)),
     "lighton_ocr": _BARE,
     "llava": _BARE,
@@ -122,14 +122,14 @@ FAMILIES = {
     "minimax_m3_vl": Family(opening=("]<]start of image[>[",), closing=("]<]end of image[>[",)),
     "mistral3": _PIXTRAL,
     "mistral_large4": _PIXTRAL,
-    # In a row without images its tokens attend to the zeros that stand for other rows' images.
+    # In a mixed batch the tokens of a row without images attend to zeros, in place of other rows' images.
     "mllama": Family(bare=True, mixed=False, per_token={"cross_attention_mask": None}),
     "nemotron_h_omni": _INTERN,
     "paddleocr_vl": Family(opening=("<|IMAGE_START|>",), closing=("<|IMAGE_END|>",)),
     "paligemma": Family(bare=True, per_token={"token_type_ids": 1}),
     "perception_lm": _BARE,
     "phi4_multimodal": _BARE,
-    "pi0": Family(refused="it predicts a robot's actions and no tokens"),
+    "pi0": Family(refused="it predicts robot actions, not tokens"),
     "pp_chart2table": _INTERN,
     "qianfan_ocr": _INTERN,
     "qwen2_5_omni_thinker": Family(opening=("<|vision_bos|>",), closing=("<|vision_eos|>",)),
@@ -148,40 +148,31 @@ FAMILIES = {
 
 
 def per_token_keys() -> set[str]:
-    """The keys that hold a value per token, beside ids and mask, in any family."""
+    """Return the keys that hold a value per token in any family, other than ids and mask."""
     return {key for family in (_DEFAULT, *FAMILIES.values()) for key in family.per_token}
 
 
 def family_of(config: Any) -> Family:
-    """The entry of a model, by its config; an empty one where its config has to say everything.
-
-    Example:
-        >>> from types import SimpleNamespace
-        >>> from steer_optim.vlm.families import family_of
-        >>> family_of(SimpleNamespace(model_type="paligemma")).per_token
-        {'token_type_ids': 1}
-    """
+    """Return the entry of a model, by its config; the default entry if there is none."""
     model_type, tower = type_of(config), getattr(config, "vision_config", None)
     tower_type = getattr(tower, "model_type", None)
     return FAMILIES.get(f"{model_type}/{tower_type}") or FAMILIES.get(model_type) or _DEFAULT
 
 
 def type_of(config: Any) -> str:
-    """The model type, as messages name it."""
+    """Return the model type, as messages name it."""
     return getattr(config, "model_type", None) or type(config).__name__
 
 
 def refuse(config: Any, batch: Mapping[str, Any]) -> None:
-    """Raise where a response cannot follow the prompts of ``batch`` in the same columns.
+    """Raise ValueError if a response cannot follow the prompts of ``batch`` in the same columns.
 
-    Raises:
-        ValueError: the model is an encoder-decoder, or its family is refused, or it takes no mixed batches and the
-            batch is one.
+    The model is an encoder-decoder, or its family is refused, or it takes no mixed batches and the batch is one.
     """
     family = family_of(config)
     reason = family.refused
     if getattr(config, "is_encoder_decoder", False):
-        reason = "it is an encoder-decoder, whose prompt and response are two inputs"
+        reason = "it is an encoder-decoder, which takes prompt and response as separate inputs"
     if reason:
         raise ValueError(f"{type_of(config)!r} cannot be distilled on responses that follow their prompts: {reason}")
     if not family.mixed:
@@ -189,24 +180,15 @@ def refuse(config: Any, batch: Mapping[str, Any]) -> None:
         placeholders = torch.tensor(sorted(placeholder_ids(config)), device=ids_BL.device)
         if len(torch.isin(ids_BL, placeholders).any(dim=1).unique()) > 1:
             raise ValueError(
-                f"rows with and without images stand in one batch, and {type_of(config)!r} reads the latter as if they "
-                "had an empty image: give each kind a batch of its own"
+                f"rows with and without images are in one batch, and {type_of(config)!r} reads the latter as if they "
+                "had an empty image: put each kind in its own batch"
             )
 
 
 def roles(config: Any, tokenizer: Any = None) -> dict[int, str]:
-    """What ids stand for: ``p`` a placeholder, ``o`` and ``c`` a token that opens or closes an image, ``b`` one that
-    stands on both sides.
+    """Return the role of ids: ``p`` is a placeholder, ``o`` opens an image, ``c`` closes it, ``b`` is on both sides.
 
-    Args:
-        config: the model's configuration.
-        tokenizer: its tokenizer or processor, for tokens that the config does not name.
-
-    Example:
-        >>> from types import SimpleNamespace
-        >>> from steer_optim.vlm.families import roles
-        >>> roles(SimpleNamespace(image_token_id=7, vision_start_token_id=6, vision_end_token_id=8))
-        {6: 'o', 8: 'c', 7: 'p'}
+    The ``tokenizer``, or a processor, gives the tokens that the config does not name.
     """
     family, found = family_of(config), {}
     names = {"o": (_OPENING, family.opening), "c": (_CLOSING, family.closing), "b": (_AROUND, family.around)}
@@ -218,11 +200,10 @@ def roles(config: Any, tokenizer: Any = None) -> dict[int, str]:
 
 
 def image_ids(config: Any) -> set[int]:
-    """The ids that ``config`` names as standing for images, videos and audio: placeholders, and the tokens around them.
+    """Return the ids that ``config`` names for images, videos and audio: placeholders, and the tokens around them.
 
     Example:
         >>> from types import SimpleNamespace
-        >>> from steer_optim.vlm.families import image_ids
         >>> sorted(image_ids(SimpleNamespace(image_token_id=7, vision_start_token_id=6, vision_end_token_id=8)))
         [6, 7, 8]
     """
@@ -230,7 +211,7 @@ def image_ids(config: Any) -> set[int]:
 
 
 def placeholder_ids(config: Any) -> set[int]:
-    """The ids in whose place the model puts the features of images, videos and audio."""
+    """Return the ids that the model replaces by the features of images, videos and audio."""
     return set(_named(config, _PLACEHOLDERS))
 
 
@@ -244,11 +225,11 @@ def _named(config: Any, names: tuple[str, ...]) -> list[int]:
 
 
 def _looked_up(tokenizer: Any, attributes: tuple[str, ...], tokens: tuple[str, ...]) -> list[int]:
-    """The ids of tokens, some by the name of the tokenizer's or processor's attribute; those it lacks are left out."""
+    """Return the ids of tokens, and of those in attributes of the tokenizer or processor, without unknown ones."""
     if tokenizer is None:
         return []
     inner = getattr(tokenizer, "tokenizer", tokenizer)
     texts = [getattr(owner, name, None) for owner in (tokenizer, inner) for name in attributes] + list(tokens)
-    # A call for each: the whole vocabulary takes a tenth of a second to copy.
+    # One call per token: get_vocab copies the vocabulary, which takes a tenth of a second.
     ids = [inner.convert_tokens_to_ids(str(text)) for text in texts if text is not None]
     return [token for token in ids if token not in (None, inner.unk_token_id)]

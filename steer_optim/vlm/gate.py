@@ -1,9 +1,9 @@
-"""Which tokens depend on the image: the most visual ones of an optimizer step, selected exactly.
+"""Token gates and weights: which tokens depend on the image.
 
-The paper's ``VDS_t > Q`` is read as a number of tokens rather than a threshold: scores tie, and then a threshold
-selects more or fewer than were meant. Which tokens are selected depends on the tokens they are compared with, so pass
-those of the whole optimizer step, and name the group of processes that hold the rest: the result is then the same for
-every split into micro-batches and replicas.
+The paper's ``VDS_t > Q`` is implemented as a number of tokens rather than a threshold, because with tied scores a
+threshold selects too many or too few. The selection depends on the tokens it is made among: pass those of the entire
+optimizer step, and the process group that holds the rest of them. The result then does not depend on the split into
+micro-batches and processes.
 
 Dimensions: ``B`` prompts, ``T`` response tokens, ``N`` tokens that the mask keeps here, ``R`` processes.
 """
@@ -30,14 +30,14 @@ def visual_dependency(
     *,
     temperature: float = 1.0,
 ) -> Tensor:
-    """The visual dependency score of each token, ``VDS = KL(q || q_tx)`` (Eq. 12).
+    """Return the visual dependency score of each token, ``VDS = KL(q || q_tx)`` (Eq. 12).
 
-    It needs the teacher only, so that a training loop can score all micro-batches of an optimizer step, gate over
-    all of them, and then compute the losses of one after another. It reads the teacher's whole vocabulary.
+    It needs only the teacher, so that a training loop can score all micro-batches of an optimizer step, gate over all
+    of them, and then compute their losses one by one. It reads the teacher's full vocabulary.
 
     Args:
         teacher_BTV: ``(B, T, V)``, floating, the teacher's logits with the image, or its hidden states.
-        teacher_text_BTV: ``(B, T, V)``, likewise without the image.
+        teacher_text_BTV: the same without the image.
         mask_BT: ``(B, T)``, bool, True at response tokens.
         temperature: all logits are divided by it.
 
@@ -46,8 +46,8 @@ def visual_dependency(
 
     Raises:
         TypeError: the mask is not bool, or logits are not floating.
-        ValueError: shapes or devices do not fit each other; logits that the mask keeps are not finite;
-            ``temperature`` is not positive.
+        ValueError: shapes or devices differ; logits that the mask keeps are not finite; ``temperature`` is not
+            positive.
 
     Example:
         >>> import torch
@@ -64,14 +64,14 @@ def visual_dependency(
 def sampled_log_probs(
     view_BTV: Tensor | HiddenStates, response_BT: Tensor, mask_BT: Tensor, *, temperature: float = 1.0
 ) -> Tensor:
-    """The log-probability that a view gives to each token of the response, a constant.
+    """Return the log-probability that a view gives to each token of the response, without gradient.
 
-    The difference of two views is a score of a token: for VA-OPD, ``relu`` of that of the teacher with the image and
-    with a masked one.
+    The difference of two views scores a token: VA-OPD uses ``relu`` of the difference between the teacher with the
+    image and with a masked one.
 
     Args:
         view_BTV: ``(B, T, V)``, floating, the logits of a view, or its hidden states.
-        response_BT: ``(B, T)``, int64, the tokens. Those that the mask drops are not read.
+        response_BT: ``(B, T)``, int64, the tokens. Those outside the mask are not read.
         mask_BT: ``(B, T)``, bool, True at response tokens.
         temperature: the logits are divided by it.
 
@@ -95,19 +95,19 @@ def sampled_log_probs(
 
 
 def top_share(score_BT: Tensor, mask_BT: Tensor, *, quantile: float = 0.8, share: float = 0.5) -> Tensor:
-    """Token weights with which the highest-scored tokens of each response have a given share of its weight.
+    """Return token weights that give the highest-scored tokens of each response a fixed share of its total weight.
 
-    The ``ceil((1 - quantile) * n)`` highest of the ``n`` tokens of a response, the earlier of equal ones first, weigh
-    alike, and so do the others; the mean over the response is 1. All weigh 1 where there are no others.
+    Of the ``n`` tokens of a response, the ``ceil((1 - quantile) * n)`` highest (the earlier of equal ones first) have
+    one weight and the others another, with a mean of 1. If there are no others, all weights are 1.
 
     Args:
-        score_BT: ``(B, T)``, floating. Scores that the mask drops are not read.
+        score_BT: ``(B, T)``, floating. Scores outside the mask are not read.
         mask_BT: ``(B, T)``, bool, True at response tokens.
         quantile: inside [0, 1).
         share: of the weight of a response that its highest tokens have, inside [0, 1].
 
     Returns:
-        ``(B, T)``, of the dtype of the scores; 0 where the mask is False. The ``weight_BT`` of
+        ``(B, T)``, in the dtype of the scores; 0 where the mask is False. Pass it as ``weight_BT`` to
         :class:`~steer_optim.vlm.distillation.DecomposedDistillation`.
 
     Example:
@@ -134,9 +134,9 @@ def top_share(score_BT: Tensor, mask_BT: Tensor, *, quantile: float = 0.8, share
 
 
 def select_rows(mask_BT: Tensor, **views: View) -> dict[str, View]:
-    """The rows of each ``(B, T, V)`` view where the mask is True, ``(N, V)``, by the same names.
+    """Return the rows of each ``(B, T, V)`` view where the mask is True, ``(N, V)``, by the same names.
 
-    Rows are dropped before anything is computed from them: a NaN in a row of weight zero would survive the weight.
+    Rows are dropped before anything is computed from them: a NaN in a row of weight zero would stay NaN.
     """
     if mask_BT.dtype != torch.bool:
         raise TypeError(f"mask_BT must be bool, True at response tokens; got {mask_BT.dtype}: pass mask.bool()")
@@ -154,17 +154,18 @@ def select_rows(mask_BT: Tensor, **views: View) -> dict[str, View]:
 def visual_tokens(
     vds_BT: Tensor, mask_BT: Tensor, *, quantile: float = 0.7, group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """The tokens above a quantile of visual dependency, ``VDS_t > Q_quantile`` (Eq. 16).
+    """Return the tokens above a quantile of visual dependency, ``VDS_t > Q_quantile`` (Eq. 16).
 
-    Exactly the ``ceil((1 - quantile) * N)`` highest of the ``N`` tokens that the mask keeps, the earlier of equal
-    ones first; fewer where fewer have a positive score, because a token that the image does not change is not visual.
+    These are exactly the ``ceil((1 - quantile) * N)`` highest of the ``N`` tokens that the mask keeps, the earlier of
+    equal ones first. Tokens whose score is not positive are left out: a token that the image does not change is not
+    visual.
 
     Args:
         vds_BT: floating, the visual dependency scores of all tokens of an optimizer step, of any shape.
         mask_BT: bool, of the same shape, True at response tokens. Scores elsewhere are not read.
         quantile: inside [0, 1); 0 for every token that the image changes.
-        group: the processes that hold a share of the step each, whose tokens are selected as if they were
-            concatenated by rank; all of them must call, those without a token too. None for this process alone.
+        group: the processes that share the step, whose tokens are selected as if concatenated by rank. All of them must
+            call, also those without a token. None for this process alone.
 
     Returns:
         ``gate_BT``, bool, of the same shape.
@@ -183,7 +184,7 @@ def visual_tokens(
         >>> gate.split(1)
         (tensor([[False,  True, False]]), tensor([[ True, False, False]]))
 
-        On ``R`` processes that average their gradients (DDP, FSDP), the gate and the count are those of all of them::
+        If ``R`` processes average their gradients (DDP, FSDP), compute gate and count over all of them::
 
             gate_BT = visual_tokens(vds_BT, mask_BT, quantile=method.quantile, group=dist.group.WORLD)
             count = method.count(mask_BT)
@@ -201,10 +202,10 @@ def visual_tokens(
             f"vds_BT and mask_BT must have one shape; got {tuple(vds_BT.shape)} and {tuple(mask_BT.shape)}"
         )
     vds_N = vds_BT[mask_BT]
-    # A NaN is made known to all, or the processes without one would wait for the one that has given up.
+    # All processes must learn of a NaN, or those without one would wait for the one that raises.
     counts, nans = _gather(torch.stack([mask_BT.sum(), vds_N.isnan().sum()]), group).tolist()
     if any(nans):
-        raise ValueError("vds_BT must be a number at every token that mask_BT keeps; found NaN")
+        raise ValueError("vds_BT must not be NaN where mask_BT is True; found NaN")
     budget = _budget(sum(counts), quantile)
     if group is None:
         top = vds_N.sort(descending=True, stable=True).indices[:budget]
@@ -215,22 +216,22 @@ def visual_tokens(
 
 
 def adaptive_strength(vds_BT: Tensor, mask_BT: Tensor, *, group: dist.ProcessGroup | None = None) -> Tensor:
-    """How strongly each token is steered, ``gamma_t / gamma`` (Eqs. 24-25).
+    """Return how strongly each token is steered, ``gamma_t / gamma`` (Eqs. 24-25).
 
-    0 for the 40 % of the tokens with the lowest visual dependency, 1/2 up to the 0.7 quantile, and 1 above it, each
-    counted as by :func:`visual_tokens`. As a factor on a token's ``vis`` it turns ``gamma * vis`` into
+    The strength is 0 for the 40 % of the tokens with the lowest visual dependency, 1/2 up to the 0.7 quantile, and 1
+    above it, each counted as in :func:`visual_tokens`. As a factor on a token's ``vis`` it turns ``gamma * vis`` into
     ``gamma_t * vis``.
 
     Args:
-        vds_BT: floating, the visual dependency scores of all tokens of an optimizer step, of any shape.
-        mask_BT: bool, of the same shape, True at response tokens.
-        group: as of :func:`visual_tokens`.
+        vds_BT: as in :func:`visual_tokens`.
+        mask_BT: as in :func:`visual_tokens`.
+        group: as in :func:`visual_tokens`.
 
     Returns:
         ``strength_BT`` in {0, 1/2, 1}, of the shape and dtype of ``vds_BT``; 0 where the mask is False.
 
     Raises:
-        TypeError, ValueError: as :func:`visual_tokens`.
+        TypeError, ValueError: as in :func:`visual_tokens`.
 
     Example:
         >>> import torch
@@ -244,32 +245,32 @@ def adaptive_strength(vds_BT: Tensor, mask_BT: Tensor, *, group: dist.ProcessGro
 
 
 def check_quantile(quantile: float) -> None:
-    """Raises ValueError where ``quantile`` is not inside [0, 1)."""
+    """Raise ValueError unless ``quantile`` is inside [0, 1)."""
     if not 0 <= quantile < 1:
         raise ValueError(f"quantile must be inside [0, 1): 0 keeps every token that the image changes; got {quantile}")
 
 
 def _budget(n: int, quantile: float) -> int:
-    # The decimal that was written: in binary 1 - 0.7 is more than 0.3, and the ceiling of 10 times it is 4.
+    # Exact in the decimal that was passed: in binary 1 - 0.7 is more than 0.3, and the ceiling of 10 times it is 4.
     return math.ceil((1 - Fraction(str(float(quantile)))) * n)
 
 
 def _highest(vds_N: Tensor, budget: int, group: dist.ProcessGroup) -> Tensor:
-    """The ``budget`` highest of the scores of all processes, ties by (rank, index); those at most 0 count as 0.
+    """Return where the ``budget`` highest scores of all processes are, ties by (rank, index), negative scores as 0.
 
-    A radix select: the score at the edge is found byte by byte, each from a histogram over all processes, so that
-    no score travels.
+    A radix select: the score at the edge is found byte by byte from histograms over all processes, so that no score is
+    sent.
     """
     if budget == 0:
         return torch.zeros_like(vds_N, dtype=torch.bool)
-    # The bits of floats that are not negative order as the floats do. Every floating dtype is exact in float64.
+    # The bits of nonnegative floats have the order of the floats. Every floating dtype is exact in float64.
     bits_N = torch.where(vds_N > 0, vds_N, 0).double().view(torch.int64)
     edge, left, candidates = 0, budget, bits_N
     for shift in range(56, -8, -8):
         bytes_N = candidates >> shift & 255
         histogram = torch.bincount(bytes_N, minlength=256)
         dist.all_reduce(histogram, group=group)
-        higher = (histogram.sum() - histogram.cumsum(0)).tolist()  # how many candidates have a higher byte than each
+        higher = (histogram.sum() - histogram.cumsum(0)).tolist()  # how many candidates exceed each byte
         byte = sum(count >= left for count in higher)
         left -= higher[byte]
         edge |= byte << shift
@@ -281,7 +282,7 @@ def _highest(vds_N: Tensor, budget: int, group: dist.ProcessGroup) -> Tensor:
 
 
 def _gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """What each process has in ``x``, ``(n,)``, as ``(n, R)``."""
+    """Return ``x``, ``(n,)``, of all processes as ``(n, R)``."""
     if group is None:
         return x[:, None]
     gathered = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]

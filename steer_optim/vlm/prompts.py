@@ -1,8 +1,8 @@
 """The two views of a prompt, with its images and without, each followed by one response.
 
-Where there are messages, the processor renders both views: the text view is the prompt as it would have been written
-without images. Where there is a batch only, the text view is made from its ids. The response follows either view in
-the same columns, the last ``T``, however it was padded.
+Given messages, the processor renders both views, and the text view is the prompt as written without images. Given only
+a batch, the text view is made from its ids. The response follows either view in the last ``T`` columns, for any
+padding.
 
 Dimensions: ``B`` prompts, ``L`` prompt tokens, ``T`` response tokens.
 """
@@ -21,20 +21,20 @@ from torch import Tensor, nn
 from steer_optim.vlm.families import family_of, per_token_keys, placeholder_ids, refuse, roles, type_of
 
 _MEDIA = ("image", "image_url", "video", "video_url", "audio", "audio_url", "input_audio")
-# Position ids are computed anew by the model; a processor's labels are those of another objective.
+# The model recomputes position ids; a processor's labels belong to another objective.
 _DROPPED = ("position_ids", "rope_deltas", "cache_position", "labels")
-# An image in the roles of `families.roles`, `t` being text: whatever is between its opening and its closing token,
-# a part between two tokens of one kind, with a newline or two at its end, or placeholders up to their closing token.
+# An image in the roles of `families.roles`, with `t` for text: everything between its opening and its closing token,
+# a part between two tokens `b`, with up to two newlines at its end, or placeholders up to their closing token.
 _IMAGE = r"o[^oc]*c|b[^pobc]*p+[^pobc]{0,2}(?=b)|p+[^pobc]*c|[obc]"
 
 
 class Prompts(NamedTuple):
-    """The same ``B`` prompts twice, padded on the left: a batch with images and the batch without them.
+    """Both views of the same ``B`` prompts, padded on the left.
 
     Attributes:
         image: the batch with images.
-        text: the batch without.
-        blank: how many rows at the end stand for no prompt; see :func:`render`.
+        text: the batch without images.
+        blank: how many rows at the end are no prompts; see :func:`render`.
     """
 
     image: dict[str, Any]
@@ -42,7 +42,7 @@ class Prompts(NamedTuple):
     blank: int = 0
 
     def to(self, device: torch.device | str) -> Prompts:
-        """The same on a device."""
+        """Return the same on a device."""
         image, text = (
             {key: x.to(device) if isinstance(x, Tensor) else x for key, x in view.items()}
             for view in (self.image, self.text)
@@ -54,20 +54,20 @@ class Prompts(NamedTuple):
 class Rollout:
     """The responses to ``B`` prompts.
 
-    A token that the model did not choose, a tool's answer say, is attended and not scored.
+    The model attends to all tokens of a response; tokens that it did not choose, such as a tool's answer, are not
+    scored.
 
     Attributes:
         response_BT: int64 ids, padded on the right.
-        mask_BT: bool, True for the tokens of a response: what the model attends.
+        mask_BT: bool, True for the tokens of a response, which the model attends to.
         scored_BT: bool, the part of ``mask_BT`` that the losses read; all of it by default.
 
     Raises:
-        ValueError: the shapes differ; a response does not begin in the first column or has a hole in ``mask_BT``;
-            a token is scored and not attended.
+        ValueError: the shapes differ; ``mask_BT`` of a response has a hole or begins late; a token is scored and not in
+            ``mask_BT``.
 
     Example:
         >>> import torch
-        >>> from steer_optim.vlm.prompts import Rollout
         >>> Rollout(torch.tensor([[3, 4, 0]]), torch.tensor([[True, True, False]])).scored_BT
         tensor([[ True,  True, False]])
     """
@@ -79,20 +79,20 @@ class Rollout:
     def __post_init__(self) -> None:
         scored_BT = self.mask_BT if self.scored_BT is None else self.scored_BT
         for name, mask_BT in (("mask_BT", self.mask_BT), ("scored_BT", scored_BT)):
-            object.__setattr__(self, name, mask_BT.bool())  # samplers give masks of integers, too
+            object.__setattr__(self, name, mask_BT.bool())  # some samplers return integer masks
         shapes = [tuple(value.shape) for value in (self.response_BT, self.mask_BT, self.scored_BT)]
         if len(shapes[0]) != 2 or len(set(shapes)) > 1:
-            raise ValueError(f"responses, their mask and what is scored of them are (B, T); got {shapes}")
+            raise ValueError(f"response_BT, mask_BT and scored_BT must have one shape (B, T); got {shapes}")
         if (late := ~self.mask_BT[:, :-1] & self.mask_BT[:, 1:]).any():
             raise ValueError(
-                f"the mask of response {_first(late)} goes on after a hole or begins late: all tokens of a response "
-                "are attended, from the first column on. Pass those that the losses read as scored_BT"
+                f"mask_BT of response {_first(late)} has a hole or begins late: it must hold all tokens of a response, "
+                "from the first column on. Pass the tokens that the losses read as scored_BT"
             )
         if (unread := self.scored_BT & ~self.mask_BT).any():
-            raise ValueError(f"response {_first(unread)} has scored tokens outside of mask_BT")
+            raise ValueError(f"response {_first(unread)} has scored tokens outside mask_BT: add them to mask_BT")
 
     def with_empty(self, rows: int) -> Rollout:
-        """The same with some empty responses at the end; without as many, where ``rows`` is negative."""
+        """Return the same with ``rows`` empty responses added at the end, or removed from it if negative."""
         every = (self.response_BT, self.mask_BT, self.scored_BT)
         return Rollout(*(nn.functional.pad(x, (0, 0, 0, rows)) for x in every))
 
@@ -105,21 +105,20 @@ class Rollout:
         scored: Sequence[Sequence[int | bool]] | None = None,
         device: torch.device | str | None = None,
     ) -> Rollout:
-        """The responses of any sampler, as lists of ids without padding.
+        """Return the responses of any sampler, given as lists of ids without padding.
 
         Args:
             responses: one list of ids, or tensor, for each of ``B`` prompts; end-of-sequence tokens included.
             config: the model's configuration, which names the placeholders of images.
-            scored: a flag for each token, false for those that the model did not choose; all true by default.
-            device: where the tensors go.
+            scored: a flag per token, false for tokens that the model did not choose; all true by default.
+            device: of the result.
 
         Raises:
-            ValueError: there are no responses; flags do not match their tokens; a response has a placeholder in it,
+            ValueError: there are no responses; flags do not match their tokens; a response contains a placeholder,
                 which the model would take for an image.
 
         Example:
             >>> from types import SimpleNamespace
-            >>> from steer_optim.vlm.prompts import Rollout
             >>> config = SimpleNamespace(image_token_id=7)
             >>> Rollout.of([[3, 4, 5], [6]], config=config, scored=[[1, 0, 1], [1]]).scored_BT
             tensor([[ True, False,  True],
@@ -129,15 +128,15 @@ class Rollout:
         real = [torch.ones_like(row, dtype=torch.bool) for row in rows]
         flags = real if scored is None else [torch.as_tensor(row, dtype=torch.bool, device="cpu") for row in scored]
         if not rows:
-            raise ValueError("a rollout of no responses: pass one list of ids for each prompt, empty where it is empty")
+            raise ValueError("there are no responses: pass one list of ids per prompt, [] for an empty response")
         if (lengths := [len(row) for row in rows]) != (found := [len(row) for row in flags]):
-            raise ValueError(f"scored needs one flag for each token: responses have {lengths} tokens, scored {found}")
+            raise ValueError(f"scored must have one flag per token: responses have {lengths} tokens, scored {found}")
         ids_BT, mask_BT, scored_BT = (nn.utils.rnn.pad_sequence(each, batch_first=True) for each in (rows, real, flags))
         if (images_BT := torch.isin(ids_BT, torch.tensor(sorted(placeholder_ids(config)))) & mask_BT).any():
             row, column = images_BT.nonzero()[0].tolist()
             raise ValueError(
                 f"response {row} has the placeholder {int(ids_BT[row, column])} at token {column}, which the model "
-                "would take for an image: suppress families.image_ids(config) in the sampler, or leave the row out"
+                "would take for an image: suppress families.image_ids(config) in the sampler, or drop the row"
             )
         return cls(ids_BT.to(device), mask_BT.to(device), scored_BT.to(device))
 
@@ -149,18 +148,18 @@ def render(
     blank_image: bool = False,
     **template_kwargs: Any,
 ) -> Prompts:
-    """Both views of conversations, through the processor's chat template.
+    """Return both views of conversations, rendered by the processor's chat template.
 
-    The text view is rendered again from the messages without their images, videos and audio. This is exactly the prompt
-    that the model would have read without them, where ``text_only`` leaves what a template wrote for an image.
+    The text view is rendered from the messages without their images, videos and audio. This is exactly the prompt that
+    the model would read without them, whereas ``text_only`` keeps the text that a template writes for an image.
 
     Args:
         processor: a transformers processor with a chat template.
-        messages: one conversation for each prompt: ``[{"role": "user", "content": [{"type": "image", "image": picture},
+        messages: one conversation per prompt: ``[{"role": "user", "content": [{"type": "image", "image": picture},
             {"type": "text", "text": "What is it?"}]}]``; any number of images, of any size, also none.
-        blank_image: whether a prompt with a blank image is added where no row has an image. FSDP2 needs it where it
-            shards the vision tower: all processes must run it, or those that do wait for the others. ``rollout`` and
-            ``score`` leave the row out of what they return.
+        blank_image: whether to add a prompt with a blank image if no row has an image. Needed if FSDP2 shards the
+            vision tower, which all processes must run to avoid a deadlock. ``rollout`` and ``score`` leave the row out
+            of their results.
         template_kwargs: go to ``apply_chat_template``, ``processor_kwargs`` among them; ``add_generation_prompt`` is
             True by default.
 
@@ -171,13 +170,12 @@ def render(
         ValueError: there is no conversation, or the processor refuses one, which the message names by its index.
 
     Example:
-        >>> from steer_optim.vlm.prompts import render
         >>> prompts = render(processor, [[{"role": "user", "content": content}]])  # doctest: +SKIP
         >>> prompts.image.keys() - prompts.text.keys()  # doctest: +SKIP
         {'pixel_values'}
     """
     if not messages or isinstance(messages[0], Mapping):
-        raise ValueError("messages are a list of conversations, each a list of messages with a role and a content")
+        raise ValueError("messages must be a list of conversations, each a list of messages with role and content")
     blank = int(
         blank_image
         and all(message.get("content") == _without_media(message.get("content")) for row in messages for message in row)
@@ -185,40 +183,39 @@ def render(
     messages = [*messages, _blank()] if blank else messages
     bare = [[{**message, "content": _without_media(message.get("content"))} for message in row] for row in messages]
     image = _rendered(processor, messages, "", template_kwargs)
-    hint = " without its images; text_only makes the view from the ids of the other"
+    hint = " without its images; make the text view with text_only"
     return Prompts(image, _rendered(processor, bare, hint, template_kwargs), blank)
 
 
 def text_only(
     batch: Mapping[str, Tensor], config: Any, *, tokenizer: Any = None, drop_ids: Collection[int] | None = None
 ) -> dict[str, Tensor]:
-    """The same prompts without their images, videos and audio, for loops that hold batches and no messages.
+    """Return the same prompts without their images, videos and audio, for loops that have batches but no messages.
 
-    Placeholders go, and with them the tokens around an image and whatever stands between these. The newlines that a
-    Gemma-3-like processor puts around an image are taken back, the text's own stay. Rows are then compacted, on the
-    side on which the batch was padded. Only ids, mask and token types are left.
+    Placeholders are removed, and the tokens around an image with everything between them. For processors like Gemma
+    3's, the newlines that they add around an image are removed and those of the text stay. Rows are then compacted on
+    the side on which the batch was padded. Only ids, mask and token types are kept.
 
-    Text that a processor or a chat template writes about an image stays: the timestamps of a video, the sentence that
-    introduces Gemma 3's crops, the newline after LLaVA's ``<image>``. ``render`` is exact there.
+    Text that a processor or a chat template writes for an image stays: the timestamps of a video, the sentence before
+    Gemma 3's crops, the newline after LLaVA's ``<image>``. ``render`` has an exact text view for these.
 
     Args:
-        batch: ``input_ids`` (B, L) int64; ``attention_mask`` (B, L), all ones where it is missing; token types (B, L);
-            anything else is left out. Prompts only: ``append_response`` comes after.
+        batch: prompts only, before ``append_response``: ``input_ids`` (B, L) int64; ``attention_mask`` (B, L), all ones
+            if missing; token types (B, L). Other keys are left out.
         config: the model's configuration, read for the ids of placeholders and of the tokens around them.
         tokenizer: the tokenizer or processor, for families whose config does not name the tokens around an image.
-        drop_ids: further ids that only ever belong to an image; empty where placeholders are all there is.
+        drop_ids: further ids that occur only in images; empty if there are only placeholders.
 
     Returns:
-        A batch (B, L') of int64 ids, mask and token types. What is masked holds the id 0.
+        A batch (B, L') of int64 ids, mask and token types. Padding has the id 0.
 
     Raises:
-        ValueError: the tokens of an image, or those around it, are not known; an image is not closed by any known
-            token; nothing is left of a row.
+        ValueError: the tokens of an image, or those around it, are unknown; an image is not closed by any known token;
+            a row has no text.
 
     Example:
         >>> import torch
         >>> from types import SimpleNamespace
-        >>> from steer_optim.vlm.prompts import text_only
         >>> config = SimpleNamespace(image_token_id=7, vision_start_token_id=6, vision_end_token_id=8)
         >>> batch = {"input_ids": torch.tensor([[0, 0, 20, 21, 22], [20, 6, 7, 8, 21]])}
         >>> batch["attention_mask"] = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
@@ -233,7 +230,7 @@ def text_only(
         missing = "of an image" if not role_of else " ".join(family.tokens) or "around an image"
         raise ValueError(
             f"the config of {type_of(config)!r} does not name the tokens {missing}: pass tokenizer=, or their ids as "
-            "drop_ids=tokenizer.convert_tokens_to_ids([...]), or drop_ids=() where placeholders are all there is"
+            "drop_ids=tokenizer.convert_tokens_to_ids([...]), or drop_ids=() if there are only placeholders"
         )
     bare = family.bare or (drop_ids is not None and not drop_ids)
     ids_BL, real_BL = batch["input_ids"], _real(batch)
@@ -242,35 +239,34 @@ def text_only(
     rows = [image.sub(lambda match: "-" * len(match[0]), row) for row in rows]
     if unclosed := [number for number, row in enumerate(rows) if "p" in row]:
         raise ValueError(
-            f"an image of row {unclosed[0]} is not closed by any known token: the prompt was cut off, or the token "
-            "after an image is not known: pass tokenizer= or drop_ids="
+            f"an image of row {unclosed[0]} is not closed by any known token: do not truncate prompts inside an image; "
+            "if the token after an image is unknown, pass tokenizer= or drop_ids="
         )
     drop_BL = torch.tensor([[letter == "-" for letter in row] for row in rows], device=ids_BL.device)
     if family.newlines:
         ids_BL, drop_BL = _without_newlines(ids_BL, drop_BL, family.newlines)
     keep_BL = real_BL & ~drop_BL
     if (empty := ~keep_BL.any(dim=1)).any():
-        raise ValueError(f"nothing but images in row {_first(empty)}: a prompt needs some text to be a text-only view")
+        raise ValueError(f"row {_first(empty)} holds images only: add text to the prompt, or it has no text view")
     types = {key for key in batch.keys() & per_token_keys() if family.per_token.get(key, 0) is not None}
     view = {key: batch[key] for key in batch.keys() & {"attention_mask", *types}}
     return _compact({**view, "input_ids": ids_BL}, keep_BL, left=bool(real_BL[:, -1].all()))
 
 
 def left_padded(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same prompts padded on the left, without position ids, which the model computes anew, and without labels.
+    """Return the same prompts padded on the left, without labels and position ids, which the model recomputes.
 
     Args:
-        batch: prompts padded on either side; pixels and grids are passed on as they are.
+        batch: prompts padded on either side; pixels and grids are passed on unchanged.
 
     Returns:
-        The batch, its rows ending in the last column. What is masked holds the id 0.
+        The batch, with rows that end in the last column. Padding has the id 0.
 
     Raises:
-        ValueError: a key that no family is known to have holds one value per token.
+        ValueError: an unknown key holds one value per token.
 
     Example:
         >>> import torch
-        >>> from steer_optim.vlm.prompts import left_padded
         >>> batch = {"input_ids": torch.tensor([[5, 6], [7, 9]]), "attention_mask": torch.tensor([[1, 1], [1, 0]])}
         >>> left_padded(batch)["input_ids"]
         tensor([[5, 6],
@@ -282,34 +278,33 @@ def left_padded(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key, value in kept.items():
         if isinstance(value, Tensor) and value.shape[:2] == shape:
             raise ValueError(
-                f"{key!r} has the shape {tuple(value.shape)}, a value for each of {tuple(shape)} tokens, and it is not "
-                "known how it goes on over a response: leave it out of the batch, or name it in the per_token of the "
-                "model's entry in families.FAMILIES"
+                f"{key!r} has the shape {tuple(value.shape)}, a value for each of {tuple(shape)} tokens, but its value "
+                "at response tokens is unknown: leave it out of the batch, or name it in per_token of the model's "
+                "entry in families.FAMILIES"
             )
     return {**_compact(moved, _real(batch), left=True), **kept}
 
 
 def append_response(batch: Mapping[str, Tensor], responses: Rollout, config: Any) -> dict[str, Tensor]:
-    """The prompts of ``batch``, either view, each followed by its response in the last ``T`` columns.
+    """Return the prompts of ``batch``, either view, each followed by its response in the last ``T`` columns.
 
-    Right-padded prompts are padded on the left first, so that no padding stands between a prompt and its response.
+    Right-padded prompts are padded on the left first, so that there is no padding between a prompt and its response.
 
     Args:
         batch: prompts, padded on either side.
-        responses: what follows them. All of ``mask_BT`` is attended, scored or not.
-        config: the model's configuration: families differ in the token types of a response.
+        responses: all of ``mask_BT`` is attended to, scored or not.
+        config: the model's configuration: the token types of a response depend on the family.
 
     Returns:
-        A batch of L + T columns: ids, mask and what else there is per token extended, pixels as they were, no position
-        ids. Ids outside of ``mask_BT`` are 0.
+        A batch of L + T columns: ids, mask and other keys per token are extended, pixels are unchanged, position ids
+        are left out. Ids outside ``mask_BT`` are 0.
 
     Raises:
-        ValueError: there are not as many responses as prompts; the model's family is refused; as ``left_padded``.
+        ValueError: the numbers of responses and prompts differ; the model's family is refused; as in ``left_padded``.
 
     Example:
         >>> import torch
         >>> from types import SimpleNamespace
-        >>> from steer_optim.vlm.prompts import Rollout, append_response
         >>> config = SimpleNamespace(image_token_id=2)
         >>> batch = {"input_ids": torch.tensor([[5, 6, 7], [8, 0, 0]])}
         >>> batch["attention_mask"] = torch.tensor([[1, 1, 1], [1, 0, 0]])
@@ -319,7 +314,7 @@ def append_response(batch: Mapping[str, Tensor], responses: Rollout, config: Any
     """
     refuse(config, batch)
     if (found := len(responses.response_BT)) != (prompts := len(batch["input_ids"])):
-        raise ValueError(f"there are {found} responses to {prompts} prompts; they go together row by row")
+        raise ValueError(f"there are {found} responses to {prompts} prompts: pass one response per prompt")
     view, per_token, T = left_padded(batch), family_of(config).per_token, responses.response_BT.shape[1]
     tail = {"input_ids": responses.response_BT.where(responses.mask_BT, 0), "attention_mask": responses.mask_BT}
     for key in view.keys() & {*tail, *per_token_keys()}:
@@ -328,42 +323,6 @@ def append_response(batch: Mapping[str, Tensor], responses: Rollout, config: Any
         columns = tail.get(key, last if fill is None else torch.full_like(last, fill))
         view[key] = torch.cat([view[key], columns.to(view[key])], dim=1)
     return view
-
-
-def check_responses(views: Mapping[str, Mapping[str, Tensor]], responses: Rollout) -> None:
-    """Checks that the last ``T`` columns of every view hold the same response; reads from the device.
-
-    Args:
-        views: batches by name, as ``append_response`` gives them.
-        responses: what all of them should end in.
-
-    Raises:
-        ValueError: a view, named in the message, ends in other labels or in another mask.
-
-    Example:
-        >>> import torch
-        >>> from types import SimpleNamespace
-        >>> from steer_optim.vlm.prompts import Rollout, append_response, check_responses
-        >>> config = SimpleNamespace(image_token_id=2)
-        >>> responses = Rollout.of([[3, 4]], config=config)
-        >>> view = append_response({"input_ids": torch.tensor([[5, 6]])}, responses, config)
-        >>> check_responses({"student": view, "student_text": view}, responses)
-    """
-    response_BT, mask_BT = responses.response_BT, responses.mask_BT
-    B, T = response_BT.shape
-    for name, view in views.items():
-        shape = tuple(view["input_ids"].shape)
-        if shape[0] != B or shape[1] <= T:
-            raise ValueError(f"view {name!r} is {shape}: no {B} prompts with a response of {T} tokens each")
-        start = shape[1] - T
-        wrong = (view["input_ids"][:, start:] != response_BT) & mask_BT
-        wrong |= _real(view)[:, start:] != mask_BT
-        if wrong.any():
-            row, column = wrong.nonzero()[0].tolist()
-            raise ValueError(
-                f"view {name!r} does not end in the response: row {row} differs at token {column} of {T}; append "
-                "the same response and mask to every view, after its images were taken out"
-            )
 
 
 def _blank() -> list[dict[str, Any]]:
@@ -402,12 +361,12 @@ def _real(batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def _first(where: Tensor) -> int:
-    """The first index along the first dimension."""
+    """Return the first index along the first dimension."""
     return int(where.nonzero()[0, 0])
 
 
 def _without_newlines(ids_BL: Tensor, drop_BL: Tensor, newline_ids: range) -> tuple[Tensor, Tensor]:
-    """Takes two newlines from the token before an image and two from the one after it."""
+    """Remove two newlines from the token before an image and two from the one after it."""
     before_BL = nn.functional.pad(drop_BL[:, 1:], (0, 1))
     after_BL = nn.functional.pad(drop_BL[:, :-1], (1, 0))
     first = newline_ids.start
@@ -417,7 +376,7 @@ def _without_newlines(ids_BL: Tensor, drop_BL: Tensor, newline_ids: range) -> tu
 
 
 def _compact(batch: Mapping[str, Tensor], keep_BL: Tensor, *, left: bool) -> dict[str, Tensor]:
-    """The kept tokens of every row moved to one side, in their order; zeros, on the left or the right, elsewhere."""
+    """Move the kept tokens of every row to one side, in order, and pad with zeros."""
     width = int(keep_BL.sum(dim=1).max())
     order_BL = keep_BL.long().argsort(dim=1, stable=True, descending=not left)
     order_BL = order_BL[:, order_BL.shape[1] - width :] if left else order_BL[:, :width]

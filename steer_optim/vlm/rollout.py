@@ -1,7 +1,7 @@
-"""On-policy responses: what the student itself says to a prompt with its image.
+"""On-policy responses: samples of the student for a prompt with its image.
 
-The sampling is the model's distribution and nothing else. Penalties, cut-offs and temperatures that a checkpoint
-ships in its generation config are set aside, because a loss on these responses is an expectation under the policy.
+Samples follow the model's distribution. Penalties, cut-offs and temperatures from a checkpoint's generation config are
+ignored, because a loss on these responses is an expectation under the policy.
 
 Dimensions: ``B`` prompts, ``T`` response tokens.
 """
@@ -32,36 +32,35 @@ def rollout(
     eos_ids: Collection[int] | None = None,
     pad_id: int | None = None,
 ) -> Rollout:
-    """One response to each prompt, sampled from the model in evaluation mode and without gradients.
+    """Sample one response to each prompt, in evaluation mode and without gradients.
 
-    A model that ``fully_shard`` sharded works as it is, if all of its processes sample at the same time.
+    A model sharded by ``fully_shard`` works as it is, if all of its processes sample at the same time.
 
-    Ids that stand for images and videos are never sampled, nor is padding: a response with a placeholder in it could
-    not be fed back. The distribution is therefore the policy's renormalised over the other ids, which the losses of
-    these responses do not know; the mass that is set aside is negligible for a trained model. The same holds for
-    ``suppress_ids``, and with ``temperature`` or ``top_p`` other than 1 the samples are no longer on-policy.
+    Ids for images and videos are never sampled, nor is padding: a response with a placeholder could not be fed back.
+    The samples therefore follow the policy renormalised over the other ids, which the losses do not account for; the
+    excluded mass is negligible for a trained model. The same holds for ``suppress_ids``. With ``temperature`` or
+    ``top_p`` other than 1 the samples are no longer on-policy.
 
     Args:
         model: a transformers model with ``generate``.
-        prompts: both views, of which that with images is answered; or a batch, padded on either side (it is padded on
-            the left for the generation), with or without images.
-        max_new_tokens: the longest response; ``T`` is smaller where all responses end before.
-        temperature: divides the logits; 0 takes the most likely token every time, for evaluation.
+        prompts: both views, of which the one with images is answered; or a batch, padded on either side, with or
+            without images.
+        max_new_tokens: the longest response; ``T`` is smaller if all responses end earlier.
+        temperature: divides the logits; 0 takes the most likely token, for evaluation.
         top_p: samples from the smallest set of tokens with this probability; 1 is all of them.
         suppress_ids: further ids that are never sampled: the ``drop_ids`` of ``text_only``, ids without a token.
-        eos_ids: ids that end a response; those of the model's generation config by default.
-        pad_id: fills the columns after a response; that of the generation config by default, else an end id.
+        eos_ids: ids that end a response. Default: those of the model's generation config.
+        pad_id: fills the columns after a response. Default: that of the generation config, else an end id.
 
     Returns:
-        The responses, ``T`` ≤ ``max_new_tokens`` columns. A response that did not end has no end-of-sequence token.
+        The responses, ``T`` ≤ ``max_new_tokens`` columns. A truncated response has no end-of-sequence token.
 
     Raises:
-        ValueError: a number is out of its range; the model's family is refused; as ``left_padded``.
+        ValueError: a number is out of range; the model's family is refused; as in ``left_padded``.
 
     Example:
         >>> import torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> from steer_optim.vlm.rollout import rollout
         >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
         >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=16, **sizes))
         >>> batch = {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 10]])}
@@ -85,7 +84,7 @@ def rollout(
     if pad is None and eos:
         pad = eos[0]
     suppress = image_ids(model.config) | set(suppress_ids) | (_ids(pad) - set(eos))
-    # top_k=0 switches off what would be 50 by default.
+    # top_k=0 disables the default of 50.
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
     batch = left_padded(batch)
     with evaluating(model):
@@ -106,17 +105,17 @@ def rollout(
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode, an empty generation config, no rotary offsets, shards gathered; then all is as it was."""
-    # Each module by itself: a frozen tower may be in evaluation mode while the rest trains.
+    """Set evaluation mode, an empty generation config and no rotary offsets, gather shards; restore all afterwards."""
+    # Per module, because a frozen tower may be in evaluation mode while the rest trains.
     training = [module for module in model.modules() if module.training]
-    # `generate` falls back to the model's own config for every option that it is not given.
+    # `generate` takes every missing option from the model's config.
     empty = type(model.generation_config)()
     own = "generate" in vars(model)
     with overridden(model, "generation_config", empty), overridden(model, "rope_deltas", None):
         try:
             model.eval()
             if not own:
-                # `generate` calls towers before `forward` gathers their shards; on whole models this does nothing.
+                # `generate` calls towers before `forward` gathers their shards. No-op if nothing is sharded.
                 register_fsdp_forward_method(model, "generate")
             yield
         finally:

@@ -1,7 +1,6 @@
-"""Rows of logits computed a chunk at a time, and the way back from their gradients to hidden states and head.
+"""Rows of logits computed a chunk at a time, and the gradients at hidden states and head.
 
-Gradients are taken while a chunk is at hand, so that its logits can be forgotten, and are handed on in the backward
-pass.
+Gradients are computed while the logits of a chunk exist, and are passed on in the backward pass.
 
 Dimensions: ``N`` rows, ``C`` rows of a chunk, ``V`` vocabulary entries, ``d`` hidden size.
 """
@@ -17,22 +16,16 @@ from torch import Tensor
 
 from steer_optim.vlm.heads import HiddenStates
 
-# The memory of a tensor, where it begins, its shape and its strides, and the dtype that it was cast to.
+# A tensor's address, shape and strides, and the dtype it was cast to.
 Place = tuple[int, tuple[int, ...], tuple[int, ...], torch.dtype]
 
 
 class Rows:
-    """The logits of ``N`` rows divided by a temperature, and the gradients that reach what they are made of.
+    """The logits of ``N`` rows divided by a temperature, and the gradients at the tensors they are computed from.
 
-    Args:
-        view: hidden states ``(N, d)``, or logits ``(N, V)``, which receive no gradient.
-        temperature: all logits are divided by it.
-        dtype: of the logits, float32 or float64.
-        vocabulary: how many ids are read; all by default.
-        casts: tensors that this and other rows have cast, by their memory and dtype; a head is cast once.
-
-    Attributes:
-        inputs: what gradients can reach.
+    ``view`` is hidden states ``(N, d)``, or logits ``(N, V)``, which receive no gradient. The logits have ``dtype``,
+    float32 or float64, and the first ``vocabulary`` ids. Rows that share ``casts`` cast a head once. ``inputs`` are the
+    tensors that can receive a gradient.
     """
 
     def __init__(
@@ -56,8 +49,8 @@ class Rows:
             self.inputs = [self._view.hidden_BTd, *self._view.head.tensors().values()]
             if any(x.numel() and not x.untyped_storage().size() for x in self.inputs):
                 raise RuntimeError(
-                    "FSDP2 has sharded the head again since its hidden states were computed: compute the losses before "
-                    "any backward pass, or further forward pass, of the model"
+                    "FSDP2 has resharded the head since its hidden states were computed: compute the losses before any "
+                    "backward pass, or other forward pass, of the model"
                 )
 
     def __len__(self) -> int:
@@ -65,7 +58,7 @@ class Rows:
 
     @torch.no_grad()
     def logits(self, part: slice) -> Tensor:
-        """The logits of some rows, ``(C, V)``, in memory that the next call writes over. Takes no gradient."""
+        """Return the logits of some rows, ``(C, V)``, without graph. The next call overwrites them."""
         C = part.stop - part.start
         if self._space_CV is None or len(self._space_CV) < C:
             self._space_CV = torch.empty(C, self.V, dtype=self._dtype, device=self.device)
@@ -86,12 +79,12 @@ class Rows:
         return out_CV
 
     def finite(self, size: int) -> bool:
-        """Whether all logits are."""
+        """Return whether all logits are finite."""
         return all(bool(self.logits(part).isfinite().all()) for part in chunks(self, size))
 
     @torch.no_grad()
     def pull(self, part: slice, logits_CV: Tensor, gradient_CV: Tensor, into: Gradients) -> None:
-        """Adds what a gradient at the logits of some rows comes to at the inputs; writes over it."""
+        """Add the gradient at the inputs, given that at the logits of some rows, which is overwritten."""
         assert isinstance(self._view, HiddenStates)
         x_Nd, head = self._view.hidden_BTd, self._view.head
         if head.softcap is not None:
@@ -116,7 +109,7 @@ class Rows:
     def _pull(
         self, gradient_Cn: Tensor, x_Ck: Tensor, w_nk: Tensor, dx_Ck: Tensor | None, dw_nk: Tensor | None
     ) -> None:
-        """Adds what a gradient at ``x w^T`` comes to at both factors, where that is asked for."""
+        """Add the gradients at both factors of ``x w^T``, for those that are not None."""
         x_Ck, w_nk = self._operands(x_Ck, w_nk, gradient=True)
         gradient_Cn = gradient_Cn.to(x_Ck.dtype)
         if dx_Ck is not None:
@@ -125,11 +118,11 @@ class Rows:
             _add_product(dw_nk, gradient_Cn.T, x_Ck)
 
     def _operands(self, x: Tensor, w: Tensor, *, gradient: bool = False) -> tuple[Tensor, Tensor]:
-        """Both factors in one dtype, from which a product comes out in the dtype of the logits.
+        """Return both factors in the dtype in which their product comes out in the dtype of the logits.
 
-        A CPU multiplies half precision into half precision only, and no device into float64, so that both are upcast
-        there. So are the factors of a gradient in float16, in which a token's share of it would underflow. Under
-        autocast the model's own head would multiply in half precision, and so does this one.
+        A CPU multiplies half precision into half precision only, and no device into float64, so both factors are upcast
+        there. So are the factors of a gradient in float16, in which a token's share would underflow. Under autocast the
+        model's own head would multiply in half precision, and so does this one.
         """
         keep = (torch.bfloat16,) if gradient else (torch.bfloat16, torch.float16)
         half = self._view.autocast if isinstance(self._view, HiddenStates) else None
@@ -138,7 +131,7 @@ class Rows:
         if not (widens and dtype in keep):
             dtype = self._dtype
         if w.dtype != dtype:
-            place = (w.data_ptr(), w.shape, w.stride(), dtype)  # views may have detached the one head, each by itself
+            place = (w.data_ptr(), w.shape, w.stride(), dtype)  # not id: views may have detached the same head
             if place not in self._casts:
                 self._casts[place] = w.to(dtype)
             w = self._casts[place]
@@ -146,24 +139,22 @@ class Rows:
 
 
 def default_size(views: int, device: torch.device) -> int:
-    """How many rows of each view meet a head at once: on a CPU 384 in all views together, 3072 on an accelerator."""
+    """Return how many rows of each view meet a head at once, by default."""
     return (384 if device.type == "cpu" else 3072) // views
 
 
 def chunks(rows: Rows, size: int) -> Iterator[slice]:
-    """Slices of the rows, ``size`` at a time."""
+    """Yield slices of the rows, ``size`` at a time."""
     for start in range(0, len(rows), size):
         yield slice(start, min(start + size, len(rows)))
 
 
 class Gradients:
-    """The gradients of one scalar with respect to its inputs, added up before the backward pass that asks for them.
+    """The gradients of one scalar with respect to its inputs, summed before its backward pass.
 
-    Args:
-        inputs: what the scalar depends on; tensors that need no gradient are passed over, and none needs one in
-            ``torch.no_grad``.
-        dtype: to add up in, float32 or float64. In half precision the sum over chunks would stop growing, and small
-            gradients would underflow before a gradient scaler's factor comes in.
+    ``inputs`` that need no gradient are ignored, all of them under ``torch.no_grad``. Sums are in ``dtype``, float32 or
+    float64: in half precision the sum over chunks would stop growing, and small gradients would underflow before a
+    gradient scaler's factor is applied.
     """
 
     def __init__(self, inputs: Iterable[Tensor], dtype: torch.dtype) -> None:
@@ -176,11 +167,11 @@ class Gradients:
         return bool(self._inputs)
 
     def of(self, x: Tensor) -> Tensor | None:
-        """Where the gradient of ``x`` is added up; None where it needs none."""
+        """Return the sum for the gradient of ``x``; None if it needs none."""
         return self._by_id.get(id(x))
 
     def attach(self, value: Tensor) -> Tensor:
-        """The scalar ``value`` with these gradients."""
+        """Return the scalar ``value`` with these gradients."""
         if not self._inputs:
             return value
         apply: Callable[..., Tensor] = _Attach.apply
@@ -188,7 +179,7 @@ class Gradients:
 
 
 class _Attach(torch.autograd.Function):
-    """A scalar whose gradients are known already."""
+    """A scalar whose gradients are already known."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
@@ -202,7 +193,7 @@ class _Attach(torch.autograd.Function):
         found: list[Tensor | None] = []
         with torch.no_grad():
             for x, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[2:], strict=True):
-                # Multiplied before the cast: a gradient scaler's factor lifts what half precision cannot hold.
+                # Multiply before the cast: a gradient scaler's factor prevents underflow in half precision.
                 found.append((incoming * x).to(dtype) if needed else None)
         if twice:
             once: Callable[..., Tensor] = _Once.apply
@@ -211,7 +202,7 @@ class _Attach(torch.autograd.Function):
 
 
 class _Once(torch.autograd.Function):
-    """A gradient that cannot be differentiated, and must not pass for a constant when it is."""
+    """A gradient that raises if it is differentiated, also where ``once_differentiable`` returns a constant."""
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor) -> Tensor:
@@ -220,13 +211,13 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> Tensor:
         raise RuntimeError(
-            "the losses of hidden states have first derivatives only, computed in their forward pass: to "
-            "differentiate twice, pass logits (HiddenStates.logits()), which are differentiated by autograd"
+            "losses of hidden states have first derivatives only: to differentiate twice, pass logits "
+            "(HiddenStates.logits())"
         )
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, *, keep: bool = True) -> None:
-    """``out = a b``, added to what ``out`` was if ``keep``, in the dtype of ``out`` though factors are half."""
+    """Write ``a b`` to ``out``, or add it if ``keep``, in the dtype of ``out`` even for factors in half precision."""
     if a.dtype == out.dtype:
         torch.addmm(out, a, b, beta=1 if keep else 0, out=out)
     elif keep:

@@ -1,22 +1,22 @@
-"""A teacher behind a server, which gives log-probabilities of a few ids and not its logits.
+"""A teacher behind a server that returns log-probabilities of a few ids instead of its logits.
 
-All distributions of a token are collapsed to the same bins: its ``k`` ids, and one *tail* that holds the rest of the
-vocabulary. Every loss of this package takes :class:`TopLogProbs` in the place of a teacher's logits, and is then a
-divergence over ``k + 1`` bins, which is always defined. The tail is never dropped, and an id that the server left out
-is never made up: it is in the tail of all views.
+All distributions of a token are collapsed to the same bins: its ``k`` ids, and one *tail* for the rest of the
+vocabulary. Every loss of this package accepts :class:`TopLogProbs` in place of a teacher's logits, and is then a
+divergence over ``k + 1`` bins, which is always defined. The tail is never dropped, and no probability is made up for an
+id that the server left out: it belongs to the tail of all views.
 
 =======================================  ================================================================
 the server scores ids that it is sent    :func:`top_ids` of the student, of which the teacher scores both views
 the server gives its own top ``k``       :func:`intersect` keeps the ids that are known in both views
 =======================================  ================================================================
 
-Where the server gives hidden states, :class:`~steer_optim.vlm.heads.HiddenStates` is exact and to be preferred.
+If the server can return hidden states, prefer :class:`~steer_optim.vlm.heads.HiddenStates`, which are exact.
 
-``std``, ``lang`` and the visual dependency are never above those of the full vocabulary. ``vis`` and ``vp`` have no
-such bound, for the target ``q*`` of the bins is not the collapsed ``q*``. ``benchmarks/topk_bias.py`` measures the bias
+``std``, ``lang`` and the visual dependency never exceed those of the full vocabulary. ``vis`` and ``vp`` have no such
+bound, because the target ``q*`` of the bins is not the collapsed ``q*``. ``benchmarks/topk_bias.py`` measures the bias
 of all of them.
 
-The temperature must be 1: the mass of a tail at another temperature depends on what is in it.
+The temperature must be 1: the mass of a tail at another temperature depends on its entries.
 
 Dimensions: ``V`` vocabulary entries, ``k`` slots for ids, ``B`` prompts, ``T`` response tokens, ``N`` tokens that are
 computed, ``C`` those of a chunk.
@@ -35,31 +35,31 @@ from torch.nn.functional import pad
 from steer_optim.vlm.heads import HiddenStates
 from steer_optim.vlm.rows import Rows, chunks, default_size
 
-# The log-probability of a slot without an id: its mass is zero in every floating type, so that neither a divergence
-# nor a target sees it, and where -inf would give NaN, differences of it are zero.
+# The log-probability of an empty slot. Its mass is zero in every floating dtype, so that it changes no divergence and
+# no target; differences of two are zero, where -inf would give NaN.
 ABSENT = -1e4
-# One minus a sum of float32 probabilities is noise below this.
+# Below this, one minus a sum of float32 probabilities is noise.
 TAIL_FLOOR = torch.finfo(torch.float32).eps
-# How far probabilities rounded to bfloat16 may exceed one in sum.
+# How far the sum of probabilities rounded to bfloat16 may exceed one.
 EXCESS = 0.01
 
 
 @dataclass(frozen=True, eq=False)
 class TopLogProbs:
-    """A teacher's view as a server gives it: log-probabilities of a few ids, the rest in a tail.
+    """A teacher's view from a server: log-probabilities of a few ids, the rest in a tail.
 
-    Indexing gives the part of some tokens.
+    Indexing selects tokens.
 
     Attributes:
-        ids_BTk: ``(..., k)``, int64, without duplicates in a row; -1 where a slot holds none, and in all slots of a
-            token that is no response token.
-        log_probs_BTk: ``(..., k)``, floating, natural logarithms of probabilities over the whole vocabulary, at
+        ids_BTk: ``(..., k)``, int64, without duplicates in a row; -1 in an empty slot, and in all slots outside the
+            response.
+        log_probs_BTk: ``(..., k)``, floating, natural logarithms of probabilities over the full vocabulary, at
             temperature 1 and before any top-k or top-p cut. Not read where the id is -1. Receives no gradient.
 
     Raises:
         TypeError: the log-probabilities are not floating, or the ids not int64.
-        ValueError: shapes or devices do not fit each other; an id occurs twice in a row or is below -1; a
-            log-probability is NaN, infinite or positive; the probabilities of a row exceed one in sum.
+        ValueError: shapes or devices differ; an id is duplicated in a row or below -1; a log-probability is NaN,
+            infinite or positive; the probabilities of a row sum to more than one.
 
     Example:
         >>> import torch
@@ -89,39 +89,39 @@ class TopLogProbs:
         broken, largest, mass = torch.stack([broken, masked.amax(), masked.exp().sum(dim=-1).amax()]).tolist()
         if broken:
             raise ValueError(
-                "log-probabilities must be finite; found NaN or infinity: put the id -1 where the server gave none, in "
-                "both views, and its mass is in the tail"
+                "log-probabilities must be finite; found NaN or infinity: if the server gave none for an id, set the "
+                "id to -1 in both views, and its mass goes to the tail"
             )
         if largest > EXCESS:
             raise ValueError(
-                f"log-probabilities must not be positive; found {largest:.3g}: logits are not normalised, and their "
-                "log_softmax over a few ids is not what is wanted either"
+                f"log-probabilities must not be positive; found {largest:.3g}: pass neither logits nor their "
+                "log_softmax over a few ids, but log-probabilities over the full vocabulary"
             )
         if mass > 1 + EXCESS:
             raise ValueError(
-                f"the probabilities of a token must not exceed one in sum; found {mass:.3g}: they must be those of the "
-                "whole vocabulary at temperature 1, as natural logarithms"
+                f"the probabilities of a token must not exceed one in sum; found {mass:.3g}: pass those of the full "
+                "vocabulary at temperature 1, as natural logarithms"
             )
 
     @property
     def shape(self) -> torch.Size:
-        """That of the ids, ``(..., k)``."""
+        """The shape of the ids, ``(..., k)``."""
         return self.ids_BTk.shape
 
     @property
     def device(self) -> torch.device:
-        """Where the ids and log-probabilities are."""
+        """The device of the ids and log-probabilities."""
         return self.ids_BTk.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the log-probabilities."""
+        """The dtype of the log-probabilities."""
         return self.log_probs_BTk.dtype
 
     requires_grad = False
 
     def detach(self) -> TopLogProbs:
-        """Itself: it has no gradients."""
+        """Return itself: it has no gradients."""
         return self
 
     def __getitem__(self, index: Any) -> TopLogProbs:
@@ -131,31 +131,27 @@ class TopLogProbs:
         return part
 
     def bins(self) -> Tensor:
-        """The collapsed log-probabilities ``(..., k + 1)``, float32 or float64, finite, the tail last.
+        """Return the collapsed log-probabilities ``(..., k + 1)``, float32 or float64, finite, the tail last.
 
-        The tail's mass is one minus the others', which is noise where the ids have nearly all of it: below the
-        rounding of float32 it counts as that. A token without ids has all mass in the tail.
+        The mass of the tail is one minus that of the ids. Below the rounding of float32 this difference is noise, and
+        is raised to that rounding. A token without ids has all mass in the tail.
         """
         log_probs = self.log_probs_BTk.detach().double().masked_fill(self.ids_BTk < 0, -torch.inf)
         largest, place = log_probs.max(dim=-1, keepdim=True)
         others = log_probs.scatter(-1, place, -torch.inf).exp().sum(dim=-1, keepdim=True)
         rest = -torch.expm1(largest) - others  # exact where one of the probabilities is nearly one
-        # What the floor adds to the tail and rounding to the sum is taken from all alike.
+        # The log_softmax removes what the floor and rounding add, from all bins alike.
         bins = torch.log_softmax(torch.cat([log_probs, rest.clamp(min=TAIL_FLOOR).log()], dim=-1), dim=-1)
         return bins.clamp(min=ABSENT).to(torch.promote_types(self.dtype, torch.float32))
 
 
 def collapse(log_probs: Tensor, ids: Tensor) -> Tensor:
-    """Log-probabilities ``(..., V)`` collapsed to those of the ids ``(..., k)`` and that of the rest, differentiable.
+    """Return log-probabilities ``(..., V)`` collapsed to bins ``(..., k + 1)``: those of the ids, then the tail.
 
-    The tail is summed over its entries and not taken as a difference, so that its gradient is right however small it
-    is.
-
-    Returns:
-        ``(..., k + 1)``, the tail last; ``ABSENT`` where a bin holds no entry.
+    Differentiable. A bin without an entry is ``ABSENT``. The tail is summed over its entries rather than computed as a
+    difference, so that its gradient is accurate however small it is.
 
     Example:
-        >>> import torch
         >>> collapse(torch.tensor([0.5, 0.3, 0.2]).log(), torch.tensor([2, -1])).exp()
         tensor([0.2000, 0.0000, 0.8000])
     """
@@ -165,9 +161,9 @@ def collapse(log_probs: Tensor, ids: Tensor) -> Tensor:
 
 
 def expand(gradient: Tensor, log_probs: Tensor, bins: Tensor, ids: Tensor) -> Tensor:
-    """The gradient at logits ``(..., V)`` of one at the logits of their bins ``(..., k + 1)``.
+    """Return the gradient at logits ``(..., V)``, given that at the logits of their bins ``(..., k + 1)``.
 
-    The tail hands its own on in the shares that its entries have of its mass.
+    The gradient of the tail is distributed over its entries in proportion to their mass.
     """
     shares = (log_probs - bins[..., -1:]).exp_().mul_(gradient[..., -1:])
     padded, place = _slots(shares, ids)
@@ -175,26 +171,26 @@ def expand(gradient: Tensor, log_probs: Tensor, bins: Tensor, ids: Tensor) -> Te
 
 
 def heaviest(scores: Tensor, k: int) -> Tensor:
-    """The ids of the ``k`` largest scores of each row, in no order; all where there are fewer."""
+    """Return the ids of the ``k`` largest scores of each row, in no order; all ids if there are fewer."""
     return scores.topk(min(k, scores.shape[-1]), dim=-1, sorted=False).indices
 
 
 def _slots(x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """``x`` with one more column, and the column of each slot: that one where it holds no id."""
+    """Return ``x`` with one more column, and the column of each slot, which is the added one for an empty slot."""
     return pad(x, (0, 1), value=ABSENT), ids.where(ids >= 0, x.shape[-1])
 
 
 def top_ids(
     student_BTV: Tensor | HiddenStates, student_text_BTV: Tensor | HiddenStates | None, mask_BT: Tensor, *, k: int
 ) -> Tensor:
-    """The ids of each token that the teacher is to score: the ``k`` with the largest ``max(p, p_tx)``.
+    """Return the ids of each token that the teacher should score: the ``k`` with the largest ``max(p, p_tx)``.
 
-    ``std`` and ``vis`` are expectations under ``p``, ``lang`` and ``vp`` under ``p_tx``, and an id outside the
-    support is seen through the tail only; so the ids are those that weigh most in either view.
+    ``std`` and ``vis`` are expectations under ``p``, ``lang`` and ``vp`` under ``p_tx``, and all ids outside the
+    support share the tail. So the ids are those with the most mass in either view.
 
     Args:
         student_BTV: ``(B, T, V)``, floating, the student's logits with the image, or its hidden states.
-        student_text_BTV: ``(B, T, V)``, those without it; None where only ``std`` is wanted.
+        student_text_BTV: ``(B, T, V)``, those without it; None if only ``std`` is needed.
         mask_BT: ``(B, T)``, bool, True at response tokens.
         k: how many, at most ``V``.
 
@@ -203,7 +199,7 @@ def top_ids(
 
     Raises:
         TypeError: the mask is not bool.
-        ValueError: shapes or devices do not fit each other; ``k`` is out of range.
+        ValueError: shapes or devices differ; ``k`` is out of range.
 
     Example:
         >>> import torch
@@ -233,13 +229,13 @@ def top_ids(
 
 
 def intersect(image: TopLogProbs, text: TopLogProbs) -> tuple[TopLogProbs, TopLogProbs]:
-    """What a teacher's own top ``k`` with the image and its top ``k'`` without it have in common.
+    """Return both views of a teacher over the ids that its top ``k`` with the image and its top ``k'`` without share.
 
     Returns:
-        Both views over the ids of ``image``, with -1 in the place of an id that is not known in both.
+        Both views over the ids of ``image``, with -1 for an id that is not known in both.
 
     Raises:
-        ValueError: the views differ in their tokens.
+        ValueError: the views have different tokens.
 
     Example:
         >>> import torch
@@ -250,7 +246,7 @@ def intersect(image: TopLogProbs, text: TopLogProbs) -> tuple[TopLogProbs, TopLo
     """
     if image.shape[:-1] != text.shape[:-1]:
         raise ValueError(
-            "both views must have the same tokens, and may differ in their last dimension only; got "
+            "both views must have the same tokens and the same shape, except for the last dimension; got "
             f"{tuple(image.shape)} with the image and {tuple(text.shape)} without"
         )
     sorted_ids, order = text.ids_BTk.sort(dim=-1)
@@ -262,9 +258,9 @@ def intersect(image: TopLogProbs, text: TopLogProbs) -> tuple[TopLogProbs, TopLo
 
 
 def check_ids(ids: Tensor, vocabulary: int | None = None) -> None:
-    """Raises TypeError or ValueError where ids are no int64, occur twice in a row, or are out of range.
+    """Raise TypeError or ValueError if ids are not int64, are duplicated in a row, or are out of range.
 
-    The vocabulary is that of the student, or None where it is not known.
+    ``vocabulary`` is the student's size, or None if unknown.
     """
     if ids.dtype != torch.int64:
         raise TypeError(f"ids must be int64, -1 where a slot holds none; got {ids.dtype}: pass ids.long()")
@@ -278,9 +274,9 @@ def check_ids(ids: Tensor, vocabulary: int | None = None) -> None:
         raise ValueError(
             f"ids must be -1, or entries of the student's vocabulary{'' if vocabulary is None else f' of {vocabulary}'}"
             f"; found {int(ids.min())} to {int(ids.max())}: put -1 for an id that the student does not have, in both "
-            "views, and its mass is in the tail"
+            "views, and its mass goes to the tail"
         )
     if twice:
         raise ValueError(
-            "ids must not occur twice in a row, or their mass counts twice; found duplicates: put -1 for all but one"
+            "ids must be unique in a row, or their mass counts twice; found duplicates: put -1 for all but one"
         )

@@ -182,7 +182,7 @@ def test_a_head_that_was_sharded_again_is_not_read():
     prompts, response = step_of(0, share)
     views = score(model, model, prompts, response, method=METHODS["standard"])
     METHODS["standard"](views, response.scored_BT)["std"].backward()
-    with pytest.raises(RuntimeError, match="has sharded the head again"):
+    with pytest.raises(RuntimeError, match="has resharded the head"):
         METHODS["standard"](views, response.scored_BT)
 
 

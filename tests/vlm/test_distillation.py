@@ -423,8 +423,8 @@ def test_steering_the_exact_decomposition_is_steering_the_papers():
         ({"floor": 1.5}, "floor must be a probability"),
         ({"prior": "dead"}, "prior must be one of live, frozen; got 'dead'"),
         ({"prior": "frozen", "detach_prior": False}, "a frozen prior receives no gradient"),
-        ({"decomposition": "standard", "adaptive": True}, "adaptive grades the component vis.*'standard'"),
-        ({"decomposition": "language", "adaptive": True}, "adaptive grades the component vis.*'language'"),
+        ({"decomposition": "standard", "adaptive": True}, "adaptive=True needs a component with graded.*'standard'"),
+        ({"decomposition": "language", "adaptive": True}, "adaptive=True needs a component with graded.*'language'"),
     ],
 )
 def test_hyperparameters_out_of_range_are_refused(options, match):

@@ -276,7 +276,7 @@ def test_views_that_do_not_fit_are_refused_by_name():
         with pytest.raises(ValueError, match=match):
             method(views_of(views), mask_BT)
 
-    refuse("student is logits.*pass HiddenStates", *logits[:2], *states[2:])
+    refuse("student is logits that require grad.*pass HiddenStates", *logits[:2], *states[2:])
     refuse("student and student_text are two views of one model", states[0], other[1], *states[2:])
     refuse("teacher and teacher_text are two views of one model", *states[:3], logits[3])
     refuse(r"mask_BT must be \(B, T\) and student .* got \(4, 3\) and \(3, 4, 9\)", *states, mask_BT=MASK.T)

@@ -135,7 +135,7 @@ def test_the_head_computes_one_row_and_the_wrapper_is_passed_through():
 
 def test_a_model_that_is_not_what_its_head_says_is_refused():
     batch = batch_of([2, 20], [2, 21])
-    with pytest.raises(RuntimeError, match=r"something to its logits that Head.of does not know"):
+    with pytest.raises(RuntimeError, match=r"changes its logits in a way that Head.of does not know"):
         response_states(Bigram(after=lambda x: x * 1.1), batch, 3)
     twice = Bigram()
     twice.after = lambda logits: twice.head(twice.embedding.weight[:1, None])
@@ -195,7 +195,7 @@ def test_the_head_of_an_adapter_that_is_switched_off_is_compared_by_itself(monke
     response_states(model, batch, 3)
     head = Head.of(model)
     monkeypatch.setattr(Head, "of", lambda model: dataclasses.replace(head, lora_A_rd=None, lora_B_Vr=None))
-    with pytest.raises(RuntimeError, match=r"something to its logits that Head.of does not know"):
+    with pytest.raises(RuntimeError, match=r"changes its logits in a way that Head.of does not know"):
         response_states(model, batch, 3)
 
 
@@ -225,7 +225,7 @@ def test_heads_and_states_that_do_not_fit_are_refused_by_name():
 
     for match, options in (
         (r"bias_V must be \(7,\) .*got \(4,\)", {"bias_V": torch.zeros(4)}),
-        ("two factors of one adapter", {"lora_A_rd": torch.zeros(2, 4)}),
+        ("the two factors of one adapter", {"lora_A_rd": torch.zeros(2, 4)}),
         (r"lora_B_Vr must be \(7, 2\).*got \(7, 3\)", {"lora_A_rd": torch.zeros(2, 4), "lora_B_Vr": torch.zeros(7, 3)}),
         ("softcap must be positive", {"softcap": 0.0}),
     ):
@@ -277,7 +277,7 @@ def test_a_static_graph_which_would_not_average_is_refused():
     try:
         batch = batch_of([2, 20], [2, 21])
         model = nn.parallel.DistributedDataParallel(text_model("llama"), static_graph=True)
-        with pytest.raises(RuntimeError, match=r"static_graph averages no gradient.*model\.module"):
+        with pytest.raises(RuntimeError, match=r"static_graph does not average the gradients.*model\.module"):
             response_states(model, batch, 3)
         with torch.no_grad():
             assert response_states(model, batch, 3).shape == (2, 3, VOCABULARY)

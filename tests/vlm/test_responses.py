@@ -60,17 +60,17 @@ def test_placeholders_are_refused_where_they_are(rows, data):
 
 
 def test_what_is_no_rollout_is_refused():
-    with pytest.raises(ValueError, match="a rollout of no responses"):
+    with pytest.raises(ValueError, match="there are no responses"):
         Rollout.of([], config=CONFIG)
     for scored in ([[1]], [[1], [1]], [[1, 1], []]):
-        with pytest.raises(ValueError, match="scored needs one flag for each token: responses have"):
+        with pytest.raises(ValueError, match="scored must have one flag per token: responses have"):
             Rollout.of([[20, 21], [22]], config=CONFIG, scored=scored)
     ids_BT = torch.full((2, 3), 20)
     hole, late = torch.tensor([[1, 1, 1], [1, 0, 1]]).bool(), torch.tensor([[1, 1, 0], [0, 1, 1]]).bool()
     for mask_BT in (hole, late):
-        with pytest.raises(ValueError, match=r"mask of response 1 goes on after a hole or begins late: .* scored_BT"):
+        with pytest.raises(ValueError, match=r"mask_BT of response 1 has a hole or begins late: .* scored_BT"):
             Rollout(ids_BT, mask_BT)
-    with pytest.raises(ValueError, match="response 1 has scored tokens outside of mask_BT"):
+    with pytest.raises(ValueError, match="response 1 has scored tokens outside mask_BT"):
         Rollout(ids_BT, torch.tensor([[1, 1, 1], [1, 0, 0]]).bool(), torch.ones(2, 3).bool())
 
 
@@ -142,7 +142,7 @@ def test_every_key_moves_to_the_left_with_its_token(name):
 def test_a_key_that_no_family_has_is_refused_by_name(shape):
     batch = {"input_ids": torch.full((2, 3), 20), "novel_ids": torch.zeros(shape)}
     given = Rollout.of([[20], [21]], config=CONFIG)
-    with pytest.raises(ValueError, match=r"'novel_ids' has the shape .*leave it out of the batch, or name it in the"):
+    with pytest.raises(ValueError, match=r"'novel_ids' has the shape .*leave it out of the batch, or name it in per"):
         append_response(batch, given, CONFIG)
     batch["labels"] = batch.pop("novel_ids")
     batch["novel_pixels"] = torch.zeros(2, 4, 3)

@@ -294,7 +294,7 @@ def test_views_of_a_server_that_do_not_fit_are_refused():
         with pytest.raises(ValueError, match=match):
             token_losses(views, **options)
 
-    refuse("those at temperature 1; got 2", views, temperature=2.0)
+    refuse("valid at temperature 1 only; got 2", views, temperature=2.0)
     refuse("over the ids of the teacher's other views", {**views, "teacher_text": other})
     refuse("both must be logits of one shape", {**views, "teacher_text": student.detach()})
     refuse("vocabulary of 1; found 0 to 1: put -1", {"student": student[:, :1], "teacher": sent})
