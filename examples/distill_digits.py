@@ -96,7 +96,7 @@ class Method(NamedTuple):
 def methods(settings: Settings) -> dict[str, Method]:
     """What can be compared; docs/how-to-choose.md says when to take which."""
     paper = DecomposedDistillation("vgs", gamma=settings.gamma, lam=settings.lam)
-    exact = replace(paper, decomposition="exact")
+    exact = DecomposedDistillation("exact", gamma=settings.gamma)
     losses = {
         "standard": DecomposedDistillation("standard"),
         "vgs-frozen": DecomposedDistillation("vgs-frozen", gamma=settings.gamma, floor=settings.floor),

@@ -2,20 +2,25 @@
 
 from steer_optim.vlm.analysis import angles_by_decile
 from steer_optim.vlm.check import check_views
-from steer_optim.vlm.distillation import DecomposedDistillation
-from steer_optim.vlm.divergences import token_losses
+from steer_optim.vlm.distillation import Component, DecomposedDistillation, Decomposition
+from steer_optim.vlm.divergences import Term, token_losses
 from steer_optim.vlm.forward import response_logits, response_states, score
-from steer_optim.vlm.gate import adaptive_strength, visual_dependency, visual_tokens
+from steer_optim.vlm.gate import adaptive_strength, sampled_log_probs, top_share, visual_dependency, visual_tokens
 from steer_optim.vlm.heads import Head, HiddenStates
 from steer_optim.vlm.prompts import Prompts, Rollout, append_response, left_padded, render, text_only
 from steer_optim.vlm.rollout import rollout
+from steer_optim.vlm.topk import TopLogProbs
 
 __all__ = [
+    "Component",
     "DecomposedDistillation",
+    "Decomposition",
     "Head",
     "HiddenStates",
     "Prompts",
     "Rollout",
+    "Term",
+    "TopLogProbs",
     "adaptive_strength",
     "angles_by_decile",
     "append_response",
@@ -25,9 +30,11 @@ __all__ = [
     "response_logits",
     "response_states",
     "rollout",
+    "sampled_log_probs",
     "score",
     "text_only",
     "token_losses",
+    "top_share",
     "visual_dependency",
     "visual_tokens",
 ]

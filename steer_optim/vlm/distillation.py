@@ -26,6 +26,7 @@ from steer_optim.vlm.engine import check_chunk_size, weighted_sums
 from steer_optim.vlm.gate import adaptive_strength, check_quantile, select_rows, visual_tokens
 
 Prior = Literal["live", "frozen"]
+Tokens = Literal["all", "visual", "rest", "graded"]
 Reduction = Literal["token", "sequence"]
 
 
@@ -37,28 +38,73 @@ class Component:
         term: the divergence of each token.
         tokens: ``all``; the most ``visual`` ones, above the quantile of visual dependency; the ``rest``; or ``graded``:
             all, weighted by their visual dependency if the method is adaptive.
-        factor: the hyperparameter that multiplies the component; if it is 0, the component is left out.
+        factor: a number that multiplies the component, or the hyperparameter that does; if that is 0, the component is
+            left out.
         less: another component that is subtracted.
+
+    Raises:
+        TypeError, ValueError: an attribute is of another kind.
     """
 
     term: Term
-    tokens: Literal["all", "visual", "rest", "graded"] = "all"
-    factor: Literal["gamma", "lam"] | None = None
+    tokens: Tokens = "all"
+    factor: Literal["gamma", "lam"] | float = 1.0
     less: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.term, Term):
+            raise TypeError(f"term must be a Term; got {type(self.term).__name__}")
+        if self.tokens not in get_args(Tokens):
+            raise ValueError(f"tokens must be one of {', '.join(get_args(Tokens))}; got {self.tokens!r}")
+        if not isinstance(self.factor, (int, float)) and self.factor not in ("gamma", "lam"):
+            raise ValueError(f"factor must be a number, 'gamma' or 'lam'; got {self.factor!r}")
 
 
 @dataclass(frozen=True)
 class Decomposition:
-    """The components, the rule that steers them given ``gamma``, and the defaults of their hyperparameters."""
+    """The components, the rule that steers them given ``gamma``, and the defaults of their hyperparameters.
+
+    Attributes:
+        components: by name, in the order of the losses.
+        rule: a function of ``gamma`` that makes the rule.
+        prior: whose text-only view is the prior, where a term reads it.
+        lam: the default of ``lam``.
+        floor: the default of ``floor``.
+
+    Raises:
+        TypeError, ValueError: a component is none; ``less`` names no other component; ``rule`` is a rule itself.
+
+    Example:
+        PAPO's second term: away from what the student says about a masked image, the view ``masked``.
+
+        >>> from steer_optim import Sum
+        >>> away = Term("student", {"masked": 1.0}, divergence="forward")
+        >>> papo = Decomposition(
+        ...     {"std": Component(TERMS["std"]), "away": Component(away, factor=-0.02)}, lambda gamma: Sum()
+        ... )
+        >>> DecomposedDistillation(papo).views
+        ('student', 'teacher', 'masked')
+    """
 
     components: Mapping[str, Component]
     rule: Callable[[float], Rule]
     _: KW_ONLY
     prior: Prior = "live"
-    lam: float = 0.01
+    lam: float = 0.0
     floor: float | None = None
 
+    def __post_init__(self) -> None:
+        for name, part in self.components.items():
+            if not isinstance(part, Component):
+                raise TypeError(f"component {name!r} must be a Component; got {type(part).__name__}")
+            if part.less is not None and part.less not in {*self.components} - {name}:
+                raise ValueError(f"component {name!r} is less {part.less!r}, which is no other component")
+        if isinstance(self.rule, Rule) or not callable(self.rule):
+            raise TypeError(f"rule must be a function of gamma, as lambda gamma: Sum(); got {self.rule!r}")
 
+
+# The name of the visual dependency among losses: that of no component.
+_SCORE = "visual dependency"
 _STD, _VIS = Component(TERMS["std"]), Component(TERMS["vis"], "graded")
 _LP = Component(TERMS["lang"], "visual", factor="lam")
 _VGS = {"std": _STD, "vis": _VIS, "lp": _LP}
@@ -77,16 +123,18 @@ def _sum(gamma: float) -> Rule:
 
 
 DECOMPOSITIONS: dict[str, Decomposition] = {
-    "vgs-frozen": Decomposition({"std": _STD, "vis": _VIS}, VGS, prior="frozen", lam=0.0, floor=1e-3),
-    "vgs": Decomposition(_VGS, VGS),
-    "vgs-unscaled": Decomposition({**_VGS, "vis": replace(_VIS, factor="gamma")}, _sum),
+    "vgs-frozen": Decomposition({"std": _STD, "vis": _VIS}, VGS, prior="frozen", floor=1e-3),
+    "vgs": Decomposition(_VGS, VGS, lam=0.01),
+    "vgs-unscaled": Decomposition({**_VGS, "vis": replace(_VIS, factor="gamma")}, _sum, lam=0.01),
     "exact": Decomposition({"lang": replace(_STD, less="vis"), "vis": _VIS}, _towards_vision),
     "tokens": Decomposition(
         {"lang": replace(_STD, tokens="rest"), "vis": replace(_STD, tokens="visual")}, _towards_vision
     ),
-    "language": Decomposition({**_LANGUAGE, "vp": Component(TERMS["vp"], "visual", factor="lam")}, _towards_language),
+    "language": Decomposition(
+        {**_LANGUAGE, "vp": Component(TERMS["vp"], "visual", factor="lam")}, _towards_language, lam=0.01
+    ),
     "language-image": Decomposition(
-        {**_LANGUAGE, "vp": Component(TERMS["vis"], "visual", factor="lam")}, _towards_language
+        {**_LANGUAGE, "vp": Component(TERMS["vis"], "visual", factor="lam")}, _towards_language, lam=0.01
     ),
     "standard": Decomposition({"std": _STD}, _sum),
     "both-views": Decomposition({"std": _STD, "lang": Component(TERMS["lang"])}, _sum),
@@ -216,7 +264,19 @@ class DecomposedDistillation:
         check_temperature(self.temperature)
         check_floor(self.floor)
         check_chunk_size(self.chunk_size)
-        if self.adaptive and not any(part.tokens == "graded" for part in self._entry.components.values()):
+        parts = self._entry.components.values()
+        reads = {
+            "lam": (bool(self.lam), any(part.factor == "lam" for part in parts)),
+            "floor": (self.floor is not None, any(part.term.floored for part in parts)),
+            "prior": (self.prior == "frozen", any("prior" in part.term.views for part in parts)),
+        }
+        for name, (given, read) in reads.items():
+            if given and not read:
+                raise ValueError(
+                    f"no component of {self.decomposition!r} reads {name}={getattr(self, name)!r}: leave it out, or "
+                    "take another decomposition"
+                )
+        if self.adaptive and not any(part.tokens == "graded" for part in parts):
             raise ValueError(
                 "adaptive=True needs a component with graded tokens, as vgs-frozen, vgs, vgs-unscaled and exact have; "
                 f"got {self.decomposition!r}"
@@ -274,16 +334,18 @@ class DecomposedDistillation:
                 f"the decomposition {self.decomposition} reads the views {', '.join(self.views)}; missing "
                 f"{', '.join(missing)}" + ("" if "prior" not in missing else ": pass a frozen copy as prior to score")
             )
-        trains = views["student"].requires_grad
-        if self.trains_text and trains and not views["student_text"].requires_grad:
+        trained = {name: views[name].requires_grad for name in self._trained}
+        if any(trained.values()) and not all(trained.values()):
+            without = ", ".join(name for name, trains in trained.items() if not trains)
             raise ValueError(
-                f"decomposition={self.decomposition!r} with lam={self.lam} and detach_prior={self.detach_prior} "
-                "trains the student without the image, but the view student_text requires no grad: compute it outside "
-                "torch.no_grad()"
+                f"these components train the views {', '.join(trained)} (lam={self.lam}, detach_prior="
+                f"{self.detach_prior}), but {without} requires no grad: compute it outside torch.no_grad()"
             )
+        if not isinstance(mask_BT, Tensor):
+            raise TypeError(f"mask_BT must be a tensor, rollout.scored_BT for one; got {type(mask_BT).__name__}")
         rows = select_rows(mask_BT, **{name: views[name] for name in self.views})
         tokens = {"gate_BT": gate_BT, "strength_BT": strength_BT, "weight_BT": weight_BT}
-        given = {name: _select_tokens(mask_BT, name, x) for name, x in tokens.items() if x is not None}
+        given = {name: _select_tokens(mask_BT, name, x.detach()) for name, x in tokens.items() if x is not None}
         if gate_BT is not None and gate_BT.dtype != torch.bool:
             raise TypeError(f"gate_BT must be bool; got {gate_BT.dtype}: select tokens with visual_tokens")
         components = self._components(rows, mask_BT, given)
@@ -331,8 +393,12 @@ class DecomposedDistillation:
             >>> DecomposedDistillation("vgs").trains_text, DecomposedDistillation("vgs-frozen").trains_text
             (True, False)
         """
-        trained = {name for part in self._parts.values() for name in (part.term.left, *part.term.attached)}
-        return "student_text" in trained
+        return "student_text" in self._trained
+
+    @property
+    def _trained(self) -> list[str]:
+        parts = self._parts.values()
+        return list(dict.fromkeys(name for part in parts for name in (part.term.left, *part.term.attached)))
 
     def rule(self) -> Rule:
         """Return the rule that steers these components, with this method's ``gamma``.
@@ -352,10 +418,12 @@ class DecomposedDistillation:
         """The components that are not left out, with the hyperparameters applied."""
         parts = {}
         for name, part in self._entry.components.items():
-            if part.factor is not None and getattr(self, part.factor) == 0:
-                continue
+            if isinstance(part.factor, str):
+                part = replace(part, factor=getattr(self, part.factor))
+                if part.factor == 0:
+                    continue
             if "prior" in part.term.target and not self.detach_prior:
-                part = replace(part, term=replace(part.term, attached=("prior",)))
+                part = replace(part, term=replace(part.term, attached=(*part.term.attached, "prior")))
             if self.prior == "live":
                 part = replace(part, term=part.term.live())
             if part.tokens == "graded" and not self.adaptive:
@@ -372,13 +440,13 @@ class DecomposedDistillation:
         losses_of = partial(
             weighted_sums, temperature=self.temperature, chunk_size=self.chunk_size, compile=self.compile
         )
-        gate_N, strength_N, score = given.get("gate_BT"), given.get("strength_BT"), {"vds": TERMS["vds"]}
+        gate_N, strength_N, score = given.get("gate_BT"), given.get("strength_BT"), {_SCORE: TERMS["vds"]}
         known: dict[str, Tensor] = {}  # by term, the losses of all tokens
         totals: dict[str, Tensor] = {}
         gated = any(part.tokens in ("visual", "rest") for part in parts.values())
         if self.adaptive and strength_N is None:
             known = losses_of(rows, score, {})[1]
-            strength_N = adaptive_strength(known["vds"], every)
+            strength_N = adaptive_strength(known[_SCORE], every)
         # Tokens that are not selected meet no head.
         for tokens in ("all", "visual", "rest"):
             mine = {n: p for n, p in parts.items() if p.tokens == tokens or (tokens == "all" and p.tokens == "graded")}
@@ -388,18 +456,19 @@ class DecomposedDistillation:
             if tokens != "all":
                 if gate_N is None:
                     known = known or losses_of(rows, score, {})[1]
-                    gate_N = visual_tokens(known["vds"], every, quantile=self.quantile)
+                    gate_N = visual_tokens(known[_SCORE], every, quantile=self.quantile)
                 where = gate_N if tokens == "visual" else ~gate_N
             terms, weights = {name: part.term for name, part in mine.items()}, {}
             for name, part in mine.items():
                 graded_N = weight_N if strength_N is None or part.tokens != "graded" else weight_N * strength_N
-                weights[name] = (getattr(self, part.factor) if part.factor else 1.0) * graded_N[where]
+                assert not isinstance(part.factor, str)
+                weights[name] = part.factor * graded_N[where]
             if tokens == "all" and gated and gate_N is None:
                 terms |= score  # from the same logits
             kept = {name: x if where is every else x[where] for name, x in rows.items()}
             sums, losses = losses_of(kept, terms, weights, floor=self.floor)
             totals |= sums
-            known = losses if tokens == "all" and "vds" in losses else known
+            known = losses if tokens == "all" and _SCORE in losses else known
         return {name: totals[name] - totals[part.less] if part.less else totals[name] for name, part in parts.items()}
 
     def _denominator(self, mask_BT: Tensor, count: float | Tensor | None) -> float:

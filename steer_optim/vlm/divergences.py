@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass
 from functools import reduce
 from typing import Literal, get_args
 
@@ -77,6 +77,10 @@ class Term:
             raise ValueError(f"divergence must be one of {', '.join(get_args(Kind))}; got {self.divergence!r}")
         if not 0 < self.beta < 1:
             raise ValueError(f"beta must be inside (0, 1): 0 and 1 are 'forward' and 'reverse'; got {self.beta}")
+        if both := {*self.attached} & {*self.floored}:
+            raise ValueError(f"a view is attached or floored, not both; got {', '.join(sorted(both))} in both")
+        if unread := {*self.attached, *self.floored} - {*self.target}:
+            raise ValueError(f"attached and floored views are views of the target; got {', '.join(sorted(unread))}")
 
     @property
     def views(self) -> tuple[str, ...]:
@@ -85,9 +89,24 @@ class Term:
 
     def live(self) -> Term:
         """Return the same term with the student's own text-only view as the prior."""
-        target = {"student_text" if name == "prior" else name: c for name, c in self.target.items()}
-        attached = tuple("student_text" if name == "prior" else name for name in self.attached)
-        return replace(self, target=target, attached=attached)
+
+        def named(names: Iterable[str]) -> tuple[str, ...]:
+            return tuple(dict.fromkeys("student_text" if name == "prior" else name for name in names))
+
+        target = dict.fromkeys(named(self.target), 0.0)
+        for name, coefficient in self.target.items():
+            target["student_text" if name == "prior" else name] += coefficient
+        top = None if self.top is None else (named(self.top[:1])[0], self.top[1])
+        left = named([self.left])[0]
+        return Term(
+            left,
+            target,
+            divergence=self.divergence,
+            beta=self.beta,
+            attached=named(self.attached),
+            floored=named(self.floored),
+            top=top,
+        )
 
 
 _Q_STAR = {"prior": 1.0, "teacher": 1.0, "teacher_text": -1.0}
@@ -160,7 +179,8 @@ def log_target(term: Term, log_probs: Mapping[str, Tensor], floor: float | None)
         if floor is not None and name in term.floored:
             log_q = log_q.clamp(min=math.log(floor))
         parts.append(log_q if coefficient == 1 else coefficient * log_q)
-    return parts[0] if list(term.target.values()) == [1] else reduce(torch.add, parts).log_softmax(-1)
+    normalised = list(term.target.values()) == [1] and (floor is None or not term.floored)
+    return parts[0] if normalised else reduce(torch.add, parts).log_softmax(-1)
 
 
 def token_losses(
@@ -220,7 +240,7 @@ def token_losses(
             seen = {view: collapse(x, ids) for view, x in log_probs.items()}
         losses[name] = divergence(term, seen[term.left], log_target(term, seen, floor))
     refuse_overflow(losses.values())
-    if floor is not None and "vis" in terms:
+    if floor is not None and "vis" in terms and terms["vis"].floored:
         gains = (log_probs["teacher"], log_probs["teacher_text"])
         raised = [x.clamp(min=math.log(floor)) for x in gains]
         changed = raised[0] - raised[1] != gains[0] - gains[1]

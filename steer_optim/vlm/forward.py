@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from steer_optim.vlm.distillation import DecomposedDistillation
+from steer_optim.vlm.divergences import View
 from steer_optim.vlm.heads import Head, HiddenStates, output_embeddings
 from steer_optim.vlm.prompts import Prompts, Rollout, append_response
 
@@ -144,7 +145,7 @@ def response_states(
 
 def score(
     student: nn.Module,
-    teacher: nn.Module,
+    teacher: nn.Module | None,
     prompts: Prompts,
     response: Rollout,
     *,
@@ -152,9 +153,9 @@ def score(
     prior: nn.Module | None = None,
     teacher_prompts: Prompts | None = None,
     names: Collection[str] | None = None,
-    known: Mapping[str, Tensor | HiddenStates] | None = None,
+    known: Mapping[str, View] | None = None,
     hidden_states: bool = True,
-) -> dict[str, Tensor | HiddenStates]:
+) -> dict[str, View]:
     """Return the views of one response that a decomposition reads, each computed once. You may add further views.
 
     The student runs as it is, in the caller's autocast, with gradients if a component trains the view. Teacher and
@@ -195,24 +196,34 @@ def score(
         (1, 2, 16)
         >>> losses = method(views, response.scored_BT)
     """
+    if not (isinstance(prompts, Prompts) and isinstance(response, Rollout)):
+        raise TypeError(
+            "score takes Prompts, from render or Prompts(batch, text_only(batch, config)), and a Rollout, from rollout or "
+            f"Rollout.of; got {type(prompts).__name__} and {type(response).__name__}"
+        )
     B, T = response.response_BT.shape
     others = teacher_prompts or prompts
     batches = {"student": prompts.image, "student_text": prompts.text, "prior": prompts.text}
     batches |= {"teacher": others.image, "teacher_text": others.text}
-    adapters = (x.disable_adapter for x in student.modules() if prior is None and hasattr(x, "disable_adapter"))
-    without_adapter: Any = next(adapters, None)
-    if "prior" in (names or method.views) and prior is None and without_adapter is None:
-        raise ValueError(
-            "the method's prior is frozen: pass prior=copy.deepcopy(student), made before training. Only a student "
-            "with PEFT adapters needs none"
-        )
-    models = {"student": student, "student_text": student, "prior": prior or student}
+    if unknown := {*(names or ())} - {*batches}:
+        raise ValueError(f"score computes the views {', '.join(batches)}; got {', '.join(sorted(unknown))}")
+    wanted = [name for name in names or method.views if name in batches and name not in (known or {})]
+    without_adapter: Any = None
+    if "prior" in wanted and prior is None:
+        without_adapter = _without_adapter(student)
+    if prior is student:
+        raise ValueError("prior is the student itself, which is trained: pass a copy made before training")
+    models: dict[str, Any] = {"student": student, "student_text": student, "prior": prior or student}
     models |= {"teacher": teacher, "teacher_text": teacher}
-    teacher.eval()
-    if prior is not None:
-        prior.eval()
-    views = dict(known or {})
-    for name in [name for name in names or method.views if name in models and name not in views]:
+    for name in wanted:
+        if models[name] is None:
+            raise ValueError(
+                f"the view {name} needs a teacher: pass one, or the view itself as known={{{name!r}: ...}}"
+            )
+        if name not in ("student", "student_text") and models[name] is not student:
+            models[name].eval()
+    views: dict[str, View] = dict(known or {})
+    for name in wanted:
         model = models[name]
         twin = views.get(name.removesuffix("_text"))
         blank = (others if name.startswith("teacher") else prompts).blank
@@ -283,6 +294,24 @@ def _compare(model: nn.Module, head: Head, x_BLd: Tensor, logits_BLV: Any) -> No
             f"{type(model).__name__} changes its logits in a way that Head.of does not know: a row differs by "
             f"{error:.3g}. Pass response_logits instead, or HiddenStates with a Head of your own"
         )
+
+
+def _without_adapter(student: nn.Module) -> Any:
+    """Return what switches the adapters of the student off: the student as it was before training."""
+    peft: Any = next((x for x in student.modules() if hasattr(x, "disable_adapter")), None)
+    if peft is None:
+        raise ValueError(
+            "the method's prior is frozen: pass prior=copy.deepcopy(student), made before training and before "
+            "fully_shard. Only a student with PEFT adapters needs none"
+        )
+    own = (getattr(peft.base_model, "prefix", "lora_"), "modules_to_save", "trainable_tokens")
+    others = [n for n, x in peft.named_parameters() if x.requires_grad and not any(part in n for part in own)]
+    if others:
+        raise ValueError(
+            f"{others[0]} is trained and no part of an adapter, so that the student without its adapters is not the "
+            "initial one: freeze it, or pass prior=, a copy made before training"
+        )
+    return peft.disable_adapter
 
 
 def _config(model: nn.Module) -> Any:

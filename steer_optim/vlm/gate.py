@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from steer_optim.vlm.divergences import TERMS, View
+from steer_optim.vlm.divergences import TERMS, View, check_temperature, refuse_non_finite
 from steer_optim.vlm.engine import weighted_sums
 from steer_optim.vlm.heads import HiddenStates
 from steer_optim.vlm.rows import Rows, chunks, default_size
@@ -84,13 +84,18 @@ def sampled_log_probs(
         >>> sampled_log_probs(torch.zeros(1, 2, 4), torch.tensor([[3, 9]]), mask_BT).exp()
         tensor([[0.2500, 1.0000]])
     """
+    check_temperature(temperature)
     select_rows(mask_BT, view=view_BTV)
     rows = Rows(view_BTV.detach()[mask_BT], temperature)
     response_N, found = response_BT[mask_BT], []
+    if len(rows) and not (0 <= int(response_N.min()) <= int(response_N.max()) < rows.V):
+        raise ValueError(f"response_BT must hold ids of the vocabulary of {rows.V} where mask_BT is True")
     for part in chunks(rows, default_size(1, mask_BT.device)):
         log_p_CV = rows.logits(part).log_softmax(-1)
         found.append(log_p_CV.gather(-1, response_N[part, None])[:, 0])
     log_p_N = torch.cat(found) if found else torch.zeros(0, device=mask_BT.device)
+    if not log_p_N.isfinite().all():
+        refuse_non_finite(["view_BTV"])
     return log_p_N.new_zeros(mask_BT.shape).masked_scatter(mask_BT, log_p_N)
 
 
@@ -123,6 +128,10 @@ def top_share(score_BT: Tensor, mask_BT: Tensor, *, quantile: float = 0.8, share
     check_quantile(quantile)
     if not 0 <= share <= 1:
         raise ValueError(f"share must be inside [0, 1]; got {share}")
+    if score_BT.shape != mask_BT.shape or mask_BT.ndim != 2:
+        raise ValueError(f"scores and mask must be (B, T); got {tuple(score_BT.shape)} and {tuple(mask_BT.shape)}")
+    if not score_BT[mask_BT].isfinite().all():
+        raise ValueError("scores must be finite at every token that mask_BT keeps; found NaN or infinity")
     n_B = mask_BT.sum(dim=1)
     top_B = torch.tensor([_budget(n, quantile) for n in n_B.tolist()], device=mask_BT.device)
     order_BT = score_BT.masked_fill(~mask_BT, -torch.inf).argsort(dim=1, descending=True, stable=True)

@@ -10,6 +10,7 @@ Dimensions: ``B`` prompts, ``L`` prompt tokens, ``T`` response tokens.
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -114,8 +115,8 @@ class Rollout:
             device: of the result.
 
         Raises:
-            ValueError: there are no responses; flags do not match their tokens; a response contains a placeholder,
-                which the model would take for an image.
+            ValueError: there are no responses; an id is outside the vocabulary; flags do not match their tokens; a
+                response contains a placeholder, which the model would take for an image.
 
         Example:
             >>> from types import SimpleNamespace
@@ -132,6 +133,10 @@ class Rollout:
         if (lengths := [len(row) for row in rows]) != (found := [len(row) for row in flags]):
             raise ValueError(f"scored must have one flag per token: responses have {lengths} tokens, scored {found}")
         ids_BT, mask_BT, scored_BT = (nn.utils.rnn.pad_sequence(each, batch_first=True) for each in (rows, real, flags))
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        if (outside_BT := (ids_BT < 0) | (ids_BT >= getattr(text, "vocab_size", math.inf))).any():
+            row, column = outside_BT.nonzero()[0].tolist()
+            raise ValueError(f"response {row} has the id {int(ids_BT[row, column])} at token {column}: no such token")
         if (images_BT := torch.isin(ids_BT, torch.tensor(sorted(placeholder_ids(config)))) & mask_BT).any():
             row, column = images_BT.nonzero()[0].tolist()
             raise ValueError(
@@ -184,7 +189,10 @@ def render(
     bare = [[{**message, "content": _without_media(message.get("content"))} for message in row] for row in messages]
     image = _rendered(processor, messages, "", template_kwargs)
     hint = " without its images; make the text view with text_only"
-    return Prompts(image, _rendered(processor, bare, hint, template_kwargs), blank)
+    text = _rendered(processor, bare, hint, template_kwargs)
+    if (empty := ~_real(text).any(dim=1)).any():
+        raise ValueError(f"conversation {_first(empty)} has nothing but images: a text-only view needs some text")
+    return Prompts(image, text, blank)
 
 
 def text_only(

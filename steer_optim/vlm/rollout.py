@@ -76,6 +76,8 @@ def rollout(
             "a rollout needs max_new_tokens >= 1, temperature >= 0 and 0 < top_p <= 1; got "
             f"{max_new_tokens}, {temperature} and {top_p}"
         )
+    if not isinstance(prompts, Prompts | Mapping):
+        raise TypeError(f"prompts must be those of render, or a processor's batch; got {type(prompts).__name__}")
     batch, blank = (prompts.image, prompts.blank) if isinstance(prompts, Prompts) else (prompts, 0)
     refuse(model.config, batch)
     defaults = model.generation_config

@@ -64,7 +64,7 @@ class Rows:
             self._space_CV = torch.empty(C, self.V, dtype=self._dtype, device=self.device)
         out_CV, view = self._space_CV[:C], self._view
         if isinstance(view, Tensor):
-            return torch.mul(view[part], self._factor, out=out_CV)
+            return out_CV.copy_(view[part]).mul_(self._factor)  # in the dtype of the result
         x_Cd, head = view.hidden_BTd[part], view.head
         self._multiply(out_CV, x_Cd, head.weight_Vd, keep=False)
         if head.lora_B_Vr is not None:
