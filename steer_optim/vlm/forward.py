@@ -81,16 +81,10 @@ def response_states(
 
     Example:
         >>> import torch
-        >>> from types import SimpleNamespace
-        >>> class Bigram(torch.nn.Module):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.embedding, self.head = torch.nn.Embedding(10, 4), torch.nn.Linear(4, 10)
-        ...     def get_output_embeddings(self):
-        ...         return self.head
-        ...     def forward(self, input_ids, use_cache):
-        ...         return SimpleNamespace(logits=self.head(self.embedding(input_ids)))
-        >>> states = response_states(Bigram(), {"input_ids": torch.tensor([[5, 6, 3, 4]])}, 2)
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 4, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=10, **sizes))
+        >>> states = response_states(model, {"input_ids": torch.tensor([[5, 6, 3, 4]])}, 2)
         >>> states.hidden_BTd.shape, states.shape
         (torch.Size([1, 2, 4]), torch.Size([1, 2, 10]))
     """
