@@ -240,7 +240,7 @@ def overridden(model: nn.Module, name: str, value: Any) -> Iterator[None]:
 
 
 def _forward(model: nn.Module, batch: Mapping[str, Tensor], num_tokens: int) -> Any:
-    """Return the model's output; if possible, only the rows that predict the response, and the last, meet its head."""
+    """Return the model's output; if possible, only the rows that predict the response, and the last, pass its head."""
     length = batch["input_ids"].shape[1]
     if not 0 <= num_tokens < length:
         raise ValueError(f"a response of {num_tokens} tokens needs a prompt before it; the batch has {length} columns")
