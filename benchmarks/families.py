@@ -1,6 +1,6 @@
-"""Every family of vision-language models that transformers builds from a configuration: right, or refused by name?
+"""Check that every family of vision-language models in transformers is right, or refused by name.
 
-    python -m benchmarks.families        # writes a result and docs/families.md; two minutes
+    python -m benchmarks.families        # writes a result and docs/families.md; a minute
     python -m benchmarks.families llava gemma3        # prints these and writes nothing
 
 `make families` runs tests/vlm/test_families.py, where the same is checked, and writes the page.
@@ -45,7 +45,7 @@ TOLERANCE = 2e-5
 
 
 def check(name: str) -> dict[str, str]:
-    """What holds for one family; each value begins with right, refused or WRONG, and goes on with why."""
+    """Check one family; each value begins with right, refused or WRONG, followed by the reason."""
     if name not in ENTRIES:
         config = CONFIG_MAPPING[name]()
         try:
@@ -82,7 +82,7 @@ def check(name: str) -> dict[str, str]:
 
 
 def written(zoo: Zoo, _: list[list[int]]) -> str:
-    """How an image stands in a prompt: the tokens of one, a run of the same as one."""
+    """Return the tokens of an image in a prompt, with runs of the same token merged."""
     row = next(prompt for number in zoo.entry.images if number for prompt in PROMPTS[number])
     ids = zoo.batch([row])["input_ids"][0].tolist()
     tokens = [zoo.tokenizer.convert_ids_to_tokens(token) for token in ids if token != BOS]
@@ -97,7 +97,7 @@ def written(zoo: Zoo, _: list[list[int]]) -> str:
 
 
 def ids(zoo: Zoo, prompts: list[list[int]]) -> str:
-    """The text view from ids against the prompt as the processor writes it without an image."""
+    """Compare the text view from ids with the prompt as the processor writes it without an image."""
     expected = [zoo.without(prompt, kept=True) for prompt in prompts]
     needs = _needs(zoo, prompts)
     for side in ("left", "right"):
@@ -105,7 +105,7 @@ def ids(zoo: Zoo, prompts: list[list[int]]) -> str:
         for row, mask, wanted in zip(view["input_ids"], view["attention_mask"], expected, strict=True):
             got = row[mask.bool()].tolist()
             a, b = (repr(zoo.tokenizer.decode(value)) for value in (got, wanted))
-            # A newline that stays and one of the text would be one token where they are written together.
+            # A newline that stays and one of the text are two tokens here, and one if written together.
             if a != b or (got != wanted and not zoo.entry.kept):
                 return f"{WRONG}: {a} where the processor writes {b}"
         if keys := view.keys() - zoo.bare_keys(side):
@@ -115,7 +115,7 @@ def ids(zoo: Zoo, prompts: list[list[int]]) -> str:
 
 
 def _needs(zoo: Zoo, prompts: list[list[int]]) -> str:
-    """What has to be passed beside the configuration."""
+    """Return what must be passed in addition to the configuration."""
     wanted = text_only(zoo.batch(prompts), zoo.config, tokenizer=zoo.processor)["input_ids"]
     for needs, tokenizer in {"the config says it all": None, "tokenizer= needed": zoo.tokenizer}.items():
         with suppress(ValueError):
@@ -125,7 +125,7 @@ def _needs(zoo: Zoo, prompts: list[list[int]]) -> str:
 
 
 def messages(zoo: Zoo, prompts: list[list[int]]) -> str:
-    """Both views that the processor renders, the text view against the one from ids."""
+    """Render both views, and compare the text view with the one from ids."""
     views = render(zoo.processor, [zoo.conversation(prompt) for prompt in prompts], **zoo.template_options)
     left = views.text.keys() - {"input_ids", "attention_mask"} - set(family_of(zoo.config).per_token)
     left -= {"token_type_ids", "mm_token_type_ids"}
@@ -145,7 +145,7 @@ def messages(zoo: Zoo, prompts: list[list[int]]) -> str:
 
 
 def padding(zoo: Zoo, prompts: list[list[int]]) -> str:
-    """What holds for a batch of all prompts, or for one with images and one without where the two are not mixed."""
+    """Check a batch of all prompts, or one with images and one without if they cannot be mixed."""
     if family_of(zoo.config).mixed:
         return _padding(zoo, prompts)
     try:
@@ -158,7 +158,7 @@ def padding(zoo: Zoo, prompts: list[list[int]]) -> str:
 
 
 def _padding(zoo: Zoo, prompts: list[list[int]]) -> str:
-    """The response's logits in batches against those that `generate` gives for each row by itself."""
+    """Compare the response's logits in batches with those that `generate` gives for each row alone."""
     worst, steps = 0.0, 0.0
     batches = [zoo.batch(prompts, side) for side in ("left", "right")]
     alone = [zoo.batch([prompt]) for prompt in prompts]
@@ -189,7 +189,7 @@ def _padding(zoo: Zoo, prompts: list[list[int]]) -> str:
 
 
 def future(zoo: Zoo, prompts: list[list[int]]) -> str:
-    """A late token of the response changes no earlier row, in either view."""
+    """Check that a late token of the response changes no earlier row, in either view."""
     batch = zoo.batch(prompts, "right")
     for name, view in (("image", batch), ("text", text_only(batch, zoo.config, tokenizer=zoo.processor))):
         rows = []
@@ -203,7 +203,7 @@ def future(zoo: Zoo, prompts: list[list[int]]) -> str:
 
 @torch.enable_grad()
 def gradients(zoo: Zoo, prompts: list[list[int]]) -> str:
-    """Padding leaves no NaN in the gradients, and the response reaches the vision tower."""
+    """Check that gradients are finite despite padding, and reach the vision tower."""
     responses = Rollout.of(
         [[46, 47, 48, 49][: 1 + number % TOKENS] for number in range(len(prompts))], config=zoo.config
     )
@@ -220,7 +220,7 @@ def gradients(zoo: Zoo, prompts: list[list[int]]) -> str:
 
 
 def states(zoo: Zoo, prompts: list[list[int]]) -> str:
-    """Logits from hidden states against the model's own."""
+    """Compare logits from hidden states with the model's own."""
     responses = Rollout.of([[46, 47, 48, 49]] * len(prompts), config=zoo.config)
     appended = append_response(zoo.batch(prompts), responses, zoo.config)
     got = response_states(zoo.model, appended, TOKENS).logits()
@@ -229,7 +229,7 @@ def states(zoo: Zoo, prompts: list[list[int]]) -> str:
 
 
 def sampled(zoo: Zoo, prompts: list[list[int]]) -> str:
-    """A rollout samples no placeholder, however likely the model makes it, and no other token that it is told."""
+    """Check that a rollout samples no placeholder and no suppressed id, even if the model makes them most likely."""
     head = zoo.model.get_output_embeddings() or zoo.model.language_model.get_output_embeddings()
     around = set(roles(zoo.config, zoo.processor))
     for banned, suppress_ids in ((placeholder_ids(zoo.config), ()), (around, around)):
@@ -250,7 +250,7 @@ def sampled(zoo: Zoo, prompts: list[list[int]]) -> str:
 
 
 def greedy(zoo: Zoo, row: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """The ids and logits of the most likely response, as `generate` gives them; no token of an image is in it."""
+    """Return the ids and logits of the greedy response of `generate`, without tokens of an image."""
     banned = sorted({*roles(zoo.config, zoo.processor), EOS, *range(150, VOCABULARY)})
     with _reset(zoo.model):
         out = zoo.model.generate(
@@ -267,7 +267,7 @@ def greedy(zoo: Zoo, row: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def full_pass(zoo: Zoo, row: dict[str, Any], tokens: Tensor) -> Tensor:
-    """The logits of one row with its response, in a pass of the model itself."""
+    """Return the logits of one row with its response, from the model's own full pass."""
     ids = torch.cat([row["input_ids"], tokens[None]], dim=1)
     longer = {**row, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
     return zoo.model(**longer, use_cache=False).logits[0, -TOKENS - 1 : -1]
@@ -275,7 +275,7 @@ def full_pass(zoo: Zoo, row: dict[str, Any], tokens: Tensor) -> Tensor:
 
 @contextmanager
 def _reset(model: Any) -> Any:
-    """What a pass leaves on the model does not reach the next one."""
+    """Clear the state that a pass leaves on the model."""
     try:
         yield
     finally:
@@ -293,13 +293,13 @@ def _apart(got: Tensor, wanted: Tensor) -> float:
 
 
 def _difference(shorter: str, longer: str) -> str:
-    """What ``longer`` has and ``shorter`` lacks, where they first differ."""
+    """Return the text that ``longer`` has and ``shorter`` lacks, where they first differ."""
     start = next((i for i, (a, b) in enumerate(zip(shorter, longer, strict=False)) if a != b), len(shorter))
     return longer[start : start + max(1, len(longer) - len(shorter))]
 
 
 def row(name: str, found: dict[str, str]) -> list[str]:
-    """A line of the table of families that are not refused."""
+    """Return a line of the table of families that are not refused."""
     cells = {key: _cell(key, value) for key, value in found.items() if key != "image"}
     image = found["image"].replace("|", "\\|")
     return [name, f"`{image}`", *(cells[key] for key in COLUMNS)]
@@ -321,7 +321,7 @@ def _cell(key: str, value: str) -> str:
 
 
 def report(result: dict[str, Any]) -> str:
-    """The page, from a result."""
+    """Return the page for a result."""
     families = result["families"]
     tried = {name: found for name, found in families.items() if "image" in found}
     head = ["family", "an image in a prompt", *COLUMNS.values()]
@@ -352,22 +352,22 @@ prompts. The tokenizer, with one character a token, and a short chat template th
 image are made for the test: transformers has neither without a download. A name after a slash is another way to write
 an image.
 
-- **an image in a prompt**: what the processor writes between the letters `a` and `bc`; `\\n` is a newline.
-- **from messages**: `render` gives both views. Where the text view that `text_only` makes from the ids differs, the
-  rendered one is right, and the text that stays in the other is named.
+- **an image in a prompt**: the processor's text between the letters `a` and `bc`; `\\n` is a newline.
+- **from messages**: `render` gives both views. If the text view of `text_only` differs, the rendered one is right, and
+  the cell gives the text that stays in the other.
 - **from ids**: `text_only` gives the prompt as the processor writes it without an image. *With `tokenizer=`*: the
   configuration does not name the tokens around an image, and `text_only` raises without the tokenizer.
 - **padding**: responses of 1 to 4 tokens follow prompts with no, one and two images in one batch, padded on either
-  side. Their logits are those that `generate` gives for each row by itself, in both views. Another image changes them.
+  side. Their logits equal those that `generate` gives for each row alone, in both views. Another image changes them.
 - **future**: a late token of the response changes no earlier logit, in both views.
-- **gradients**: padding leaves none that is not finite, and the response's loss reaches the vision tower.
-- **hidden states**: the logits that `response_states` gives are the model's; else it raises and names what to pass.
-- **rollout**: samples no placeholder, however likely the model makes it.
+- **gradients**: all are finite despite padding, and the response's loss reaches the vision tower.
+- **hidden states**: `response_states` gives the model's logits; otherwise it raises and names the alternative.
+- **rollout**: no placeholder is sampled, even if the model makes it the most likely token.
 
 {table}
 
-Pixels are those of the family's image processor, except for these, whose image processors need torchvision: {noise}.
-They read noise of the same shape.
+Pixels come from the family's image processor. These families get noise of the same shape, because their image
+processors need torchvision: {noise}.
 
 ## Refused
 
@@ -377,7 +377,7 @@ They read noise of the same shape.
 
 ## No model
 
-Where there is a processor, prompts are checked, in the table above.
+If there is a processor, the table above has the checks of its prompts.
 
 {not_built}
 """

@@ -102,7 +102,7 @@ def check_views(
                 response_logits(model, append_response(batch, Rollout(ids, ids >= 0), config), _TOKENS).float()
                 for ids in (response_BT, changed_BT)
             )
-        scale = max(scale, float(logits_BTV.amax().abs()))
+        scale = max(scale, float(logits_BTV.abs().amax()))
         # A pass with a cache and one without may differ in half of the digits. Two passes without a cache are equal,
         # unless the model sorts tokens by expert.
         limit = float(torch.finfo(model.dtype).eps) ** 0.5 * scale

@@ -109,8 +109,6 @@ _STD, _VIS = Component(TERMS["std"]), Component(TERMS["vis"], "graded")
 _LP = Component(TERMS["lang"], "visual", factor="lam")
 _VGS = {"std": _STD, "vis": _VIS, "lp": _LP}
 _LANGUAGE = {"std": _STD, "lang": Component(TERMS["lang"])}
-
-
 _towards_language = partial(VGS, toward="lang")
 
 
@@ -137,7 +135,7 @@ DECOMPOSITIONS: dict[str, Decomposition] = {
         {**_LANGUAGE, "vp": Component(TERMS["vis"], "visual", factor="lam")}, _towards_language, lam=0.01
     ),
     "standard": Decomposition({"std": _STD}, _sum),
-    "both-views": Decomposition({"std": _STD, "lang": Component(TERMS["lang"])}, _sum),
+    "both-views": Decomposition(_LANGUAGE, _sum),
     "forward": Decomposition({"std": Component(TERMS["forward"])}, _sum),
     "jsd": Decomposition({"std": Component(TERMS["jsd"])}, _sum),
     "vision-opd": Decomposition({"std": Component(TERMS["jsd-top100"])}, _sum),
@@ -198,7 +196,7 @@ class DecomposedDistillation:
             view, by ``q* - p``; not possible with a frozen prior.
         floor: the smallest probability of the teacher when its visual gain is computed. Default: 1e-3 for
             ``vgs-frozen``, else none, the paper's equation. Pass 0 for none.
-        chunk_size: for hidden states, how many rows of each view meet a head at once. Default: 384 on a CPU and 3072 on
+        chunk_size: for hidden states, how many rows of each view pass a head at once. Default: 384 on a CPU and 3072 on
             an accelerator, divided by the number of views.
         compile: for hidden states, whether ``torch.compile`` fuses the operations on the logits of a chunk.
 
@@ -217,12 +215,12 @@ class DecomposedDistillation:
         >>> count = method.count(mask_BT)
         >>> vds_BT = visual_dependency(views["teacher"], views["teacher_text"], mask_BT)
         >>> gate_BT = visual_tokens(vds_BT, mask_BT, quantile=method.quantile)
-        >>> whole = method(views, mask_BT, count=count, gate_BT=gate_BT)
+        >>> total = method(views, mask_BT, count=count, gate_BT=gate_BT)
         >>> def part(i):
         ...     mine = {name: view[i : i + 1] for name, view in views.items()}
         ...     return method(mine, mask_BT[i : i + 1], count=count, gate_BT=gate_BT[i : i + 1])
         >>> first, second = part(0), part(1)
-        >>> {name: torch.allclose(whole[name], first[name] + second[name]) for name in whole}
+        >>> {name: torch.allclose(total[name], first[name] + second[name]) for name in total}
         {'std': True, 'vis': True, 'lp': True}
         >>> method.rule()
         VGS(gamma=2.0, toward='vis')
@@ -447,7 +445,7 @@ class DecomposedDistillation:
         if self.adaptive and strength_N is None:
             known = losses_of(rows, score, {})[1]
             strength_N = adaptive_strength(known[_SCORE], every)
-        # Tokens that are not selected meet no head.
+        # The heads are not applied to tokens that are not selected.
         for tokens in ("all", "visual", "rest"):
             mine = {n: p for n, p in parts.items() if p.tokens == tokens or (tokens == "all" and p.tokens == "graded")}
             if not mine:
@@ -469,7 +467,7 @@ class DecomposedDistillation:
             sums, losses = losses_of(kept, terms, weights, floor=self.floor)
             totals |= sums
             known = losses if tokens == "all" and _SCORE in losses else known
-        return {name: totals[name] - totals[part.less] if part.less else totals[name] for name, part in parts.items()}
+        return {n: totals[n] - totals[p.less] if p.less in totals else totals[n] for n, p in parts.items()}
 
     def _denominator(self, mask_BT: Tensor, count: float | Tensor | None) -> float:
         here = float(self.count(mask_BT))
@@ -477,7 +475,7 @@ class DecomposedDistillation:
         if not (0 < total < math.inf or here == total == 0):
             raise ValueError(
                 f"count must be the positive number of {self.reduction}s of the optimizer step; got {total}, and "
-                f"this micro-batch alone has {here:g}"
+                f"this micro-batch alone has {here:g}: pass count(mask_BT), summed over the step"
             )
         # A step without any token has zero sums, and their mean is zero.
         return total or 1.0
@@ -486,7 +484,7 @@ class DecomposedDistillation:
 def _select_tokens(mask_BT: Tensor, name: str, x_BT: Tensor) -> Tensor:
     if x_BT.shape != mask_BT.shape or x_BT.device != mask_BT.device:
         raise ValueError(
-            f"{name} must be {tuple(mask_BT.shape)} on {mask_BT.device}, as mask_BT is; got {tuple(x_BT.shape)} on "
-            f"{x_BT.device}: pass the part of the step's tokens that this micro-batch holds"
+            f"{name} must be {tuple(mask_BT.shape)} on {mask_BT.device}, like mask_BT; got {tuple(x_BT.shape)} on "
+            f"{x_BT.device}: pass its part for the tokens of this micro-batch"
         )
     return x_BT[mask_BT]

@@ -230,7 +230,7 @@ def token_losses(
     if "prior" not in views:
         every = {name: term.live() for name, term in every.items()}
     terms = {name: term for name, term in every.items() if terms or views.keys() >= {*term.views}}
-    check_views(views, terms, temperature)
+    check_inputs(views, terms, temperature)
     log_probs = _log_probs(views, [name for term in terms.values() for name in term.views], temperature)
     losses: dict[str, Tensor] = {}
     for name, term in terms.items():
@@ -273,7 +273,7 @@ def _log_probs(
     return log_probs | {name: x.bins() for name, x in servers.items()}
 
 
-def check_views(views: Mapping[str, View], terms: Mapping[str, Term], temperature: float) -> None:
+def check_inputs(views: Mapping[str, View], terms: Mapping[str, Term], temperature: float) -> None:
     """Raise TypeError or ValueError if a view is missing, or the views do not have the same rows.
 
     ``name`` and ``name_text`` are the two views of one model.

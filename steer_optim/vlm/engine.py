@@ -21,8 +21,8 @@ from steer_optim.vlm.divergences import (
     Term,
     View,
     check_floor,
+    check_inputs,
     check_temperature,
-    check_views,
     common_vocabulary,
     log_target,
     refuse_non_finite,
@@ -59,7 +59,7 @@ def weighted_sums(
     check_chunk_size(chunk_size)
     check_temperature(temperature)
     check_floor(floor)
-    check_views(views, terms, temperature)
+    check_inputs(views, terms, temperature)
     V = common_vocabulary(views)
     views = {name: views[name] for term in terms.values() for name in term.views}
     logits = {

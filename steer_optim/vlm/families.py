@@ -85,7 +85,7 @@ FAMILIES = {
     "evolla": Family(refused="its prompts hold proteins, not images"),
     "exaone4_5": Family(opening=("<vision>",), closing=("</vision>",)),
     "fast_vlm": _BARE,
-    "fuyu": Family(refused="its processor puts the image before the whole prompt, with coordinates in the text"),
+    "fuyu": Family(refused="its processor puts the image before the entire prompt, with coordinates in the text"),
     "gemma3": _GEMMA,
     "gemma3n": _GEMMA,
     "git": Family(refused="its prompt ids hold no tokens for the image"),

@@ -82,16 +82,10 @@ def response_states(
 
     Example:
         >>> import torch
-        >>> from types import SimpleNamespace
-        >>> class Bigram(torch.nn.Module):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.embedding, self.head = torch.nn.Embedding(10, 4), torch.nn.Linear(4, 10)
-        ...     def get_output_embeddings(self):
-        ...         return self.head
-        ...     def forward(self, input_ids, use_cache):
-        ...         return SimpleNamespace(logits=self.head(self.embedding(input_ids)))
-        >>> states = response_states(Bigram(), {"input_ids": torch.tensor([[5, 6, 3, 4]])}, 2)
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 4, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=10, **sizes))
+        >>> states = response_states(model, {"input_ids": torch.tensor([[5, 6, 3, 4]])}, 2)
         >>> states.hidden_BTd.shape, states.shape
         (torch.Size([1, 2, 4]), torch.Size([1, 2, 10]))
     """
@@ -198,8 +192,8 @@ def score(
     """
     if not (isinstance(prompts, Prompts) and isinstance(response, Rollout)):
         raise TypeError(
-            "score takes Prompts, from render or Prompts(batch, text_only(batch, config)), and a Rollout, from rollout or "
-            f"Rollout.of; got {type(prompts).__name__} and {type(response).__name__}"
+            "score takes Prompts, from render or Prompts(batch, text_only(batch, config)), and a Rollout, from rollout "
+            f"or Rollout.of; got {type(prompts).__name__} and {type(response).__name__}"
         )
     B, T = response.response_BT.shape
     others = teacher_prompts or prompts
@@ -257,7 +251,7 @@ def overridden(model: nn.Module, name: str, value: Any) -> Iterator[None]:
 
 
 def _forward(model: nn.Module, batch: Mapping[str, Tensor], num_tokens: int) -> Any:
-    """Return the model's output; if possible, only the rows that predict the response, and the last, meet its head."""
+    """Return the model's output; if possible, only the rows that predict the response, and the last, pass its head."""
     length = batch["input_ids"].shape[1]
     if not 0 <= num_tokens < length:
         raise ValueError(f"a response of {num_tokens} tokens needs a prompt before it; the batch has {length} columns")

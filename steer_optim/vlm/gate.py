@@ -24,11 +24,7 @@ from steer_optim.vlm.rows import Rows, chunks, default_size
 
 
 def visual_dependency(
-    teacher_BTV: View,
-    teacher_text_BTV: View,
-    mask_BT: Tensor,
-    *,
-    temperature: float = 1.0,
+    teacher_BTV: View, teacher_text_BTV: View, mask_BT: Tensor, *, temperature: float = 1.0
 ) -> Tensor:
     """Return the visual dependency score of each token, ``VDS = KL(q || q_tx)`` (Eq. 12).
 

@@ -33,8 +33,7 @@ class Head:
 
     Sharded tensors (a DTensor of FSDP2 or tensor parallelism) are gathered when the head is made, once for all views
     that use it. Their gradients are averaged over the processes and sharded again, as in FSDP2: losses must be means
-    over the tokens of a process, and processes that hold shards of the same rows, as in tensor parallelism, compute the
-    same.
+    over the tokens of a process, and equal on processes with the same tokens, as in tensor parallelism.
 
     Attributes:
         weight_Vd: ``(V, d)``, floating; a parameter, tied to the embedding or not, or a constant.

@@ -160,8 +160,9 @@ def render(
 
     Args:
         processor: a transformers processor with a chat template.
-        messages: one conversation per prompt: ``[{"role": "user", "content": [{"type": "image", "image": picture},
-            {"type": "text", "text": "What is it?"}]}]``; any number of images, of any size, also none.
+        messages: one conversation per prompt, a list of messages such as
+            ``{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "Why?"}]}``;
+            any number of images, of any size, also none.
         blank_image: whether to add a prompt with a blank image if no row has an image. Needed if FSDP2 shards the
             vision tower, which all processes must run to avoid a deadlock. ``rollout`` and ``score`` leave the row out
             of their results.

@@ -139,7 +139,7 @@ class Rows:
 
 
 def default_size(views: int, device: torch.device) -> int:
-    """Return how many rows of each view meet a head at once, by default."""
+    """Return how many rows of each view pass a head at once, by default."""
     return (384 if device.type == "cpu" else 3072) // views
 
 

@@ -139,7 +139,7 @@ class TopLogProbs:
         log_probs = self.log_probs_BTk.detach().double().masked_fill(self.ids_BTk < 0, -torch.inf)
         largest, place = log_probs.max(dim=-1, keepdim=True)
         others = log_probs.scatter(-1, place, -torch.inf).exp().sum(dim=-1, keepdim=True)
-        rest = -torch.expm1(largest) - others  # exact where one of the probabilities is nearly one
+        rest = -torch.expm1(largest) - others  # exact if one of the probabilities is nearly one
         # The log_softmax removes what the floor and rounding add, from all bins alike.
         bins = torch.log_softmax(torch.cat([log_probs, rest.clamp(min=TAIL_FLOOR).log()], dim=-1), dim=-1)
         return bins.clamp(min=ABSENT).to(torch.promote_types(self.dtype, torch.float32))
@@ -150,10 +150,6 @@ def collapse(log_probs: Tensor, ids: Tensor) -> Tensor:
 
     Differentiable. A bin without an entry is ``ABSENT``. The tail is summed over its entries rather than computed as a
     difference, so that its gradient is accurate however small it is.
-
-    Example:
-        >>> collapse(torch.tensor([0.5, 0.3, 0.2]).log(), torch.tensor([2, -1])).exp()
-        tensor([0.2000, 0.0000, 0.8000])
     """
     padded, place = _slots(log_probs, ids)
     rest = padded.scatter(-1, place, 10 * ABSENT)[..., :-1].logsumexp(-1, keepdim=True)
@@ -269,7 +265,7 @@ def check_ids(ids: Tensor, vocabulary: int | None = None) -> None:
     ordered = ids.sort(dim=-1).values
     twice = ((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any()
     outside = ((ids < -1) | (ids >= (math.inf if vocabulary is None else vocabulary))).any()
-    outside, twice = torch.stack([outside, twice]).tolist()  # one verdict: every read from the device stalls it
+    outside, twice = torch.stack([outside, twice]).tolist()  # one read, because each synchronizes with the device
     if outside:
         raise ValueError(
             f"ids must be -1, or entries of the student's vocabulary{'' if vocabulary is None else f' of {vocabulary}'}"

@@ -240,7 +240,7 @@ MASK = torch.tensor([[True, True, False], [True, False, False]])
 def test_a_server_that_knows_every_id_gives_the_full_losses(decomposition):
     logits = [x.requires_grad_() for x in torch.randn(4, 2, 3, 9, dtype=torch.float64).unbind()]
     sent = served(*logits, MASK, 9)
-    method = DecomposedDistillation(decomposition, lam=0.1)
+    method = DecomposedDistillation(decomposition, lam=0.1 if decomposition in ("vgs", "language") else None)
     actual, expected = method(views_of([*logits[:2], *sent]), MASK), method(views_of(logits), MASK)
     for name, loss in expected.items():
         # The floor of the teacher's tail, of which the student has nothing, is taken from all its probabilities.
@@ -255,7 +255,8 @@ def test_hidden_states_are_collapsed_as_their_logits_are(decomposition, kind):
     """More than one chunk, and tokens without ids that may hold anything."""
     states = random_states(2, 3, 200, kind=kind)
     logits = [x.logits() for x in states]
-    method = DecomposedDistillation(decomposition, lam=0.3, detach_prior=False, chunk_size=2)
+    lam = 0.3 if decomposition in ("vgs", "language") else None
+    method = DecomposedDistillation(decomposition, lam=lam, detach_prior=False, chunk_size=2)
     sent = logits[2:] if decomposition == "vision-opd" else served(*logits, MASK, 8)
     found, meant = (method(views_of([*x[:2], *sent]), MASK, gate_BT=MASK) for x in (states, logits))
     assert_same(found, meant, states, rtol=1e-10, atol=1e-12)
