@@ -186,21 +186,40 @@ def test_a_head_that_was_sharded_again_is_not_read():
         METHODS["standard"](views, response.scored_BT)
 
 
-@processes(2)
-def test_a_head_that_was_gathered_for_one_view_serves_the_other():
+@processes(2, tensor_parallel=[False, True])
+def test_a_head_that_was_gathered_for_one_view_serves_the_other(tensor_parallel):
+    """FSDP2 keeps the whole head; that of a tensor-parallel model is gathered anew, unless it is passed on."""
     mesh = init_device_mesh(torch.get_default_device().type, (2,))
-    model = shard(make(0, torch.float64), "head", mesh)
-    prompts, response = step_of(0, share)
-    batches = [
-        {**view, "input_ids": torch.cat([view["input_ids"], response.response_BT], 1)}
-        for view in (prompts.image, prompts.text)
-    ]
+    model = make(0, torch.float64)
+    if tensor_parallel:
+        parallelize_module(model, mesh, {"lm_head": ColwiseParallel(output_layouts=Replicate())})
+    else:
+        shard(model, "head", mesh)
+    prompts, response = step_of(0, (lambda x: x) if tensor_parallel else share)
+    views = (prompts.image, prompts.text)
+    batches = [{**view, "input_ids": torch.cat([view["input_ids"], response.response_BT], 1)} for view in views]
     first, anew = (response_states(model, batch, T) for batch in batches)
     second = response_states(model, batches[1], T, head=first.head)
     assert first.head.same(second.head)
-    assert not first.head.same(anew.head)
-    views = {"student": first, "student_text": anew, "teacher": first.logits(), "teacher_text": first.logits()}
-    with pytest.raises(ValueError, match="pass the head of one to response_states of the other"):
-        METHODS["vgs"](views, response.scored_BT)
-    for states in (first, second):
-        assert_close(states.detach().logits(), anew.detach().head(states.detach().hidden_BTd), 1e-12)
+    assert first.head.same(anew.head) != tensor_parallel
+    if tensor_parallel:
+        teacher = first.detach().logits()
+        views = {"student": first, "student_text": anew, "teacher": teacher, "teacher_text": teacher}
+        with pytest.raises(ValueError, match="pass the head of one to response_states of the other"):
+            METHODS["vgs"](views, response.scored_BT)
+    states = second.detach()
+    assert_close(states.logits(), anew.detach().head(states.hidden_BTd), 1e-12)
+
+
+@processes(2, how=["root", "head", "one"])
+def test_gradients_that_are_not_reduced_are_refused(how):
+    """`set_requires_gradient_sync(False)`: no gradient arrives where the optimizer could see it."""
+    mesh = init_device_mesh(torch.get_default_device().type, (2,))
+    student, teacher, _ = (shard(model, how, mesh) for model in models(torch.float64, False))
+    optimizer = SteeredOptimizer(torch.optim.AdamW(student.parameters()), METHODS["vgs"].rule())
+    prompts, response = step_of(0, share)
+    student.set_requires_gradient_sync(False)
+    views = score(student, teacher, prompts, response, method=METHODS["vgs"])
+    losses = METHODS["vgs"](views, response.scored_BT, gate_BT=response.scored_BT)
+    with pytest.raises(ValueError, match="gradient sync"):
+        optimizer.backward_components(losses)

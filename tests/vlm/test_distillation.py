@@ -449,3 +449,101 @@ def test_inputs_that_do_not_fit_are_refused_by_name():
     refuse(ValueError, "adaptive=True", method=DecomposedDistillation("vgs"), strength_BT=torch.ones(3, 4))
     for count in (0, -6, math.nan, math.inf, torch.tensor(0)):
         refuse(ValueError, "count must be the positive number of tokens .* this micro-batch alone has 6", count=count)
+
+
+def test_what_no_component_reads_is_refused():
+    for name, options in (
+        ("vgs-frozen", {"lam": 0.01}),
+        ("standard", {"lam": 0.1}),
+        ("tokens", {"floor": 1e-3}),
+        ("standard", {"prior": "frozen"}),
+    ):
+        with pytest.raises(ValueError, match=rf"no component of '{name}' reads {next(iter(options))}="):
+            DecomposedDistillation(name, **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "match"),
+    [
+        (lambda: Component("std"), TypeError, "term must be a Term; got str"),
+        (
+            lambda: Component(TERMS["std"], "vis"),
+            ValueError,
+            "tokens must be one of all, visual, rest, graded; got 'vis'",
+        ),
+        (lambda: Component(TERMS["std"], factor="lambda"), ValueError, "factor must be a number, 'gamma' or 'lam'"),
+        (lambda: Decomposition({"a": TERMS["std"]}, lambda _: Sum()), TypeError, "'a' must be a Component; got Term"),
+        (lambda: Decomposition({"a": Component(TERMS["std"])}, Sum()), TypeError, r"must be a function of gamma"),
+        (
+            lambda: Decomposition({"a": Component(TERMS["std"], less="b")}, lambda _: Sum()),
+            ValueError,
+            "less 'b', which is no other component",
+        ),
+    ],
+)
+def test_entries_that_make_no_sense_are_refused(make, kind, match):
+    with pytest.raises(kind, match=match):
+        make()
+
+
+def entry(components, **options):
+    return DecomposedDistillation(Decomposition(components, lambda gamma: Sum()), **options)
+
+
+def test_entries_of_every_name_view_and_factor():
+    batch = random_batch(3, 4, 5)
+    views, tokens = views_of(batch), token_losses(views_of(batch))
+    named = entry({"vds": Component(TERMS["std"]), "high": Component(TERMS["std"], "visual")})(views, MASK)
+    assert_close(named["vds"], tokens["std"][MASK].mean(), **EXACT)
+    language = entry({"lang": Component(TERMS["lang"], factor=-2.0)})
+    assert language.views == ("student_text", "teacher_text")
+    found = language({name: views[name] for name in language.views}, MASK)["lang"]
+    assert_close(found, -2 * tokens["lang"][MASK].mean(), **EXACT)
+    left = entry({"lp": Component(TERMS["lang"], factor="lam"), "rest": Component(TERMS["std"], less="lp")}, lam=0.0)
+    assert list(left(views, MASK)) == ["rest"]
+
+
+def test_a_priors_coefficients_add_up_and_attached_views_stay_attached():
+    batch = random_batch(3, 4, 5)
+    batch[2].requires_grad_()
+    term = Term("student", {"prior": 0.5, "student_text": 0.25, "teacher": 1.0}, attached=("teacher",))
+    method = entry({"a": Component(term)}, detach_prior=False)
+    log_p, log_ptx, log_q, _ = (x.log_softmax(-1) for x in batch)
+    log_target = (0.75 * log_ptx + log_q).log_softmax(-1)
+    meant = (log_p.exp() * (log_p - log_target)).sum(-1)[MASK].mean()
+    found = method(views_of(batch), MASK)["a"]
+    pairs = (torch.autograd.grad(loss, batch[:3]) for loss in (found, meant))
+    for x, y in zip(*pairs, strict=True):
+        assert_close(x, y, **EXACT)
+
+
+def test_every_view_that_is_trained_must_require_grad():
+    views = {**views_of(random_batch(3, 4, 5)), "masked": torch.randn(3, 4, 5, dtype=torch.float64)}
+    away = Component(Term("masked", {"teacher": 1.0}))
+    with pytest.raises(ValueError, match=r"train the views student, masked .* masked requires no grad"):
+        entry({"std": Component(TERMS["std"]), "away": away})(views, MASK)
+    views["student"] = views["student"].detach()
+    with pytest.raises(ValueError, match="but student requires no grad"):
+        DecomposedDistillation("vgs")(views, MASK)
+
+
+def test_weights_of_tokens_are_constants():
+    batch, weight_BT = random_batch(3, 4, 5), torch.rand(3, 4, dtype=torch.float64, requires_grad=True)
+    loss = DecomposedDistillation("standard")(views_of(batch), MASK, weight_BT=weight_BT)["std"]
+    assert torch.autograd.grad(loss, weight_BT, allow_unused=True) == (None,)
+
+
+def test_weights_of_tokens_that_make_no_sense_are_refused():
+    score_BT = torch.rand(3, 4)
+    with pytest.raises(ValueError, match=r"must be \(B, T\); got \(3, 4\) and \(1, 4\)"):
+        top_share(score_BT, MASK[:1])
+    with pytest.raises(ValueError, match="scores must be finite"):
+        top_share(score_BT.masked_fill(MASK, math.nan), MASK)
+    with pytest.raises(ValueError, match=r"share must be .*1\.5"):
+        top_share(score_BT, MASK, share=1.5)
+    with pytest.raises(ValueError, match="ids of the vocabulary of 5"):
+        sampled_log_probs(torch.zeros(3, 4, 5), torch.full((3, 4), 5), MASK)
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        sampled_log_probs(torch.zeros(3, 4, 5), torch.zeros(3, 4, dtype=torch.int64), MASK, temperature=-1)
+    with pytest.raises(ValueError, match="found NaN or infinity in view_BTV"):
+        sampled_log_probs(torch.full((3, 4, 5), math.nan), torch.zeros(3, 4, dtype=torch.int64), MASK)

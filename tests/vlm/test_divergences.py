@@ -360,3 +360,19 @@ def test_ids_that_are_masked_with_the_smallest_number_are_refused_by_name(temper
     match = "found NaN or infinity in student, " if temperature < 1 else "finite, but their sums overflow in a target"
     with pytest.raises(ValueError, match=match):
         token_losses(logits, temperature=temperature)
+
+
+def test_a_target_of_one_floored_view_is_normalised():
+    logits = random_logits(4, 6)
+    term = Term("student", {"teacher": 1.0}, divergence="forward", floored=("teacher",))
+    found = token_losses(views_of(logits), terms={"a": term}, floor=0.1)["a"]
+    q = logits[2].softmax(-1).clamp(min=0.1)
+    q = q / q.sum(-1, keepdim=True)
+    assert_close(found, (q * (q.log() - logits[0].log_softmax(-1))).sum(-1), **EXACT)
+
+
+def test_views_of_a_target_that_make_no_sense_are_refused():
+    with pytest.raises(ValueError, match="attached or floored, not both; got teacher in both"):
+        Term("student", {"teacher": 1.0}, attached=("teacher",), floored=("teacher",))
+    with pytest.raises(ValueError, match="views of the target; got prior"):
+        Term("student", {"teacher": 1.0}, attached=("prior",))

@@ -304,3 +304,14 @@ def test_the_prior_of_a_frozen_copy_is_a_view_of_its_own(decomposition, kind):
     assert_same(live(views, MASK), live(views_of(states), MASK), states, rtol=0, atol=0)  # which does not read it
     visual = "vp" if decomposition == "language" else "vis"
     assert not torch.equal(live(views, MASK)[visual], method(views, MASK)[visual])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_in_half_precision_are_tempered_in_float32(dtype):
+    states = random_states(3, 4, 9, dtype=torch.float32)
+    logits = [x.logits().to(dtype) for x in states[2:]]
+    method = DecomposedDistillation("exact", temperature=0.7)
+    found = method(views_of([*states[:2], *logits]), MASK)
+    meant = method(views_of([*dense(states[:2]), *logits]), MASK)
+    for name in meant:
+        assert_close(found[name], meant[name], rtol=1e-5, atol=1e-6)

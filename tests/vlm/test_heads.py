@@ -14,10 +14,12 @@ from steer_optim.vlm import (
     DecomposedDistillation,
     Head,
     HiddenStates,
+    Prompts,
     Rollout,
     append_response,
     response_logits,
     response_states,
+    score,
     text_only,
 )
 from steer_optim.vlm.rows import Rows
@@ -292,3 +294,40 @@ def test_states_remember_the_autocast_of_their_pass():
     with torch.autocast("cpu", torch.bfloat16):
         states = response_states(model, batch, 3)
     assert states.autocast == states[:1].detach().autocast == torch.bfloat16
+
+
+def test_score_names_what_it_lacks():
+    student, teacher, method = text_model("llama"), text_model("llama"), DecomposedDistillation("vgs-frozen")
+    prompt = {"input_ids": torch.tensor([[2, 20], [2, 21]])}
+    prompts, response = Prompts(prompt, prompt), Rollout(RESPONSE, MASK)
+
+    def refuse(kind, match, *models, **options):
+        with pytest.raises(kind, match=match):
+            score(*models, **{"prompts": prompts, "response": response, "method": method, **options})
+
+    refuse(ValueError, r"pass prior=copy\.deepcopy\(student\).*before\s+fully_shard", student, teacher)
+    refuse(ValueError, "prior is the student itself", student, teacher, prior=student)
+    refuse(ValueError, "computes the views student, .*; got teachr", student, teacher, names=("teachr",))
+    refuse(ValueError, "the view teacher needs a teacher", student, None, prior=teacher)
+    refuse(TypeError, "score takes Prompts, .* got dict and Rollout", student, teacher, prompts=prompt)
+    refuse(TypeError, "got Prompts and list", student, teacher, response=[[1]])
+    known = score(student, teacher, prompts, response, method=method, names=("teacher", "teacher_text"))
+    assert list(known) == ["teacher", "teacher_text"]
+    views = score(student, None, prompts, response, method=method, prior=teacher, known=known)
+    assert {*views} == {*method.views}
+    assert views["teacher"] is known["teacher"]
+    assert method(views, response.scored_BT)["vis"].requires_grad
+
+
+@peft_warnings
+def test_an_adapters_student_is_its_own_prior_unless_more_is_trained():
+    model, method = peft_model(target_modules=["q_proj"]), DecomposedDistillation("vgs-frozen")
+    prompt = {"input_ids": torch.tensor([[2, 20], [2, 21]])}
+    arguments = {"prompts": Prompts(prompt, prompt), "response": Rollout(RESPONSE, MASK), "method": method}
+    views = score(nn.DataParallel(model), text_model("llama"), **arguments, names=("prior",))
+    with model.disable_adapter():
+        meant = response_logits(model, batch_of([2, 20], [2, 21]), 3)
+    assert_close(views["prior"].logits(), meant, **CLOSE)
+    model.base_model.model.model.norm.weight.requires_grad_()
+    with pytest.raises(ValueError, match=r"model\.norm\.weight is trained and no part of an adapter"):
+        score(model, text_model("llama"), **arguments)

@@ -258,3 +258,11 @@ def test_sampling_follows_the_global_seed_and_its_options():
 def test_numbers_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match=r"a rollout needs max_new_tokens >= 1, temperature >= 0 and 0 < top_p <= 1"):
         ask(family_of("llava"), **options)
+
+
+def test_a_rollout_of_what_is_no_batch_or_no_token_is_refused():
+    with pytest.raises(TypeError, match=r"prompts must be those of render, or a processor's batch; got list"):
+        rollout(FAMILIES["llava"]().model, [[{"role": "user", "content": "a"}]], max_new_tokens=2)
+    for wrong in (-100, 10_000):
+        with pytest.raises(ValueError, match=f"response 1 has the id {wrong} at token 2: no such token"):
+            Rollout.of([[20], [21, 22, wrong]], config=FAMILIES["llava"]().model.config)
