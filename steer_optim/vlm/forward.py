@@ -214,8 +214,6 @@ def score(
             raise ValueError(
                 f"the view {name} needs a teacher: pass one, or the view itself as known={{{name!r}: ...}}"
             )
-        if name not in ("student", "student_text") and models[name] is not student:
-            models[name].eval()
     views: dict[str, View] = dict(known or {})
     for name in wanted:
         model = models[name]
@@ -225,6 +223,7 @@ def score(
         trained = name == "student" or (name == "student_text" and method.trains_text)
         with (
             torch.set_grad_enabled(trained and torch.is_grad_enabled()),
+            nullcontext() if name in ("student", "student_text") else in_evaluation(model),
             without_adapter() if name == "prior" and without_adapter else nullcontext(),
         ):
             if hidden_states:
@@ -233,6 +232,19 @@ def score(
             else:
                 views[name] = response_logits(model, batch, T)[:B]
     return views
+
+
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Set evaluation mode, and restore that of every module afterwards."""
+    # Per module, because a frozen tower may be in evaluation mode while the rest trains.
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextmanager

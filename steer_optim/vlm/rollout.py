@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from steer_optim.vlm.families import image_ids, refuse
-from steer_optim.vlm.forward import overridden
+from steer_optim.vlm.forward import in_evaluation, overridden
 from steer_optim.vlm.prompts import Prompts, Rollout, left_padded
 
 
@@ -108,14 +108,11 @@ def rollout(
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
     """Set evaluation mode, an empty generation config and no rotary offsets, gather shards; restore all afterwards."""
-    # Per module, because a frozen tower may be in evaluation mode while the rest trains.
-    training = [module for module in model.modules() if module.training]
     # `generate` takes every missing option from the model's config.
     empty = type(model.generation_config)()
     own = "generate" in vars(model)
-    with overridden(model, "generation_config", empty), overridden(model, "rope_deltas", None):
+    with in_evaluation(model), overridden(model, "generation_config", empty), overridden(model, "rope_deltas", None):
         try:
-            model.eval()
             if not own:
                 # `generate` calls towers before `forward` gathers their shards. No-op if nothing is sharded.
                 register_fsdp_forward_method(model, "generate")
@@ -123,8 +120,6 @@ def evaluating(model: Any) -> Iterator[None]:
         finally:
             if not own:
                 vars(model).pop("generate", None)
-            for module in training:
-                module.training = True
 
 
 def _ids(value: int | list[int] | None) -> set[int]:
