@@ -115,8 +115,8 @@ class Rollout:
             device: of the result.
 
         Raises:
-            ValueError: there are no responses; an id is outside the vocabulary; flags do not match their tokens; a
-                response contains a placeholder, which the model would take for an image.
+            ValueError: there are no responses, or they are no lists of integers; an id is outside the vocabulary; flags
+                do not match their tokens; a response contains a placeholder, which the model would take for an image.
 
         Example:
             >>> from types import SimpleNamespace
@@ -125,7 +125,10 @@ class Rollout:
             tensor([[ True, False,  True],
                     [ True, False, False]])
         """
-        rows = [torch.as_tensor(row, dtype=torch.int64, device="cpu") for row in responses]
+        rows = [torch.as_tensor(row, device="cpu") for row in responses]
+        if any(row.ndim != 1 or (len(row) and row.is_floating_point()) for row in rows):
+            raise ValueError("responses must be one list of integer ids for each prompt, empty where it is empty")
+        rows = [row.long() for row in rows]
         real = [torch.ones_like(row, dtype=torch.bool) for row in rows]
         flags = real if scored is None else [torch.as_tensor(row, dtype=torch.bool, device="cpu") for row in scored]
         if not rows:
