@@ -187,7 +187,7 @@ def render(
         raise ValueError("messages must be a list of conversations, each a list of messages with role and content")
     blank = int(
         blank_image
-        and all(message.get("content") == _without_media(message.get("content")) for row in messages for message in row)
+        and not any(_is_media(part) for row in messages for message in row for part in message.get("content") or ())
     )
     messages = [*messages, _blank()] if blank else messages
     bare = [[{**message, "content": _without_media(message.get("content"))} for message in row] for row in messages]
@@ -345,7 +345,11 @@ def _blank() -> list[dict[str, Any]]:
 
 
 def _without_media(content: Any) -> Any:
-    return content if isinstance(content, str | None) else [part for part in content if part["type"] not in _MEDIA]
+    return content if isinstance(content, str | None) else [part for part in content if not _is_media(part)]
+
+
+def _is_media(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") in _MEDIA
 
 
 def _rendered(processor: Any, messages: Sequence[Any], hint: str, template_kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -200,3 +200,15 @@ def test_a_processor_that_demands_an_image_is_named_and_ids_are_offered():
         render(family.processor, messages)
     batch = family.batch([[2, -1, 20, 21]])
     assert rows(text_only(batch, family.config))[0] == [2, 20, 21, 107]
+
+
+@pytest.mark.parametrize("content", ["a", None, [], ({"type": "text", "text": "a"},)])
+def test_a_blank_image_is_added_whatever_holds_the_text(content):
+    prompts = render(zoo("qwen2_vl").processor, [[{"role": "user", "content": content}]], blank_image=True)
+    assert prompts.blank == 1
+    assert "pixel_values" in prompts.image
+
+
+def test_a_part_that_is_no_mapping_is_the_processors_to_refuse():
+    with pytest.raises(ValueError, match="cannot render conversation 1"):
+        render(zoo("qwen2_vl").processor, [[{"role": "user", "content": x}] for x in ("a", [1])])
