@@ -46,14 +46,14 @@ def make_pass(N: int, V: int, head: str, way: str) -> Callable[[], object]:
     student_head = Head((teacher_head.weight_Vd + 0.02 * normal(V, WIDTH)).requires_grad_(head == "trained"))
     seen_Nd, blind_Nd = normal(1, N, WIDTH), normal(1, N, WIDTH)
     text_Nd = seen_Nd + 0.5 * blind_Nd
-    student = [HiddenStates((x + 0.1 * normal(1, N, WIDTH)).requires_grad_(), student_head) for x in (seen_Nd, text_Nd)]
-    teacher = [HiddenStates(x, teacher_head) for x in (seen_Nd, text_Nd)]
+    states = {}
+    for name, x in (("student", seen_Nd), ("student_text", text_Nd)):
+        states[name] = HiddenStates((x + 0.1 * normal(1, N, WIDTH)).requires_grad_(), student_head)
+    states |= {"teacher": HiddenStates(seen_Nd, teacher_head), "teacher_text": HiddenStates(text_Nd, teacher_head)}
 
     def run() -> None:
-        views = [*student, *teacher]
-        if way == "eager":
-            views = [view.logits() for view in views]
-        components = list(method(*views, mask_BT).values())
+        views = states if way == "chunked" else {name: view.logits() for name, view in states.items()}
+        components = list(method(views, mask_BT).values())
         del views  # only what the graph needs is kept
         for i, component in enumerate(components):
             component.backward(retain_graph=i < len(components) - 1)
