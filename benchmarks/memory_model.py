@@ -90,31 +90,36 @@ def layer_parameters(d: int, key_values: int | None = None) -> int:
 # What a fit may consist of, by the moment that it is of; the rest of what was measured is not there then.
 _LOSSES = ("N·V·4", "N·d·4", "N·d'·4", "C·V·4", "c·V·4", "V·d·4", "V·d'·4", "V·d·4/R")
 _KEPT = ("N·V·4", "N·d·4", "M·d·4", "M·L·d·4", "M·d'·4", "V·d·4", "V·d'·4", "L·w·4")
-_BACKWARD = ("N·V·4", "N·d·4", "M·d·4", "M·L·d·4", "V·d·4", "V·d·4/R", "w·4", "L·w·4", "L·w·4/R")
+_BACKWARD = ("N·V·4", "N·d·4", "M·d·4", "V·d·4", "V·d·4/R", "w·4", "L·w·4/R")
 UNITS = {
     "resident": ("V·d·4", "V·d'·4"),
     "views, kept": _KEPT,
     "losses": _LOSSES,
-    "losses, kept": _LOSSES,
+    "losses, kept": _KEPT,
     "backward": _BACKWARD,
-    "step": ("V·d·4", "V·d·4/R", "w·4", "L·w·4", "L·w·4/R"),
 }
 
 
 def moments(row: Mapping[str, Any]) -> dict[str, float]:
-    """Bytes at the moments that are fitted. The losses are over what is kept when they begin.
+    """Bytes at the moments that are fitted: what is kept, and what losses and backward passes add to it at most.
 
     Resident is what is there between two steps beyond weights and the state of AdamW, which are known.
     """
     phases, s = row["phases"], Sizes(**row["sizes"])
     losses, backward = phases["losses"], phases["backward"]
-    found = {"losses": losses["peak"] - losses["before"], "backward": backward["peak"]}
-    if "gate" not in phases:
-        return found | {"losses, kept": backward["before"] - losses["before"]}
-    gate = phases["gate"]
+    found = {"views, kept": losses["before"], "losses": losses["peak"] - losses["before"]}
+    found |= {"losses, kept": backward["before"], "backward": backward["peak"] - backward["before"]}
+    if "resident" not in phases:
+        return found
     known = 4 * (3 * s.student + s.teacher()) / s.R
-    found |= {"views, kept": gate["before"], "step": phases["step"]["peak"]}
-    return found | {"resident": phases["resident"]["peak"] - known}
+    rest = phases["resident"]["peak"] - known
+    return {"resident": rest if rest > 0.02 * known else 0.0, **found}
+
+
+def drifted(row: Mapping[str, Any]) -> bool:
+    """Whether the profile has missed frees: at the end there seems to be more than one set of gradients."""
+    s = Sizes(**row["sizes"])
+    return "resident" in row["phases"] and row["phases"]["end"]["before"] > 1.05 * 4 * s.student / s.R
 
 
 @dataclass(frozen=True)
@@ -142,8 +147,8 @@ def fit(rows: Iterable[Mapping[str, Any]], moment: str) -> Fit:
     columns: dict[str, torch.Tensor] = {}
     for unit in UNITS[moment]:
         column = torch.tensor([units[unit] for units in sizes], dtype=torch.float64)
-        if "gate" not in rows[0]["phases"] and "'" in unit:
-            continue  # there the teacher's states are as wide as the student's
+        if "resident" not in rows[0]["phases"] and not set(unit).isdisjoint("'MLw"):
+            continue  # the losses alone: no layers, and the teacher's states are as wide as the student's
         if not any(column.equal(other) for other in columns.values()):  # all are of one process: a shard is the whole
             columns[unit] = column
     scale = target.clamp(min=0.01 * float(target.max()) or 1.0)
@@ -161,11 +166,6 @@ def fit(rows: Iterable[Mapping[str, Any]], moment: str) -> Fit:
         return Fit({}, 0.0)
     error = float(((A / length) @ x - target / scale).abs().max())
     return Fit(dict(zip(columns, (x / length).tolist(), strict=True)), error)
-
-
-def without(fit: Mapping[str, float], less: Mapping[str, float]) -> dict[str, float]:
-    """What is left of every unit."""
-    return {unit: max(0.0, x - less.get(unit, 0.0)) for unit, x in fit.items()}
 
 
 @dataclass(frozen=True)
@@ -199,8 +199,9 @@ _TEACHERS = ("N·d'·4", "M·d'·4", "V·d'·4")  # whose teacher is in bfloat16
 def extrapolated(rows: Mapping[str, Any], scenario: Scenario) -> dict[str, float]:
     """Bytes by what they are, at the real size, and the peaks that they add up to."""
     s, mine = scenario.sizes, fitted(rows[scenario.path])
-    resident, views, losses, backward, step = (
-        mine[moment].of(s, half=_TEACHERS) for moment in ("resident", "views, kept", "losses", "backward", "step")
+    resident, views, losses, kept, backward = (
+        mine[moment].of(s, half=_TEACHERS)
+        for moment in ("resident", "views, kept", "losses", "losses, kept", "backward")
     )
     always = {
         "weights of the student, float32": 4 * s.student / s.R,
@@ -208,12 +209,12 @@ def extrapolated(rows: Mapping[str, Any], scenario: Scenario) -> dict[str, float
         "weights of the teacher, bfloat16": 2 * s.teacher(TEACHER_KEY_VALUES) / s.R,
         "whole embedding and head of the teacher": sum(resident.values()),
     }
-    later = {
-        "hidden states of the teacher, both views": _part(views, "M·d'"),
-        "logits of the four views": _part(views, "N·V"),
-        "activations of the student": _part(views, "N·d", "M·d·", "M·L·d"),
+    from_the_views = {
+        "activations of the student": _part(views, "N·d·", "M·d·", "M·L·d"),
         "bfloat16 copies of weights, in the graph": _part(views, "L·w"),
-        "whole embedding and head of the student": _part(views, "V·d"),
+        "whole embedding (the head) of the student": _part(views, "V·d·"),
+        "hidden states of the teacher, both views, until the losses are known": _part(views, "M·d'", "V·d'"),
+        "logits of the four views": _part(views, "N·V"),
     }
     in_losses = {
         "losses: logits of a chunk and a block": _part(losses, "C·V", "c·V"),
@@ -221,26 +222,21 @@ def extrapolated(rows: Mapping[str, Any], scenario: Scenario) -> dict[str, float
         "losses: states and their gradients": _part(losses, "N·d"),
         "losses: gradients of the head, by component": _part(losses, "V·d"),
     }
-    more = without(backward, views)
-    sets = mine["backward"].multiples.get("L·w·4/R", 0.0)
-    if s.R == 1:
-        sets = mine["backward"].multiples.get("L·w·4", 0.0) - mine["views, kept"].multiples.get("L·w·4", 0.0)
-    one_set = 4 * s.student / s.R
+    # A set is as many gradients of the head as of the layers.
+    sets = _part(backward, "L·w·4/R") * (1 + s.V * s.d / (s.L * layer_parameters(s.d)))
+    of_the_head = sets - _part(backward, "L·w·4/R")
     in_backward = {
-        "backward: sets of gradients": sets * one_set,
-        "backward: gradients of the head, by component, and whole": max(
-            0.0, _part(more, "V·d") + _part(more, "L·w", "w·4") - sets * one_set
-        ),
-        "backward: one layer's activations, computed anew": _part(more, "N·d", "M·d", "M·L·d"),
-        "backward: tensors of the size of all logits": _part(more, "N·V"),
+        "backward: gradients of the head, by component": max(0.0, _part(kept, "V·d·") - _part(views, "V·d·")),
+        "backward: tensors of the size of all logits": _part(kept, "N·V") + _part(backward, "N·V"),
+        "backward: sets of gradients": sets,
+        "backward: a whole head and layer, and their gradients": max(0.0, _part(backward, "V·d", "w") - of_the_head),
+        "backward: activations, recomputed or on the way": _part(backward, "N·d", "M·d"),
     }
-    base = sum(always.values())
     peaks = {
-        "peak of the losses": base + sum(views.values()) + sum(losses.values()),
-        "peak of the backward passes": base + sum(backward.values()),
-        "peak of the optimizer's step": base + sum(step.values()),
+        "**peak of the losses**": sum(always.values()) + sum(views.values()) + sum(losses.values()),
+        "**peak of the backward passes**": sum(always.values()) + sum(kept.values()) + sum(backward.values()),
     }
-    return {**always, **later, **in_losses, **in_backward, **peaks, "peak of the step": max(peaks.values())}
+    return {**always, **from_the_views, **in_losses, **in_backward, **peaks}
 
 
 def _part(of: Mapping[str, float], *starts: str) -> float:
@@ -248,9 +244,16 @@ def _part(of: Mapping[str, float], *starts: str) -> float:
 
 
 def fitted(rows: Iterable[Mapping[str, Any]]) -> dict[str, Fit]:
-    """The fits of a path, to all rows but the one that is held out."""
+    """The fits of a path, to all rows but the one that is held out.
+
+    That of the backward passes leaves out profiles that have missed frees, where others are left for each ``R``.
+    """
     rows = [row for row in rows if not _is(row, HELD_OUT)]
-    return {moment: fit(rows, moment) for moment in UNITS if moment in moments(rows[0])}
+    clean = [row for row in rows if not drifted(row)]
+    if {row["sizes"]["R"] for row in clean} != {row["sizes"]["R"] for row in rows}:
+        clean = rows
+    found = {moment: fit(rows, moment) for moment in UNITS if moment in moments(rows[0])}
+    return found | {"backward": fit(clean, "backward")}
 
 
 def markdown(result: Mapping[str, Any], part: str) -> str:
