@@ -13,7 +13,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks import budgets, common, losses_cost, steering_cost, steering_growth, steering_memory
+from benchmarks import budgets, common, losses_cost, memory_model, steering_cost, steering_growth, steering_memory
 from benchmarks.evidence.grid import EVIDENCE
 from benchmarks.evidence.report import command, refreshed
 from benchmarks.evidence.results import load
@@ -30,7 +30,7 @@ ALT = {
     "passes over the number of parameters and the rows of a batch",
     "figure of losses_cost": "Peak memory of the losses over the number of tokens, eager and chunked",
 }
-OF_OTHERS = ("replica_memory", "host_reads", "vgs_step", "rollout_speed", "topk_bias", "real_size")
+OF_OTHERS = ("replica_memory", "step_memory", "host_reads", "vgs_step", "rollout_speed", "topk_bias", "real_size")
 
 
 def fill(page: str) -> str:
@@ -65,6 +65,8 @@ def tables(name: str) -> str:
         return steering_memory.markdown(result, part)
     if benchmark == "losses_cost":
         return losses_cost.markdown(result)
+    if benchmark == "step_memory":
+        return memory_model.markdown(result, part)
     # Imported only where there is a result: what trains models needs more than the others.
     return importlib.import_module(f"benchmarks.{benchmark}").markdown(result)
 

@@ -1,5 +1,6 @@
 """The benchmarks run, what they compare computes the same update, and the page says what the results say."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ from benchmarks import (
     budgets,
     common,
     host_reads,
+    memory_model,
     peers,
     report,
     steering_cost,
@@ -227,3 +229,57 @@ def test_a_step_reads_nothing_and_a_read_is_counted():
         float(torch.ones(2).sum())
         (torch.ones(2) > 0).nonzero()
     assert mode.count == 2
+
+
+def made_of(s, truth):
+    """A row of a path that holds so much of each unit at the peak of its losses."""
+    peak = sum(x * s.units()[unit] for unit, x in truth.items())
+    marks = {"before": 0, "peak": peak}
+    return {"sizes": dataclasses.asdict(s), "phases": {"losses": marks, "backward": marks}}
+
+
+@pytest.mark.parametrize("truth", [{"N·d·4": 6.3, "C·V·4": 5.0, "V·d·4": 3.0}, {"N·V·4": 19.0}])
+def test_a_fit_finds_what_peaks_are_made_of(truth):
+    base = memory_model.Sizes(2)
+    changes = ({}, {"responses": 8}, {"V": 9000}, {"d": 192}, {"responses": 4, "V": 9000}, {"C": 96, "V": 9000})
+    found = memory_model.fit([made_of(dataclasses.replace(base, **change), truth) for change in changes], "losses")
+    # Columns are scaled to length one and differ: what float64 loses is far below.
+    assert found.multiples == pytest.approx(truth, rel=1e-9)
+    assert found.error < 1e-9
+
+
+NARROW = memory_model.Sizes(2, T=16, V=2048, d=4, teacher_d=4, C=8)
+
+
+def growth(rows):
+    """Bytes per token from one number of tokens to another, at the peak of the losses."""
+    few, many = rows
+    tokens = memory_model.Sizes(**many["sizes"]).N - memory_model.Sizes(**few["sizes"]).N
+    return (many["phases"]["losses"]["peak"] - few["phases"]["losses"]["peak"]) / tokens
+
+
+@pytest.mark.parametrize("sharded", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_losses_of_hidden_states_hold_no_logits_of_a_token(sharded):
+    step_memory = pytest.importorskip("benchmarks.step_memory")
+    sizes = [dataclasses.replace(NARROW, responses=responses, R=1 + sharded) for responses in (2, 4)]
+    if sharded:
+        rows = step_memory.in_processes("losses from states, sharded head", sizes)
+    else:
+        rows = [step_memory.measure_here("losses from states", s) for s in sizes]
+    # Four hidden states, their copies and their gradients: a row of logits is 512 times as long as one.
+    assert 0 < growth(rows) < 12 * NARROW.d * 4
+    assert growth([step_memory.measure_here("losses from logits", s) for s in sizes]) > 10 * NARROW.V * 4
+
+
+@pytest.mark.parametrize("views", ["states", "logits"])
+def test_the_memory_of_a_whole_step_is_measured(views):
+    step_memory = pytest.importorskip("benchmarks.step_memory")
+    s = memory_model.Sizes(2, T=4, image_prompt=3, text_prompt=2, V=32, d=8, teacher_d=8, C=8)
+    row = step_memory.measure_here(f"step from {views}, checkpointing", s)
+    assert list(row["phases"]) == ["resident", "views", "gate", "losses", "backward", "step", "end"]
+    found = memory_model.moments(row)
+    assert found["views, kept"] > 0
+    # Weights, the state of AdamW and the teacher; the rest is small: positions, masks, the lengths of heads.
+    assert 0 <= found["resident"] < 0.1 * row["phases"]["resident"]["peak"]
+    # Between two steps there is nothing but what was there before.
+    assert row["phases"]["end"]["peak"] <= 1.05 * 4 * s.student
