@@ -35,7 +35,7 @@ class Sizes:
     teacher_L: int = 2
     C: int = 64
     R: int = 1
-    block: int = 2**19  # logits of a block, on a CPU
+    block: int = 2**18  # logits of a block, on a CPU
 
     @property
     def N(self) -> int:
@@ -54,7 +54,6 @@ class Sizes:
             "N·d'·4": self.N * self.teacher_d * 4,
             "M·d·4": self.M * self.d * 4,
             "M·L·d·4": self.M * self.L * self.d * 4,
-            "M·d'·4": self.M * self.teacher_d * 4,
             "C·V·4": self.C * self.V * 4,
             "c·V·4": c * self.V * 4,
             "V·d·4": self.V * self.d * 4,
@@ -89,7 +88,7 @@ def layer_parameters(d: int, key_values: int | None = None) -> int:
 
 # What a fit may consist of, by the moment that it is of; the rest of what was measured is not there then.
 _LOSSES = ("N·V·4", "N·d·4", "N·d'·4", "C·V·4", "c·V·4", "V·d·4", "V·d'·4", "V·d·4/R")
-_KEPT = ("N·V·4", "N·d·4", "M·d·4", "M·L·d·4", "M·d'·4", "V·d·4", "V·d'·4", "L·w·4")
+_KEPT = ("N·V·4", "N·d·4", "M·d·4", "M·L·d·4", "N·d'·4", "V·d·4", "V·d'·4", "L·w·4")
 _BACKWARD = ("N·V·4", "N·d·4", "M·d·4", "V·d·4", "V·d·4/R", "w·4", "L·w·4/R")
 UNITS = {
     "resident": ("V·d·4", "V·d'·4"),
@@ -180,7 +179,7 @@ class Scenario:
 STUDENT_2B = {"V": 151_936, "d": 2048, "L": 28}
 TEACHER_8B = {"teacher_d": 4096, "teacher_L": 36}
 TEACHER_KEY_VALUES = 1024
-REAL = Sizes(8, T=2048, image_prompt=1090, text_prompt=64, C=1024, block=2**25, **STUDENT_2B, **TEACHER_8B)
+REAL = Sizes(8, T=2048, image_prompt=1090, text_prompt=64, C=768, block=2**25, **STUDENT_2B, **TEACHER_8B)
 SCENARIOS = (
     Scenario("logits", "step from logits", REAL),
     Scenario("hidden states", "step from states", REAL),
@@ -193,7 +192,7 @@ SCENARIOS = (
         replace(REAL, R=8, responses=1),
     ),
 )
-_TEACHERS = ("N·d'·4", "M·d'·4", "V·d'·4")  # whose teacher is in bfloat16
+_TEACHERS = ("N·d'·4", "V·d'·4")  # whose teacher is in bfloat16
 
 
 def extrapolated(rows: Mapping[str, Any], scenario: Scenario) -> dict[str, float]:
@@ -213,7 +212,7 @@ def extrapolated(rows: Mapping[str, Any], scenario: Scenario) -> dict[str, float
         "activations of the student": _part(views, "N·d·", "M·d·", "M·L·d"),
         "bfloat16 copies of weights, in the graph": _part(views, "L·w"),
         "whole embedding (the head) of the student": _part(views, "V·d·"),
-        "hidden states of the teacher, both views, until the losses are known": _part(views, "M·d'", "V·d'"),
+        "hidden states of the teacher, both views, until the losses are known": _part(views, "N·d'", "V·d'"),
         "logits of the four views": _part(views, "N·V"),
     }
     in_losses = {

@@ -37,7 +37,7 @@ from benchmarks import common, memory_model
 from benchmarks.memory_model import HELD_OUT, TOKENS, Sizes
 from steer_optim import SteeredOptimizer
 from steer_optim.vlm import DecomposedDistillation, Head, HiddenStates, Rollout, score, visual_dependency, visual_tokens
-from steer_optim.vlm.prompts import Views
+from steer_optim.vlm.prompts import Prompts
 
 
 def language_model(V: int, d: int, L: int, *, tied: bool) -> nn.Module:
@@ -174,7 +174,7 @@ def whole_step(path: Path, s: Sizes, mesh: Any) -> dict[str, dict[str, int]]:
         torch.randint(2, s.V, (s.responses, n)) for n in (s.image_prompt, s.text_prompt, s.T)
     )
     mask_BT = torch.ones_like(response_BT, dtype=torch.bool)
-    prompts, response = Views({"input_ids": image_BL}, {"input_ids": text_BL}), Rollout(response_BT, mask_BT)
+    prompts, response = Prompts({"input_ids": image_BL}, {"input_ids": text_BL}), Rollout(response_BT, mask_BT)
     group = None if mesh is None else dist.group.WORLD
 
     def step() -> None:

@@ -133,8 +133,10 @@ def response_states(
         x_BLd = beside(x_BLd, logits_BLV)
     device = x_BLd.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    states = HiddenStates(x_BLd, head, autocast)[:, -(num_tokens + 1) : -1]
-    return states if torch.is_grad_enabled() else states.detach()
+    x_BTd = x_BLd[:, -(num_tokens + 1) : -1]
+    if torch.is_grad_enabled():
+        return HiddenStates(x_BTd, head, autocast)
+    return HiddenStates(x_BTd.clone(), head, autocast).detach()  # the prompt's states are freed
 
 
 def score(
