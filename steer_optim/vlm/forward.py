@@ -96,19 +96,23 @@ def response_states(
             "static_graph, pass model.module if SteeredOptimizer(data_parallel=True) averages, or use response_logits"
         )
     _, module = output_embeddings(model)
-    sharded = [x for x in model.modules() if hasattr(x, "unshard")]
+    around: list[Any] = [x for x in model.modules() if hasattr(x, "unshard") and any(y is module for y in x.modules())]
     taken: list[Any] = []
 
     def take(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         taken.append(args[0])
-        # Under a frozen head the logits would have no graph, and FSDP2 could not hook them.
-        return (args[0].detach()[:1, -1:].requires_grad_(bool(sharded) and args[0].requires_grad), *args[1:])
+        return (args[0].detach()[:1, -1:], *args[1:])
 
-    handle = module.register_forward_pre_hook(take, prepend=True)
+    def give(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        # A leaf, at which the backward pass that runs the hooks of FSDP2 ends; also under a frozen head.
+        return output.detach().clone().requires_grad_(taken[-1].requires_grad) if around else output
+
+    handles = [module.register_forward_pre_hook(take, prepend=True), module.register_forward_hook(give)]
     try:
         logits_BLV = _forward(model, batch, num_tokens).logits
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     if len(taken) != 1:
         raise RuntimeError(
             f"{type(model).__name__} must call its head, {type(module).__name__}, once in a forward pass, with its "
@@ -117,7 +121,6 @@ def response_states(
         )
     x_BLd = taken[0].full_tensor() if isinstance(taken[0], Tensor) and hasattr(taken[0], "full_tensor") else taken[0]
     # FSDP2 gathers the head, unless it is whole after the pass, and reduces its gradient in the backward pass.
-    around: list[Any] = [x for x in sharded if any(y is module for y in x.modules())]
     for fsdp in around:
         fsdp.unshard()
     head = head or Head.of(model)
@@ -126,9 +129,15 @@ def response_states(
     if made_of not in _COMPARED.setdefault(model, set()) and x_BLd.numel():
         _compare(model, head, x_BLd[:1, -1:], logits_BLV)
         _COMPARED[model].add(made_of)
-    if x_BLd.requires_grad and sharded:
+
+    def gather(_: Tensor) -> None:
+        for each in around:
+            each.unshard()
+
+    if x_BLd.requires_grad and around:
         # FSDP2 gathers a module for the backward pass, and reduces its gradients after it, when a gradient reaches what
         # it returned, here logits that no loss reads.
+        x_BLd.register_hook(gather)
         beside: Callable[..., Tensor] = _Beside.apply
         x_BLd = beside(x_BLd, logits_BLV)
     device = x_BLd.device.type

@@ -175,6 +175,20 @@ def test_a_tensor_parallel_head(method, gathered):
     assert_close(found, expected, 1e-12)
 
 
+@processes(4)
+def test_a_tensor_parallel_head_in_a_model_that_is_sharded():
+    alone = models(torch.float64, False)
+    train(*alone, METHODS["vgs"], data_parallel=False)
+    mesh = init_device_mesh(torch.get_default_device().type, (2, 2), mesh_dim_names=("data", "tensor"))
+    student, teacher, prior = models(torch.float64, False)
+    for model in (student, teacher, prior):
+        parallelize_module(model, mesh["tensor"], {"lm_head": ColwiseParallel(output_layouts=Replicate())})
+        shard(model, "root", mesh["data"])
+    rank = mesh["data"].get_local_rank()
+    train(student, teacher, prior, METHODS["vgs"], part=lambda x: x.chunk(2)[rank], replicas=2)
+    assert_close(whole(student.parameters()), whole(alone[0].parameters()), 1e-12)
+
+
 @processes(2)
 def test_a_head_that_was_sharded_again_is_not_read():
     mesh = init_device_mesh(torch.get_default_device().type, (2,))
