@@ -71,7 +71,7 @@ def rollout(
     References:
         The method samples responses with temperature 1 and top-p 1 (arXiv 2606.00564, Sec. 3).
     """
-    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+    if max_new_tokens < 1 or not temperature >= 0 or not 0 < top_p <= 1:
         raise ValueError(
             "a rollout needs max_new_tokens >= 1, temperature >= 0 and 0 < top_p <= 1; got "
             f"{max_new_tokens}, {temperature} and {top_p}"

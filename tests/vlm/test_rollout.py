@@ -254,7 +254,9 @@ def test_sampling_follows_the_global_seed_and_its_options():
     assert not first.equal(greedy)
 
 
-@pytest.mark.parametrize("options", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.1}])
+@pytest.mark.parametrize(
+    "options", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}]
+)
 def test_numbers_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match=r"a rollout needs max_new_tokens >= 1, temperature >= 0 and 0 < top_p <= 1"):
         ask(family_of("llava"), **options)
