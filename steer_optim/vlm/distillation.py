@@ -97,8 +97,10 @@ class Decomposition:
         for name, part in self.components.items():
             if not isinstance(part, Component):
                 raise TypeError(f"component {name!r} must be a Component; got {type(part).__name__}")
-            if part.less is not None and part.less not in {*self.components} - {name}:
-                raise ValueError(f"component {name!r} is less {part.less!r}, which is no other component")
+            if part.less is not None and part.less not in {n for n, p in self.components.items() if p.less is None}:
+                raise ValueError(
+                    f"component {name!r} is less {part.less!r}, which is no component from which nothing is subtracted"
+                )
         if isinstance(self.rule, Rule) or not callable(self.rule):
             raise TypeError(f"rule must be a function of gamma, as lambda gamma: Sum(); got {self.rule!r}")
 
@@ -461,7 +463,7 @@ class DecomposedDistillation:
                 graded_N = weight_N if strength_N is None or part.tokens != "graded" else weight_N * strength_N
                 assert not isinstance(part.factor, str)
                 weights[name] = part.factor * graded_N[where]
-            if tokens == "all" and gated and gate_N is None:
+            if tokens == "all" and gated and gate_N is None and not any(term.top for term in terms.values()):
                 terms |= score  # from the same logits
             kept = {name: x if where is every else x[where] for name, x in rows.items()}
             sums, losses = losses_of(kept, terms, weights, floor=self.floor)

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import reduce
 from typing import Literal, get_args
 
@@ -54,7 +54,8 @@ class Term:
             for the full vocabulary.
 
     Raises:
-        ValueError: the divergence is unknown, or ``beta`` is out of range.
+        ValueError: the divergence is unknown; ``beta`` or ``top`` is out of range; the target is empty, or a
+            coefficient is not a finite number; an attached or floored view is not in it, or a view is both.
 
     Example:
         A target that extrapolates the teacher's visual gain.
@@ -77,6 +78,10 @@ class Term:
             raise ValueError(f"divergence must be one of {', '.join(get_args(Kind))}; got {self.divergence!r}")
         if not 0 < self.beta < 1:
             raise ValueError(f"beta must be inside (0, 1): 0 and 1 are 'forward' and 'reverse'; got {self.beta}")
+        if not self.target or not all(isinstance(c, int | float) and math.isfinite(c) for c in self.target.values()):
+            raise ValueError(f"target must be at least one view with a finite number for each; got {self.target}")
+        if self.top is not None and self.top[1] < 1:
+            raise ValueError(f"top must be a view and at least one id; got {self.top}")
         if both := {*self.attached} & {*self.floored}:
             raise ValueError(f"a view is attached or floored, not both; got {', '.join(sorted(both))} in both")
         if unread := {*self.attached, *self.floored} - {*self.target}:
@@ -90,23 +95,15 @@ class Term:
     def live(self) -> Term:
         """Return the same term with the student's own text-only view as the prior."""
 
-        def named(names: Iterable[str]) -> tuple[str, ...]:
-            return tuple(dict.fromkeys("student_text" if name == "prior" else name for name in names))
+        def own(name: str) -> str:
+            return "student_text" if name == "prior" else name
 
-        target = dict.fromkeys(named(self.target), 0.0)
+        target: dict[str, float] = {}
         for name, coefficient in self.target.items():
-            target["student_text" if name == "prior" else name] += coefficient
-        top = None if self.top is None else (named(self.top[:1])[0], self.top[1])
-        left = named([self.left])[0]
-        return Term(
-            left,
-            target,
-            divergence=self.divergence,
-            beta=self.beta,
-            attached=named(self.attached),
-            floored=named(self.floored),
-            top=top,
-        )
+            target[own(name)] = target.get(own(name), 0.0) + coefficient
+        attached, floored = tuple(dict.fromkeys(map(own, self.attached))), tuple(map(own, self.floored))
+        top = None if self.top is None else (own(self.top[0]), self.top[1])
+        return replace(self, left=own(self.left), target=target, attached=attached, floored=floored, top=top)
 
 
 _Q_STAR = {"prior": 1.0, "teacher": 1.0, "teacher_text": -1.0}
@@ -244,7 +241,7 @@ def token_losses(
         gains = (log_probs["teacher"], log_probs["teacher_text"])
         raised = [x.clamp(min=math.log(floor)) for x in gains]
         changed = raised[0] - raised[1] != gains[0] - gains[1]
-        losses["floored"] = (log_probs["student"].detach().exp() * changed).sum(-1)
+        losses["floored"] = (log_probs[terms["vis"].left].detach().exp() * changed).sum(-1)
     return losses
 
 

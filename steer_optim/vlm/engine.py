@@ -67,7 +67,7 @@ def weighted_sums(
     }
     if len(logits) == len(views):
         losses = token_losses(logits, terms=terms, temperature=temperature, floor=floor)
-        sums = {loss: (w.to(losses[loss].dtype) * losses[loss]).sum() for loss, w in weights.items()}
+        sums = {loss: (w.detach().to(losses[loss].dtype) * losses[loss]).sum() for loss, w in weights.items()}
         return sums, {loss: losses[loss].detach() for loss in terms}
     pulls = [(loss, view) for loss, term in terms.items() for view in dict.fromkeys([term.left, *term.attached])]
     for _, name in pulls:
@@ -87,6 +87,7 @@ def weighted_sums(
     bins_NK = {name: view.bins().to(dtype) for name, view in servers.items()}
     ids_Nk = dict(zip(("ids",), (view.ids_BTk for view in servers.values()), strict=False))
     weights_N = {loss: w.detach().to(dtype) for loss, w in weights.items()}
+    pulls = [(loss, name) for loss, name in pulls if views[name].requires_grad]
     inputs = {loss: [x for of, view in pulls if of == loss for x in rows[view].inputs] for loss in weights_N}
     gradients = {loss: Gradients(reached, dtype) for loss, reached in inputs.items()}
     pulls = [(loss, view) for loss, view in pulls if gradients.get(loss)]
