@@ -117,9 +117,10 @@ def timeline(work: Callable[[], object]) -> dict[str, dict[str, int]]:
 
 
 def alive() -> int:
-    """The bytes of all tensors that there are."""
+    """The bytes of all dense tensors on the CPU that there are."""
     gc.collect()
     tensors = [x for x in gc.get_objects() if type(x) in (Tensor, nn.Parameter)]
+    tensors = [x for x in tensors if x.layout == torch.strided and x.device.type == "cpu"]
     return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
 
 
