@@ -69,9 +69,14 @@ def weighted_sums(
         losses = token_losses(logits, terms=terms, temperature=temperature, floor=floor)
         sums = {loss: (w.detach().to(losses[loss].dtype) * losses[loss]).sum() for loss, w in weights.items()}
         return sums, {loss: losses[loss].detach() for loss in terms}
-    pulls = [(loss, view) for loss, term in terms.items() for view in dict.fromkeys([term.left, *term.attached])]
+    pulls = [
+        (loss, name)
+        for loss, term in terms.items()
+        for name in dict.fromkeys([term.left, *term.attached])
+        if views[name].requires_grad
+    ]
     for _, name in pulls:
-        if isinstance(views[name], Tensor) and views[name].requires_grad:
+        if isinstance(views[name], Tensor):
             raise ValueError(
                 f"{name} is logits that require grad, beside views that are hidden states: pass HiddenStates from "
                 "response_states for the student too"
@@ -85,9 +90,8 @@ def weighted_sums(
     }
     servers = {name: view for name, view in views.items() if isinstance(view, TopLogProbs)}
     bins_NK = {name: view.bins().to(dtype) for name, view in servers.items()}
-    ids_Nk = dict(zip(("ids",), (view.ids_BTk for view in servers.values()), strict=False))
+    ids_Nk = {"ids": next(iter(servers.values())).ids_BTk} if servers else {}
     weights_N = {loss: w.detach().to(dtype) for loss, w in weights.items()}
-    pulls = [(loss, name) for loss, name in pulls if views[name].requires_grad]
     inputs = {loss: [x for of, view in pulls if of == loss for x in rows[view].inputs] for loss in weights_N}
     gradients = {loss: Gradients(reached, dtype) for loss, reached in inputs.items()}
     pulls = [(loss, view) for loss, view in pulls if gradients.get(loss)]

@@ -120,20 +120,19 @@ def response_states(
             "its decoder"
         )
     x_BLd = taken[0].full_tensor() if isinstance(taken[0], Tensor) and hasattr(taken[0], "full_tensor") else taken[0]
+
+    def gather(_: Tensor | None = None) -> None:
+        for fsdp in around:
+            fsdp.unshard()
+
     # FSDP2 gathers the head, unless it is whole after the pass, and reduces its gradient in the backward pass.
-    for fsdp in around:
-        fsdp.unshard()
+    gather()
     head = head or Head.of(model)
     # Enabling or disabling an adapter makes another head.
     made_of = tuple(id(x) if isinstance(x, nn.Parameter) else type(x) for x in vars(head).values())
     if made_of not in _COMPARED.setdefault(model, set()) and x_BLd.numel():
         _compare(model, head, x_BLd[:1, -1:], logits_BLV)
         _COMPARED[model].add(made_of)
-
-    def gather(_: Tensor) -> None:
-        for each in around:
-            each.unshard()
-
     if x_BLd.requires_grad and around:
         # FSDP2 gathers a module for the backward pass, and reduces its gradients after it, when a gradient reaches what
         # it returned, here logits that no loss reads.

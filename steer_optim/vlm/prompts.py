@@ -75,7 +75,7 @@ class Rollout:
 
     response_BT: Tensor
     mask_BT: Tensor
-    scored_BT: Tensor = None  # type: ignore[assignment]
+    scored_BT: Tensor = None  # type: ignore[assignment]  # __post_init__ puts a tensor there, and readers rely on it
 
     def __post_init__(self) -> None:
         scored_BT = self.mask_BT if self.scored_BT is None else self.scored_BT
