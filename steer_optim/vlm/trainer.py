@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -107,6 +108,8 @@ class SteeredDistillationConfig(DistillationConfig):  # type: ignore[misc]  # tr
     refresh_every: int = field(default=10, metadata={"help": "Steps from one Gramian to the next."})
 
     def __post_init__(self) -> None:
+        if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
+            raise ValueError("DeepSpeed is not supported, whose engine takes one loss: use FSDP2")
         super().__post_init__()
         if self.beta != 1.0:
             raise ValueError(
@@ -279,14 +282,15 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
     def _prepare_inputs(self, rows: Sequence[dict[str, Any]]) -> MicroBatch:
         """Return a micro-batch; the responses of a whole step are sampled, and its tokens gated, at once."""
         if not self.model.training:
-            return self._sample(rows, parts=1)[0]
+            return self.sample(rows, parts=1)[0]
         parts = self.args.gradient_accumulation_steps
         if self._step % parts == 0 or self._buffered_inputs is None:
-            self._buffered_inputs = self._sample(rows, parts)
+            self._buffered_inputs = self.sample(rows, parts)
         return cast(MicroBatch, self._buffered_inputs[self._step % parts])
 
     @torch.no_grad()
-    def _sample(self, rows: Sequence[dict[str, Any]], parts: int) -> list[MicroBatch]:
+    def sample(self, rows: Sequence[dict[str, Any]], parts: int) -> list[MicroBatch]:
+        """Return the rows as ``parts`` micro-batches of one step, each with its responses."""
         messages = [conversation(row) for row in rows]
         self._sources = [row[ROW] for row in rows]
         _, ids, *_ = self._generate(messages)
@@ -473,7 +477,6 @@ def refuse(args: SteeredDistillationConfig) -> None:
     parallel = getattr(args, "parallelism_config", None)
     axes = {name: getattr(parallel, f"{name}_size", 1) for name in ("tp", "cp", "sp", "pp")} if parallel else {}
     reasons = {
-        "DeepSpeed": (bool(args.deepspeed) or args.deepspeed_plugin is not None, "use FSDP2"),
         "FSDP1": (bool(args.fsdp) and str(fsdp.get("fsdp_version", 2)) == "1", "set fsdp_version: 2"),
         "torch.compile": (bool(args.torch_compile), "leave out --torch_compile"),
         "float16": (bool(args.fp16), "use --bf16"),
