@@ -45,7 +45,7 @@ class Findings:
     language: tuple[float, float] | None
 
 
-def investigate(trainer: Any, rows: Sequence[Any], *, batches: int = 8) -> tuple[Findings, str]:
+def investigate(trainer: Any, rows: Any, *, batches: int = 8) -> tuple[Findings, str]:
     """Return what a few batches say about steering, and an examination of student and teacher, as a table.
 
     Args:
