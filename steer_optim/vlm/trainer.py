@@ -473,11 +473,12 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
 
 def refuse(args: SteeredDistillationConfig) -> None:
     """Raise ValueError, by name, if a run is configured for something that steering does not support."""
-    fsdp = getattr(args, "fsdp_plugin_args", None) or {}
+    launched = os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
+    version = (args.fsdp_config or {}).get("version", 2) if args.fsdp else os.environ.get("FSDP_VERSION", "1")
     parallel = getattr(args, "parallelism_config", None)
     axes = {name: getattr(parallel, f"{name}_size", 1) for name in ("tp", "cp", "sp", "pp")} if parallel else {}
     reasons = {
-        "FSDP1": (bool(args.fsdp) and str(fsdp.get("fsdp_version", 2)) == "1", "set fsdp_version: 2"),
+        "FSDP1": ((launched or bool(args.fsdp)) and str(version) == "1", "set fsdp_version: 2"),
         "torch.compile": (bool(args.torch_compile), "leave out --torch_compile"),
         "float16": (bool(args.fp16), "use --bf16"),
     }
