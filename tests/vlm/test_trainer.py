@@ -290,8 +290,10 @@ class Engine:
         return None, [[5, 1]] * len(prompts), None, None
 
 
-def test_vllm_gets_the_prompts_with_their_images(tmp_path):
-    trainer = make_trainer(tmp_path, max_steps=2)
+@pytest.mark.parametrize(("mode", "per_image"), [("colocate", 1), ("server", 4)])
+def test_vllm_gets_the_prompts_with_their_images(tmp_path, mode, per_image):
+    """Colocated it expands the placeholder of an image itself; TRL places features in the expanded ids for a server."""
+    trainer = make_trainer(tmp_path, max_steps=2, vllm_mode=mode)
     engine = trainer.vllm_generation = Engine(trainer)
     trainer.use_vllm, trainer._last_loaded_step = True, -1
     trainer.train()
@@ -299,4 +301,4 @@ def test_vllm_gets_the_prompts_with_their_images(tmp_path):
     place = trainer.model.config.image_token_id
     for prompts, images in engine.asked:
         for ids, own in zip(prompts, images, strict=True):
-            assert ids.count(place) == 4 * len(own or [])
+            assert ids.count(place) == per_image * len(own or [])
