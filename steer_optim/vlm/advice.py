@@ -52,12 +52,7 @@ def investigate(trainer: Any, rows: Any, *, batches: int = 8) -> tuple[Findings,
         trainer: a ``SteeredDistillationTrainer`` in one process, before training.
         rows: of a map-style data set.
         batches: of ``per_device_train_batch_size`` rows, sampled and scored; the examination reads all of them.
-
-    Raises:
-        ValueError: there are several processes.
     """
-    if trainer.accelerator.num_processes > 1:
-        raise ValueError("--measure_only runs in one process: leave out accelerate launch")
     trainer.model_wrapped = trainer.accelerator.prepare_model(trainer.model)
     student, method = (
         trainer.model.train(),

@@ -14,16 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import IterableDataset
 
-ROW = "row"
+ROW = "steer_optim_row"
 """The column with the number of a row, which errors name."""
+
+_ROOT = "steer_optim_root"  # the column with the folder that paths are relative to
 
 
 class Rows(torch.utils.data.Dataset[dict[str, Any]]):
-    """A data set whose images are read when a row becomes a conversation, so that an error can name the row.
+    """A map-style data set whose rows know their number, so that an error can name it.
 
     Args:
-        dataset: a map-style data set, of the ``datasets`` library or any other, or a list of rows.
+        dataset: of the ``datasets`` library or any other kind, or a list of rows.
+        root: the folder that paths of images are relative to, if they do not exist as they are.
 
     Example:
         >>> rows = Rows([{"prompt": "What is it?", "answer": "a cat"}])
@@ -31,16 +35,19 @@ class Rows(torch.utils.data.Dataset[dict[str, Any]]):
         (1, 0, [{'role': 'user', 'content': [{'type': 'text', 'text': 'What is it?'}]}])
     """
 
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset.with_format("arrow") if hasattr(dataset, "with_format") else dataset
+    def __init__(self, dataset: Any, root: str | Path = ".") -> None:
+        self.dataset, self.root = dataset, str(root)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        row = self.dataset[number]
-        row = row.to_pylist()[0] if hasattr(row, "to_pylist") else row
-        return {**row, ROW: row.get(ROW, number)}
+        try:
+            return {**self.dataset[number], ROW: number, _ROOT: self.root}
+        except IndexError:
+            raise
+        except Exception as error:  # of an image, which is decoded here
+            raise ValueError(f"row {number} of the data set: {error}") from error
 
 
 def numbered(dataset: Any) -> Any:
@@ -50,12 +57,12 @@ def numbered(dataset: Any) -> Any:
         >>> [row[ROW] for row in numbered([{"prompt": "What is it?"}, {"prompt": "Why?"}])]
         [0, 1]
     """
-    if isinstance(dataset, Rows):
+    if dataset is None:
+        raise ValueError("train_dataset is needed: rows with messages, or prompt, and images")
+    if isinstance(dataset, (Rows, torch.utils.data.Subset)):
         return dataset
-    if hasattr(dataset, "__len__"):
+    if not isinstance(dataset, IterableDataset):
         return Rows(dataset)
-    if dataset.features is not None:
-        dataset = dataset.decode(False)
     return dataset.map(lambda row, number: {**row, ROW: number}, with_indices=True)
 
 
@@ -70,6 +77,7 @@ def conversation(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """
     from trl.data_utils import prepare_multimodal_messages
 
+    root = Path(row.get(_ROOT, "."))
     try:
         messages = _messages(row)
         while messages and messages[-1]["role"] == "assistant":
@@ -77,12 +85,13 @@ def conversation(row: Mapping[str, Any]) -> list[dict[str, Any]]:
         if not any(message["role"] == "user" for message in messages):
             raise ValueError("there is no user message")
         images = row.get("images")
-        if images is None:
-            images = [] if row.get("image") is None else [row["image"]]
-        images = [picture(image) for image in images]
+        if images is None or (isinstance(images, Sequence) and not images):
+            images = row.get("image")
+        images = [] if images is None else images if isinstance(images, (list, tuple)) else [images]
+        images = [picture(image, root) for image in images]
         for message in messages:
             if not isinstance(message.get("content"), str):
-                message["content"] = [_part(part) for part in message.get("content") or ()]
+                message["content"] = [_part(part, root) for part in message.get("content") or ()]
         prepared: list[dict[str, Any]] = prepare_multimodal_messages(messages, images)
         return prepared
     except Exception as error:
@@ -101,11 +110,11 @@ def answer(row: Mapping[str, Any]) -> str | None:
     last = _messages(row)[-1]
     if last["role"] != "assistant":
         return None
-    content = last["content"]
-    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+    content = last.get("content") or ""
+    return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content) or None
 
 
-def picture(image: Any) -> Any:
+def picture(image: Any, root: Path = Path()) -> Any:
     """Return an image as PIL, RGB: from PIL, bytes, a path, a URL, or a dictionary of bytes or path."""
     from PIL import Image
     from transformers.image_utils import load_image
@@ -114,7 +123,17 @@ def picture(image: Any) -> Any:
         image = image.get("bytes") or image.get("path")
     if isinstance(image, bytes):
         image = Image.open(BytesIO(image))
-    return load_image(str(image) if isinstance(image, Path) else image)
+    if isinstance(image, (str, Path)) and not str(image).startswith(("http://", "https://", "data:")):
+        paths = [Path(image), root / image]
+        if not any(path.is_file() for path in paths):
+            raise ValueError(f"there is no image {image}, as it is or in {root.absolute()}")
+        image = str(next(path for path in paths if path.is_file()))
+    image = load_image(image) if isinstance(image, str) else image
+    if image.mode.startswith("I;16"):
+        image = image.point(lambda value: value / 256).convert("L")
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"an image of mode {image.mode} has no known range: convert it to 8 or 16 bits")
+    return load_image(image)
 
 
 def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -124,15 +143,17 @@ def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not isinstance(given, Sequence) or not all(isinstance(m, Mapping) and m.get("role") for m in given) or not given:
         raise ValueError(
             "it needs a column messages, or prompt, with a list of messages that have role and content; it has the "
-            f"columns {', '.join(sorted(row.keys() - {ROW}))}"
+            f"columns {', '.join(sorted(row.keys() - {ROW, _ROOT}))}"
         )
     # Arrow stores every key of any message in all of them.
     return [{key: value for key, value in message.items() if value is not None} for message in given]
 
 
-def _part(part: Mapping[str, Any]) -> dict[str, Any]:
-    part = {key: value for key, value in part.items() if value is not None}
-    found = [part.pop(key) for key in ("image", "path", "url") if key in part]
-    if part["type"] in ("image", "image_url") and found:
-        return {"type": "image", "image": picture(found[0])}
-    return part
+def _part(part: Any, root: Path) -> dict[str, Any]:
+    if not isinstance(part, Mapping) or part.get("type") is None:
+        raise ValueError(f"content must be a string, or a list of parts that have a type; got the part {part!r}")
+    known: dict[str, Any] = {key: value for key, value in part.items() if value is not None}
+    found = [known.pop(key) for key in ("image", "path", "url") if key in known]
+    if known["type"] in ("image", "image_url") and found:
+        return {"type": "image", "image": picture(found[0], root)}
+    return known

@@ -386,6 +386,16 @@ class DecomposedDistillation:
         return tuple(sorted({*names}, key=lambda name: order.index(name) if name in order else len(order)))
 
     @property
+    def components(self) -> tuple[str, ...]:
+        """The names of the components.
+
+        Example:
+            >>> DecomposedDistillation("vgs").components
+            ('std', 'vis', 'lp')
+        """
+        return tuple(self._parts)
+
+    @property
     def gated(self) -> bool:
         """Whether a component reads the most visual tokens only, or the others: ``gate_BT``.
 

@@ -18,7 +18,8 @@ from transformers import TrainerCallback
 
 from steer_optim.vlm.data import ROW, answer, conversation
 from steer_optim.vlm.distillation import DecomposedDistillation
-from steer_optim.vlm.forward import score
+from steer_optim.vlm.families import image_ids
+from steer_optim.vlm.forward import in_evaluation, score
 from steer_optim.vlm.gate import sampled_log_probs
 from steer_optim.vlm.heads import HiddenStates
 from steer_optim.vlm.prompts import Prompts, Rollout
@@ -144,7 +145,7 @@ def _examine_batch(trainer: Any, model: Any, rows: Sequence[Mapping[str, Any]], 
     options |= {"eos_ids": trainer.eos_token_ids, "pad_id": tokenizer.pad_token_id}
     right = [answer(row) for row in rows]
     scores: list[dict[str, float]] = [{} for _ in rows]
-    with trainer.accelerator.autocast():
+    with trainer.accelerator.autocast(), in_evaluation(model):
         seen = rollout(model, prompts, **options)
         blind = rollout(model, Prompts(prompts.text, prompts.text, prompts.blank), **options)
         if model is not teacher:
@@ -156,6 +157,8 @@ def _examine_batch(trainer: Any, model: Any, rows: Sequence[Mapping[str, Any]], 
                 scores[i] |= {"kl": losses["std"].item(), "text_kl": losses["lang"].item()}
         # Rows without an answer too: all processes run as many passes.
         ids = [[*tokenizer(x or "", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for x in right]
+        fit = [not image_ids(model.config) & {*each} for each in ids]  # not a text that the model takes for an image
+        ids = [each if fits else [tokenizer.eos_token_id] for each, fits in zip(ids, fit, strict=True)]
         answers = Rollout.of(ids, config=model.config, device=device)
         text_view = score(model, teacher, prompts, answers, method=trainer.method, names=("student_text",))
         log_p_BT = sampled_log_probs(
@@ -173,6 +176,7 @@ def _examine_batch(trainer: Any, model: Any, rows: Sequence[Mapping[str, Any]], 
         said = {"with_image": decoded[0][i], "without_image": decoded[1][i]}
         if right[i] is not None:
             scores[i] |= {name: float(_plain(text) == _plain(str(right[i]))) for name, text in said.items()}
+        if right[i] is not None and fit[i]:
             scores[i]["text_loss"] = -float(log_p_BT[i].sum() / answers.mask_BT[i].sum())
         records.append({"row": row[ROW], "answer": right[i], **said, "scores": scores[i]})
     return records

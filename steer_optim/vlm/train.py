@@ -19,6 +19,7 @@ import re
 import sys
 import warnings
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -28,9 +29,9 @@ from datasets import DatasetDict, IterableDatasetDict, load_dataset, load_from_d
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from steer_optim.vlm.advice import advise, investigate
-from steer_optim.vlm.data import Rows, numbered
+from steer_optim.vlm.data import Rows
 from steer_optim.vlm.examination import Examination
-from steer_optim.vlm.trainer import SteeredDistillationConfig, SteeredDistillationTrainer, refuse
+from steer_optim.vlm.trainer import SteeredDistillationConfig, SteeredDistillationTrainer
 
 # Options that may differ when a run goes on.
 _FREE = "logging log_ save report push hub eval disable_tqdm run_name resume dataloader output_dir vllm max_steps "
@@ -59,6 +60,8 @@ def load(data: DataArguments) -> tuple[Any, Any]:
         ValueError: there is no data set, or no such split; or a stream has no test split.
     """
     name = data.dataset_name
+    if data.held_out < 0:
+        raise ValueError(f"--held_out must be at least 0; got {data.held_out}")
     if name is None:
         raise ValueError("--dataset_name is needed: a name on the hub, a folder, or a .parquet, .json or .jsonl file")
     path = Path(name)
@@ -75,17 +78,21 @@ def load(data: DataArguments) -> tuple[Any, Any]:
         splits = DatasetDict({data.dataset_train_split: splits})
     if data.dataset_train_split not in splits:
         raise ValueError(f"{name} has the splits {', '.join(splits)}: choose one with --dataset_train_split")
-    train = splits[data.dataset_train_split]
+    train, root = splits[data.dataset_train_split], path.parent if path.is_file() else path
+
+    def rows_of(rows: Any) -> Any:
+        return rows if data.dataset_streaming else Rows(rows, root)
+
     if data.dataset_test_split in splits:
         rows = splits[data.dataset_test_split]
         count = data.held_out if data.dataset_streaming else min(data.held_out, len(rows))
         rows = list(rows.take(count)) if data.dataset_streaming else rows.select(range(count))
-        return numbered(train), Rows(rows) if count else None
+        return rows_of(train), Rows(rows, root) if count else None
     if not data.held_out:
-        return numbered(train), None
+        return rows_of(train), None
     if data.dataset_streaming:
         raise ValueError(f"{name} has no split {data.dataset_test_split!r}: name one, or pass --held_out 0")
-    everything, count = Rows(train), min(data.held_out, max(1, len(train) // 20))
+    everything, count = Rows(train, root), min(data.held_out, max(1, len(train) // 20))
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
     return torch.utils.data.Subset(everything, order[count:]), torch.utils.data.Subset(everything, order[:count])
 
@@ -97,22 +104,24 @@ def last_checkpoint(path: Path) -> str | None:
         try:
             # The trainer writes this file last.
             json.loads((checkpoint / "trainer_state.json").read_text())
+            if not [*checkpoint.glob("optimizer*")]:
+                raise ValueError("--save_only_model leaves out what a run needs to go on")
             for file in checkpoint.glob("rng_state*.pth"):
                 torch.load(file, weights_only=False)
-        except (OSError, ValueError, RuntimeError, EOFError, UnpicklingError):
-            print(f"{checkpoint} is incomplete and left aside", file=sys.stderr)
+        except (OSError, ValueError, RuntimeError, EOFError, UnpicklingError) as error:
+            print(f"{checkpoint} is incomplete and left aside: {error}", file=sys.stderr)
             continue
         return str(checkpoint)
     return None
 
 
-def check_settings(path: Path, settings: dict[str, Any], *, write: bool) -> None:
+def check_settings(path: Path, settings: dict[str, Any], *, trained: bool, write: bool) -> None:
     """Raise ValueError if a directory holds a run with other settings; note them down if it holds none."""
     file = path / "run.json"
     settings = json.loads(
         json.dumps({k: v for k, v in settings.items() if not k.startswith(tuple(_FREE.split()))}, default=str)
     )
-    if not (file.exists() and last_checkpoint(path)):
+    if not (trained and file.exists()):
         if write:
             path.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(settings, indent=2) + "\n")
@@ -127,57 +136,69 @@ def check_settings(path: Path, settings: dict[str, Any], *, write: bool) -> None
         )
 
 
+def prepare(data: DataArguments, args: SteeredDistillationConfig, model: ModelConfig) -> tuple[Any, Any, str | None]:
+    """Return the trainer, the held-out rows, and the checkpoint to go on from.
+
+    Raises:
+        ValueError, OSError: the command cannot be run as it is.
+    """
+    given = {"model_name_or_path": model.model_name_or_path}
+    given |= {"teacher_model_name_or_path": args.teacher_model_name_or_path}
+    for name, value in given.items():
+        if value is None:
+            raise ValueError(f"--{name} is needed: a name on the hub, or a folder")
+    train, held_out = load(data)
+    path = Path(args.output_dir)
+    resume = args.resume_from_checkpoint or last_checkpoint(path)
+    settings = {**asdict(data), **args.to_dict(), **asdict(model)}
+    check_settings(path, settings, trained=resume is not None, write=args.should_save and not data.measure_only)
+    options = {"revision": model.model_revision, "attn_implementation": model.attn_implementation}
+    options |= {"dtype": model.dtype, "trust_remote_code": args.trust_remote_code}
+    args.model_init_kwargs = {**options, **(args.model_init_kwargs or {})}
+    try:
+        trainer = SteeredDistillationTrainer(
+            model=model.model_name_or_path,
+            teacher_model=args.teacher_model_name_or_path,
+            args=args,
+            train_dataset=train,
+            eval_dataset=held_out if args.eval_strategy != "no" else None,
+            quantization_config=get_quantization_config(model),
+            peft_config=get_peft_config(model),
+        )
+    except OSError as error:
+        raise OSError(f"{' or '.join(map(str, given.values()))} cannot be loaded: {error}") from error
+    if data.measure_only and trainer.accelerator.num_processes > 1:
+        raise ValueError("--measure_only runs in one process: leave out accelerate launch")
+    return trainer, held_out, resume
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; see the header of this module."""
     program = "python -m steer_optim.vlm.train"
     parser = TrlParser((DataArguments, SteeredDistillationConfig, ModelConfig), prog=program, description=__doc__)
+    # transformers warns of the names that TRL uses.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         data, args, model = parser.parse_args_and_config(arguments, fail_with_unknown_args=True)
-        for name, value in (
-            ("model_name_or_path", model.model_name_or_path),
-            ("teacher_model_name_or_path", args.teacher_model_name_or_path),
-        ):
-            if value is None:
-                raise ValueError(f"--{name} is needed: a name on the hub, or a folder")
-        refuse(args)
-        train, held_out = load(data)
-        settings = {**asdict(data), **args.to_dict(), **asdict(model)}
-        path = Path(args.output_dir)
-        check_settings(path, settings, write=args.should_save and not data.measure_only)
+        trainer, held_out, resume = prepare(data, args, model)
     except (ValueError, OSError) as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
-    # transformers warns of the names that TRL uses.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    options = {"revision": model.model_revision, "attn_implementation": model.attn_implementation}
-    options |= {"dtype": model.dtype, "trust_remote_code": args.trust_remote_code}
-    args.model_init_kwargs = {**options, **(args.model_init_kwargs or {})}
-    trainer = SteeredDistillationTrainer(
-        model=model.model_name_or_path,
-        teacher_model=args.teacher_model_name_or_path,
-        args=args,
-        train_dataset=train,
-        eval_dataset=held_out if args.eval_strategy != "no" else None,
-        quantization_config=get_quantization_config(model),
-        peft_config=get_peft_config(model),
-    )
     if data.measure_only:
-        rows = torch.utils.data.Subset(train, range(min(200, len(train)))) if held_out is None else held_out
+        rows = [*islice(trainer.train_dataset, data.held_out or 200)] if held_out is None else held_out
         findings, text = investigate(trainer, rows)
         print(f"\n{text}\n\n{advise(findings)}")
         return 0
-    examination = None
-    if held_out is not None:
-        examination = Examination(trainer, held_out)
+    examination = None if held_out is None else Examination(trainer, held_out)
+    if examination is not None:
         trainer.add_callback(examination)
-    resume = args.resume_from_checkpoint or last_checkpoint(path)
     trainer.train(resume_from_checkpoint=resume)
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(args.output_dir)
     trainer.save_state()
     if examination is not None:
-        trainer.accelerator.print(f"\n{examination.finish()}\nwritten to {path}")
+        trainer.accelerator.print(f"\n{examination.finish()}\nwritten to {args.output_dir}")
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=data.dataset_name)
     trainer.end()

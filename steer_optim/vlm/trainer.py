@@ -24,7 +24,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 import trl
-from accelerate.utils import is_peft_model
+from accelerate.utils import broadcast_object_list, gather_object, is_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 from trl import DistillationConfig, DistillationTrainer
@@ -45,6 +45,7 @@ from steer_optim.vlm.prompts import Prompts, Rollout, render
 from steer_optim.vlm.rollout import evaluating
 
 TESTED = "1.16"
+_METRICS = "steer_optim metrics"  # in a checkpoint
 
 if trl.__version__.rsplit(".", 1)[0] != TESTED:
     raise ImportError(
@@ -115,8 +116,9 @@ class SteeredDistillationConfig(DistillationConfig):  # type: ignore[misc]  # tr
             raise ValueError(
                 f"beta={self.beta} is not read here: take --decomposition forward, jsd, or standard (reverse KL)"
             )
-        self.method()
-        self.make_rule()
+        names, rule = self.method().components, self.make_rule()
+        G = torch.eye(len(names), dtype=torch.float64)[None]
+        rule(G, names, rule.init(G, names))  # a rule refuses names that it cannot weigh
 
     def method(self) -> DecomposedDistillation:
         """Return the decomposition with its hyperparameters."""
@@ -200,6 +202,12 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
             processing_class=processing_class,
             **options,
         )
+        step = args.per_device_train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps
+        if hasattr(self.train_dataset, "__len__") and len(self.train_dataset) < step:
+            raise ValueError(
+                f"there are {len(self.train_dataset)} rows to train on, and a step takes {step}: pass smaller "
+                "per_device_train_batch_size or gradient_accumulation_steps, or more rows"
+            )
         if not isinstance(self.processing_class, ProcessorMixin):
             raise TypeError(
                 f"{type(self.processing_class).__name__} is no processor of images and text: the student must be a "
@@ -225,13 +233,12 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Return the optimizer that the arguments ask for, steered."""
         optimizer = super().create_optimizer(model)
-        if not isinstance(optimizer, SteeredOptimizer):
-            self.steered = SteeredOptimizer(
-                optimizer,
-                self.args.make_rule(),
-                data_parallel=True if self.accelerator.num_processes > 1 and not self.is_fsdp_enabled else None,
-                refresh_every=self.args.refresh_every,
-            )
+        if not hasattr(self, "steered"):
+            options = {"refresh_every": self.args.refresh_every}
+            if self.accelerator.num_processes > 1 and not self.is_fsdp_enabled:
+                options["data_parallel"] = True
+            given = isinstance(optimizer, SteeredOptimizer)
+            self.steered = optimizer if given else SteeredOptimizer(optimizer, self.args.make_rule(), **options)
             self.optimizer = self.steered
         return self.optimizer
 
@@ -276,8 +283,9 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         numbers |= {f"steer/loss/{name}": value for name, value in self._mean(totals).items()}
         for name, number in numbers.items():
             self._metrics["train"][name].append(number)
-        weights = dict(zip(geometry.names, geometry.weights.to(loss), strict=True))
-        return torch.stack([weights[name] * total.to(loss) for name, total in totals.items()]).sum()
+        trained = sum(numbers[f"steer/weight/{name}"] * numbers[f"steer/loss/{name}"] for name in totals)
+        self._metrics["train"]["loss"].append(trained)  # in place of the sum of the components, which is `loss`
+        return torch.full_like(loss, trained)
 
     def _prepare_inputs(self, rows: Sequence[dict[str, Any]]) -> MicroBatch:
         """Return a micro-batch; the responses of a whole step are sampled, and its tokens gated, at once."""
@@ -296,7 +304,14 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         _, ids, *_ = self._generate(messages)
         forbidden = image_ids(self.model.config)
         dropped = [bool(forbidden & {*response}) for response in ids]
-        self._metrics["train" if self.model.training else "eval"]["steer/dropped"].append(sum(dropped) / len(ids))
+        share = torch.tensor(sum(dropped) / len(ids), device=self.accelerator.device)
+        share = self.accelerator.reduce(share, reduction="mean")
+        self._metrics["train" if self.model.training else "eval"]["steer/dropped"].append(share.item())
+        if self.log_completions:
+            said = self.processing_class.batch_decode(ids, skip_special_tokens=True)
+            asked = self.processing_class.batch_decode(self._rendered.text["input_ids"], skip_special_tokens=True)
+            self._logs["prompt"].extend(gather_object(asked[: len(rows)]))
+            self._logs["completion"].extend(gather_object(said))
         ids = [[] if drop else response for drop, response in zip(dropped, ids, strict=True)]
         size, batches = -(-len(rows) // parts), []
         for i in range(0, len(rows), size):
@@ -388,7 +403,8 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         if self.use_vllm:
             # A colocated vLLM expands each placeholder, those that the processor has expanded too (trl#6294).
             ids = self._bare_ids if self.vllm_mode == "colocate" else prompt_ids
-            return super()._generate_single_turn(ids, images, fields, **options)
+            said = super()._generate_single_turn(ids, images, fields, **options)
+            return [response or [self._tokenizer.eos_token_id] for response in said]
         with evaluating(self.accelerator.unwrap_model(self.model_wrapped)):
             ids = super()._generate_single_turn([*prompt_ids, *self._blank_ids], images, fields, **options)
         return ids[: len(prompt_ids)]
@@ -398,6 +414,22 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         sampler = super()._get_train_sampler(dataset)
         sampler.__class__ = _EpochSampler
         return sampler
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # What was measured since the last line of the log.
+        self.state.stateful_callbacks[_METRICS] = {"args": dict(self._metrics["train"])}
+        super()._save_checkpoint(model, trial)
+        # Under FSDP2 one process may see the folder of the best checkpoint, and another not yet.
+        self.state.best_model_checkpoint = broadcast_object_list([self.state.best_model_checkpoint])[0]
+
+    def _load_callback_state(self) -> None:
+        super()._load_callback_state()
+        self._metrics["train"].update(self.state.stateful_callbacks.get(_METRICS, {}).get("args", {}))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_fsdp_enabled:
+            _fill_state(self.steered.inner)
+        super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load the weights of a checkpoint, under the names of the model, which may differ from those on disk."""
@@ -415,6 +447,8 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
             self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _load_teacher(self, teacher: Any) -> PreTrainedModel:
+        if teacher is self.model:
+            raise ValueError("the teacher is the student itself, which is trained: pass a copy")
         if teacher is None:
             raise ValueError(
                 "a teacher is needed: pass teacher_model, --teacher_model_name_or_path on the command line"
@@ -482,13 +516,14 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
 
 def refuse(args: SteeredDistillationConfig) -> None:
     """Raise ValueError, by name, if a run is configured for something that steering does not support."""
+    dynamo = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
     launched = os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
     version = (args.fsdp_config or {}).get("version", 2) if args.fsdp else os.environ.get("FSDP_VERSION", "1")
     parallel = getattr(args, "parallelism_config", None)
     axes = {name: getattr(parallel, f"{name}_size", 1) for name in ("tp", "cp", "sp", "pp")} if parallel else {}
     reasons = {
         "FSDP1": ((launched or bool(args.fsdp)) and str(version) == "1", "set fsdp_version: 2"),
-        "torch.compile": (bool(args.torch_compile), "leave out --torch_compile"),
+        "torch.compile": (bool(args.torch_compile) or dynamo.lower() != "no", "leave it out"),
         "float16": (bool(args.fp16), "use --bf16"),
     }
     reasons |= {f"parallelism_config.{name}_size={n}": (n > 1, "use FSDP2") for name, n in axes.items()}
@@ -501,6 +536,21 @@ class _EpochSampler(RepeatSampler):  # type: ignore[misc]  # trl is untyped
     def set_epoch(self, epoch: int) -> None:
         if self.shuffle:
             self.generator.manual_seed((self.seed or 0) + epoch)
+
+
+def _fill_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give parameters that no gradient has reached the state of a zero gradient: FSDP2 loads that of all, or none."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    gradients, rates = [p.grad for p in parameters], [group["lr"] for group in optimizer.param_groups]
+    for p in parameters:
+        p.grad = None if p in optimizer.state else torch.zeros_like(p)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    for p, gradient in zip(parameters, gradients, strict=True):
+        p.grad = gradient
 
 
 def _layers(model: Any) -> list[str]:

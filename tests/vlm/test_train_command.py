@@ -19,6 +19,7 @@ from tiny_trainer import make_model, make_processor, make_rows
 from toys import assert_equal
 
 from steer_optim.vlm.advice import Findings, advise
+from steer_optim.vlm.data import ROW, conversation
 from steer_optim.vlm.train import DataArguments, check_settings, last_checkpoint, load, main
 from tests.vlm.zoo import Zoo
 
@@ -132,23 +133,25 @@ def test_a_killed_run_goes_on_with_the_same_command(folder, tmp_path):
 
 def test_an_incomplete_checkpoint_is_left_aside(tmp_path, capsys):
     assert last_checkpoint(tmp_path) is None
-    for step, text in ((5, '{"global_step": 5}'), (10, '{"global_step": 10}'), (15, '{"global_')):
+    for step, text in ((5, '{"global_step": 5}'), (10, '{"global_step": 10}'), (15, '{"global_'), (20, "{}")):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
-    (tmp_path / "checkpoint-20").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "optimizer.pt").touch()
+    (tmp_path / "checkpoint-25").mkdir()
     (tmp_path / "checkpoint-10" / "rng_state_1.pth").write_bytes(b"half")
+    (tmp_path / "checkpoint-20" / "optimizer.pt").unlink()
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-5")
-    assert "checkpoint-15 is incomplete" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "checkpoint-15 is incomplete" in said
+    assert "checkpoint-20 is incomplete and left aside: --save_only_model" in said
 
 
 def test_other_settings_in_the_same_directory_are_refused(tmp_path):
-    check_settings(tmp_path, {"gamma": 2.0, "logging_steps": 1}, write=True)
-    check_settings(tmp_path, {"gamma": 3.0}, write=True)  # nothing was trained yet
-    (tmp_path / "checkpoint-5").mkdir()
-    (tmp_path / "checkpoint-5" / "trainer_state.json").write_text("{}")
-    check_settings(tmp_path, {"gamma": 3.0, "logging_steps": 5}, write=True)
+    check_settings(tmp_path, {"gamma": 2.0, "logging_steps": 1}, trained=False, write=True)
+    check_settings(tmp_path, {"gamma": 3.0}, trained=False, write=True)
+    check_settings(tmp_path, {"gamma": 3.0, "logging_steps": 5}, trained=True, write=True)
     with pytest.raises(ValueError, match=r"gamma is 3.0 there and 2.0 here"):
-        check_settings(tmp_path, {"gamma": 2.0}, write=True)
+        check_settings(tmp_path, {"gamma": 2.0}, trained=True, write=True)
 
 
 SOURCES = {
@@ -165,7 +168,7 @@ def test_data_sets_of_all_kinds_are_read(tmp_path, kind):
     (source,) = tmp_path.iterdir()
     train, held_out = load(DataArguments(dataset_name=str(source), held_out=4))
     assert (len(train), len(held_out)) == (11, 1)
-    assert {row["row"] for part in (train, held_out) for row in part} == {*range(12)}
+    assert {row[ROW] for part in (train, held_out) for row in part} == {*range(12)}
     everything, none = load(DataArguments(dataset_name=str(source), held_out=0))
     assert (len(everything), none) == (12, None)
 
@@ -195,7 +198,33 @@ def test_the_advice_is_that_of_the_page():
         assert f"Advice: --decomposition {choice}." in advise(Findings(language=language, **rest))
 
 
+def test_lines_with_contents_of_both_kinds_are_read(tmp_path):
+    """Strings and lists in one column; paths are relative to the file."""
+    red = Image.new("RGB", (8, 8), "red")
+    red.save(tmp_path / "red.png")
+    parts = [{"type": "image"}, {"type": "text", "text": "what is it"}]
+    lines = [
+        {
+            "messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": parts}],
+            "images": ["red.png"],
+        },
+        {"messages": [{"role": "user", "content": "is it"}], "images": [], "row": "theirs"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    train, _ = load(DataArguments(dataset_name=str(tmp_path / "rows.jsonl"), held_out=0))
+    system, user = conversation(train[0])
+    assert system["content"] == [{"type": "text", "text": "be brief"}]
+    assert [part["type"] for part in user["content"]] == ["image", "text"]
+    assert user["content"][0]["image"].getpixel((0, 0)) == (255, 0, 0)
+    assert user["content"][1]["text"] == "what is it"
+    assert train[1][ROW] == 1
+
+
 WRONG = {
+    "negative": ({"held_out": -1}, "--held_out must be at least 0"),
+    "too few rows": ({"per_device_train_batch_size": 100}, "12 rows to train on, and a step takes 100"),
+    "no model": ({"model_name_or_path": "nowhere"}, "nowhere"),
+    "unknown component": ({"rule": 'Steer("foo")'}, "foo"),
     "no student": ({"model_name_or_path": None}, "--model_name_or_path is needed"),
     "no teacher": ({"teacher_model_name_or_path": None}, "--teacher_model_name_or_path is needed"),
     "no data": ({"dataset_name": None}, "--dataset_name is needed"),

@@ -3,6 +3,7 @@
 import warnings
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from preloaded import preloaded, two_processes
@@ -14,6 +15,7 @@ import tiny_trainer
 from PIL import Image
 from tiny_trainer import make_model, make_rows, make_trainer, plain_loop, recorded
 
+from steer_optim.vlm.data import Rows, answer, conversation, picture
 from steer_optim.vlm.trainer import MicroBatch, SteeredDistillationConfig
 
 pytestmark = [
@@ -89,14 +91,21 @@ def test_two_processes_equal_one_on_the_same_responses(train_in_two_processes, w
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, lora):
-    """It goes on in the middle of the second epoch, and between two Gramians."""
-    options = {"max_steps": 8, "save_steps": 5, "lora": lora, "optim": "adamw_torch", "decomposition": "vgs-frozen"}
+    """It goes on in the middle of the second epoch, between two Gramians and between two lines of the log."""
+    options = {
+        "max_steps": 8,
+        "save_steps": 5,
+        "logging_steps": 2,
+        "lora": lora,
+        "optim": "adamw_torch",
+        "decomposition": "vgs-frozen",
+    }
     whole = make_trainer(tmp_path / "whole", **options)
     whole.train()
     resumed = make_trainer(tmp_path / "resumed", **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
     assert_equal(resumed.model.state_dict(), whole.model.state_dict())
-    for found, expected in zip(losses_of(resumed)[-3:], losses_of(whole)[-3:], strict=True):
+    for found, expected in zip(losses_of(resumed), losses_of(whole), strict=True):
         found, expected = ({k: v for k, v in x.items() if k != "step_time"} for x in (found, expected))
         assert found == expected
 
@@ -157,7 +166,8 @@ BAD = {
         },
         "Number of images provided",
     ),
-    "no such file": ({"prompt": "what", "images": ["nowhere.png"]}, "nowhere.png"),
+    "no such file": ({"prompt": "what", "images": ["nowhere.png"]}, "there is no image nowhere.png"),
+    "a part that is none": ({"prompt": [{"role": "user", "content": ["what"]}]}, "a list of parts that have a type"),
     "no image": ({"prompt": "what", "images": [b"not a picture"]}, "cannot identify image"),
     "no user": ({"messages": [{"role": "assistant", "content": "it"}]}, "no user message"),
     "text that stands for an image": ({"prompt": "what <image> is it", "images": []}, "no images were passed"),
@@ -169,15 +179,13 @@ def test_a_bad_row_is_named_by_its_number(tmp_path, name):
     bad, match = BAD[name]
     rows = make_rows()[:8]
     rows = [{"prompt": row["messages"], "images": row["images"]} for row in rows[:7]] + [bad]
-    trainer = make_trainer(tmp_path, rows=[{}], per_device_train_batch_size=8, gradient_accumulation_steps=1)
-    trainer.train_dataset = [{**row, "row": number} for number, row in enumerate(rows)]
+    trainer = make_trainer(tmp_path, per_device_train_batch_size=8, gradient_accumulation_steps=1)
+    trainer.train_dataset = Rows(rows)
     with pytest.raises(ValueError, match=f"(?s)row 7 of the data set: .*{match}"):
         trainer.train()
 
 
 def test_images_are_pil_bytes_paths_or_in_the_messages(tmp_path):
-    from steer_optim.vlm.data import ROW, Rows, answer, conversation
-
     path = png(tmp_path / "red.png")
     forms = [Image.open(path), path.read_bytes(), str(path), path, {"bytes": None, "path": str(path)}]
     forms += [{"bytes": path.read_bytes(), "path": "elsewhere.png"}, Image.new("L", (8, 8))]
@@ -195,8 +203,11 @@ def test_images_are_pil_bytes_paths_or_in_the_messages(tmp_path):
         image, text = message["content"]
         assert image["image"].mode == "RGB"
         assert text["text"].startswith("what")
-        assert row[ROW] == rows.index({k: v for k, v in row.items() if k != ROW})
     assert answer(rows[-1]) == "red"
+    deep = Image.fromarray(numpy.full((8, 8), 30_000, dtype=numpy.uint16))
+    assert picture(deep).getpixel((0, 0)) == (117, 117, 117)
+    with pytest.raises(ValueError, match="mode F has no known range"):
+        picture(Image.new("F", (8, 8)))
     assert [part["type"] for part in conversation({"prompt": "what", "images": []})[0]["content"]] == ["text"]
 
 
@@ -207,6 +218,7 @@ REFUSED = {
     "beta": ({"beta": 0.5}, "take --decomposition forward"),
     "rule": ({"rule": "Best()"}, "rule must be one of"),
     "code": ({"rule": "Steer(__import__('os'))"}, "rule must be one of"),
+    "no such component": ({"rule": "Steer('foo')"}, "foo"),
     "decomposition": ({"decomposition": "vgz"}, "decomposition must be one of"),
     "unread": ({"decomposition": "standard", "lam": 0.1}, "no component of 'standard' reads lam"),
 }
@@ -302,3 +314,29 @@ def test_vllm_gets_the_prompts_with_their_images(tmp_path, mode, per_image):
     for prompts, images in engine.asked:
         for ids, own in zip(prompts, images, strict=True):
             assert ids.count(place) == per_image * len(own or [])
+
+
+def test_an_empty_response_of_vllm_has_ended(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.vllm_generation = Engine(trainer)
+    trainer.vllm_generation.generate = lambda prompts, **_: (None, [[]] * len(prompts), None, None)
+    trainer.use_vllm, trainer._last_loaded_step = True, -1
+    batches = recorded(trainer)
+    trainer.train()
+    assert {tuple(batch.response.response_BT.shape) for batch in batches} == {(2, 1)}
+
+
+def test_completions_are_logged(tmp_path):
+    from datasets import load_dataset
+
+    make_trainer(tmp_path, max_steps=1, log_completions=True).train()
+    rows = load_dataset("parquet", data_files=str(tmp_path / "completions" / "*.parquet"), split="train")
+    assert len(rows) == 4
+    assert all(row["prompt"].startswith(("what", "name", "is")) for row in rows)
+
+
+def test_an_optimizer_that_is_given_is_steered(tmp_path):
+    student = make_model(seed=0)
+    trainer = make_trainer(tmp_path, student=student, optimizers=(torch.optim.SGD(student.parameters(), lr=0.01), None))
+    trainer.train()
+    assert trainer.steered.geometry is not None

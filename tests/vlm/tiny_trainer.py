@@ -47,7 +47,9 @@ def make_rows():
     return rows
 
 
-def make_trainer(out, *, rows=None, lora=False, teacher=None, student=None, held_out=None, **options):
+def make_trainer(
+    out, *, rows=None, lora=False, teacher=None, student=None, held_out=None, optimizers=(None, None), **options
+):
     return SteeredDistillationTrainer(
         student or make_model(seed=0),
         teacher or make_model(seed=1, hidden_size=32),
@@ -55,6 +57,7 @@ def make_trainer(out, *, rows=None, lora=False, teacher=None, student=None, held
         Dataset.from_list(rows or make_rows()),
         held_out,
         make_processor(),
+        optimizers=optimizers,
         **({"peft_config": peft.LoraConfig(**LORA)} if lora else {}),
     )
 
