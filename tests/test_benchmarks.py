@@ -214,13 +214,49 @@ def test_the_losses_are_measured_in_both_ways():
         assert found["seconds"] > 0
 
 
-def test_a_step_at_its_real_size_runs_tiny(monkeypatch, capsys):
+@pytest.mark.parametrize("student", ["full", "lora"])
+def test_a_step_at_its_real_size_runs_tiny(student, monkeypatch, capsys):
     real_size = pytest.importorskip("benchmarks.real_size")
-    monkeypatch.setattr("sys.argv", ["real_size", "--tiny", "--prompts", "2", "--repeats", "1"])
+    monkeypatch.setattr("sys.argv", ["real_size", "--tiny", "--prompts", "2", "--repeats", "1", "--student", student])
     real_size.main()
     printed = capsys.readouterr().out
     assert "÷ standard, without rollout" in printed
+    assert re.search(r"backward and optimizer (\| 0 \| 0 \| 0 \| – )\| 0 \| 0 \| – \|", printed)
     assert "written" not in printed
+
+
+def test_a_method_that_runs_out_of_memory_is_measured_with_fewer_prompts(monkeypatch):
+    real_size = pytest.importorskip("benchmarks.real_size")
+    bench = real_size.Bench(real_size.tiny(), lora=True, prompts=2, device=torch.device("cpu"))
+
+    def step(self, method, *, refresh_every=1):
+        def run():
+            if method.decomposition == "vgs" and len(bench.sampled.response_BT) > 1:
+                raise torch.OutOfMemoryError("too much")
+            return {"parts": {"losses": {"seconds": 1.0, "syncs": 0, "peak": 0}}, "resident": 0}
+
+        return run
+
+    monkeypatch.setattr(real_size.Bench, "step", step)
+    saved = []
+    rows = real_size.measure(bench, repeats=1, save=saved.append)
+    assert [(row["variant"], row.get("prompts")) for row in rows if row["method"] == "vgs"] == [
+        ("standard", 1),
+        ("vgs", 1),
+        ("vgs, weights known", 1),
+        ("vgs, refresh_every=10", None),
+    ]
+    assert {row["prompts"] for row in rows if row["method"] == "vgs-frozen" and "prompts" in row} == {2}
+    assert saved[-1] == rows
+
+
+def test_patches_are_convolved_as_a_product():
+    real_size = pytest.importorskip("benchmarks.real_size")
+    convolution = torch.nn.Conv3d(3, 5, (2, 4, 4), stride=(2, 4, 4), dtype=torch.float64)
+    x = torch.randn(7, 3, 2, 4, 4, dtype=torch.float64)
+    expected = convolution(x)
+    convolution.__class__ = real_size.Patches
+    torch.testing.assert_close(convolution(x).view_as(expected), expected)
 
 
 def test_a_step_reads_nothing_and_a_read_is_counted():
