@@ -149,8 +149,9 @@ def _processor() -> str:
 class _Parser(argparse.ArgumentParser):
     def parse_args(self, *arguments: Any) -> argparse.Namespace:  # type: ignore[override]
         options = super().parse_args(*arguments)
+        # A device does not make a run a part of another, but gives its result another name.
         options.partial = any(
-            value != self.get_default(key) for key, value in vars(options).items() if key != "results"
+            value != self.get_default(key) for key, value in vars(options).items() if key not in ("results", "device")
         )
         return options
 

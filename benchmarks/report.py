@@ -13,7 +13,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks import budgets, common, losses_cost, memory_model, steering_cost, steering_growth, steering_memory
+from benchmarks import budgets, common, gpu, losses_cost, memory_model, steering_cost, steering_growth, steering_memory
 from benchmarks.evidence.grid import EVIDENCE
 from benchmarks.evidence.report import command, refreshed
 from benchmarks.evidence.results import load
@@ -30,7 +30,8 @@ ALT = {
     "passes over the number of parameters and the rows of a batch",
     "figure of losses_cost": "Peak memory of the losses over the number of tokens, eager and chunked",
 }
-OF_OTHERS = ("replica_memory", "step_memory", "host_reads", "vgs_step", "rollout_speed", "topk_bias", "real_size")
+OF_OTHERS = ("replica_memory", "step_memory", "host_reads", "vgs_step", "rollout_speed", "topk_bias")
+ON_GPU = ("real_size_full", "real_size_lora", "steering_cost_cuda")
 
 
 def fill(page: str) -> str:
@@ -50,6 +51,8 @@ def tables(name: str) -> str:
         return _machine()
     if name == "refresh":
         return _refresh()
+    if name == "gpu":
+        return gpu.markdown()
     if name in ALT:
         benchmark = name.removeprefix("figure of ")
         return f"![{ALT[name]}](images/{_image(benchmark)})" if common.newest(benchmark) else "No figure yet."
@@ -92,7 +95,7 @@ def _refresh() -> str:
 def _machine() -> str:
     """What the results were measured on."""
     rows = []
-    for name in ("steering_cost", "steering_growth", "steering_memory", "losses_cost", *OF_OTHERS):
+    for name in ("steering_cost", "steering_growth", "steering_memory", "losses_cost", *OF_OTHERS, *ON_GPU):
         if result := common.newest(name):
             facts = result["machine"]
             hardware = facts.get("accelerator", facts["processor"])

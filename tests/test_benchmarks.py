@@ -11,6 +11,7 @@ import torch
 from benchmarks import (
     budgets,
     common,
+    gpu,
     host_reads,
     memory_model,
     peers,
@@ -257,6 +258,47 @@ def test_patches_are_convolved_as_a_product():
     expected = convolution(x)
     convolution.__class__ = real_size.Patches
     torch.testing.assert_close(convolution(x).view_as(expected), expected)
+
+
+def test_a_part_that_fails_or_hangs_costs_no_other_its_result(tmp_path, monkeypatch):
+    write = "import sys; open(sys.argv[2] + '/it', 'a').write('x'); print('written')"
+    parts = {
+        "good": gpu.Part(("-c", write), 60),
+        "bad": gpu.Part(("-c", "raise SystemExit(3)"), 60),
+        "slow": gpu.Part(("-c", "import time; print('begun', flush=True); time.sleep(60)"), 3),
+        "late": gpu.Part(("-c", write), 60),
+    }
+    found = gpu.run_all(parts, tmp_path)
+    assert [part["outcome"] for part in found.values()] == ["done", "exit code 3", "ended after 3 s", "done"]
+    assert found["slow"]["output"] == ["begun"]
+    assert (tmp_path / "it").read_text() == "xx"
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    assert "| slow | ended after 3 s, 3 s |" in gpu.markdown()
+    assert gpu.run_all({"good": gpu.Part(("-c", "import time; time.sleep(60)"), 60)}, tmp_path, total=0)
+    assert "| good | ended after 1 s, 1 s |" in gpu.markdown()
+
+
+def test_the_parts_take_less_than_eight_minutes():
+    assert sum(part.limit for part in gpu.PARTS.values()) <= gpu.TOTAL < 8 * 60 - 20  # this program itself starts, too
+
+
+def test_the_results_of_a_gpu_become_tables(results, tmp_path, monkeypatch):
+    assert gpu.markdown() == "Not run yet: `make gpu`."
+    real_size = pytest.importorskip("benchmarks.real_size")
+    (cost,) = results.glob("steering_cost-*")
+    (tmp_path / cost.name.replace("cost-", "cost_cuda-")).write_text(cost.read_text())
+    (tmp_path / "gpu-2026-01-01.json").write_text(
+        '{"parts": {"tests": {"outcome": "done", "seconds": 1, "output": []}}}'
+    )
+    bench = real_size.Bench(real_size.tiny(), lora=True, prompts=2, device=torch.device("cpu"))
+    rows = real_size.measure(bench, repeats=1, save=len)
+    lengths = {"prompts": 2, "prompt tokens": 12, "response tokens": 5, "rollout seconds": 1.0}
+    common.write("real_size_lora", {"student": "lora", "parameters": bench.counts(), **lengths, "rows": rows}, tmp_path)
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    filled = report.fill("<!-- generated: gpu -->\n<!-- end -->")
+    assert "| plain step | 1.00 |" in filled
+    assert re.search(r"\| lora \| standard \| vgs-frozen \| .*\n.*\n\| text prompts, ms", filled)
+    assert "real_size_lora" in report.tables("machine")
 
 
 def test_a_step_reads_nothing_and_a_read_is_counted():
