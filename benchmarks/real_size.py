@@ -23,7 +23,6 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +31,8 @@ from torch import Tensor, nn
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from benchmarks import common
-from benchmarks.host_reads import HostReads
+from benchmarks.host_reads import syncs
+from benchmarks.step_memory import adapted
 from steer_optim import SteeredOptimizer
 from steer_optim.vlm import DecomposedDistillation, Prompts, Rollout, rollout, score, text_only
 
@@ -111,7 +111,9 @@ def tiny() -> Size:
     vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 32}
     vision |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
     ids = {"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63}
-    student, teacher = (config(text, vision, tied=tied, sections=[4, 2, 2], **ids) for tied in (True, False))
+    student = config(text, vision, tied=True, sections=[4, 2, 2], **ids)
+    wider = {"intermediate_size": 64}  # no part of the teacher has the size of one of the student
+    teacher = config(text | wider, vision | wider, tied=False, sections=[4, 2, 2], **ids)
     return Size(teacher, student, grid=4, text_tokens=6, response_tokens=5, rollouts=(2, 4))
 
 
@@ -139,16 +141,6 @@ def build(config: Qwen3VLConfig, device: torch.device, dtype: torch.dtype) -> Qw
     return model
 
 
-def adapted(student: nn.Module) -> nn.Module:
-    """The student with adapters on the attention projections of its language model, as float32 weights."""
-    from peft import LoraConfig, get_peft_model
-
-    projections = [f"{name}_proj" for name in "qkvo"]
-    with warnings.catch_warnings():  # peft reads what transformers 5.13 deprecates
-        warnings.simplefilter("ignore", FutureWarning)
-        return get_peft_model(student, LoraConfig(r=16, lora_alpha=32, target_modules=projections))
-
-
 def draw(size: Size, prompts: int, device: torch.device) -> tuple[dict[str, Tensor], Rollout]:
     """Prompts of one image and some random text, as the processor would give them, and responses."""
     ids, vision = size.student, size.student.vision_config
@@ -170,22 +162,6 @@ def draw(size: Size, prompts: int, device: torch.device) -> tuple[dict[str, Tens
     response_BT = response_BT.to(device)
     sampled = Rollout(response_BT, torch.ones_like(response_BT, dtype=torch.bool))
     return {name: x.to(device) for name, x in batch.items()}, sampled
-
-
-@contextmanager
-def syncs(device: torch.device) -> Iterator[Callable[[], int]]:
-    """Count how often the host waits for the GPU; on a CPU, how often Python reads from a tensor."""
-    if device.type != "cuda":
-        with HostReads() as mode:
-            yield lambda: mode.count
-        return
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            yield lambda: sum("called a synchronizing" in str(warning.message) for warning in caught)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 class Bench:

@@ -11,7 +11,7 @@ from steering import STEER, assert_close, assert_steered, conflicting, flat_grad
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.real_size import syncs
+from benchmarks.host_reads import syncs
 from steer_optim import SteeredOptimizer, Weighting
 from steer_optim.vlm import DecomposedDistillation, Head, HiddenStates, Prompts, score, text_only
 
@@ -94,10 +94,10 @@ def test_a_gradient_scaler_and_clipping(fused):
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_step_of_distillation_is_that_of_the_cpu(lora):
     """In float32, so that only the order of sums differs: two images, both views, hidden states, the update."""
-    real_size = pytest.importorskip("benchmarks.real_size")
+    real_size, step_memory = (pytest.importorskip(f"benchmarks.{name}") for name in ("real_size", "step_memory"))
     size, cpu = real_size.tiny(), torch.device("cpu")
     student, teacher, prior = (real_size.build(size.student, cpu, torch.float32) for _ in range(3))
-    student = real_size.adapted(student) if lora else student
+    student = step_memory.adapted(student) if lora else student
     batch, response = real_size.draw(size, 2, cpu)
     method, found = DecomposedDistillation("vgs-frozen"), []
     for device in ("cpu", "cuda"):
