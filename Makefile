@@ -35,7 +35,7 @@ bench: .venv/dev.stamp
 	$(BIN)/python -m benchmarks.report
 
 # Less than eight minutes on a GPU of 80 GB, with $(PYTHON) if it has torch with CUDA and the rest, else with .venv.
-# TorchJD is left out where it is not installed. The results become tables of docs/performance.md by python -m benchmarks.report.
+# TorchJD is left out where it is not installed. python -m benchmarks.report makes tables of the results.
 gpu:
 	if $(PYTHON) -c '$(HAS_CUDA)' 2>/dev/null; then $(PYTHON) -m benchmarks.gpu $(ARGS); \
 	else $(MAKE) .venv/dev.stamp && $(BIN)/python -m benchmarks.gpu $(ARGS); fi
