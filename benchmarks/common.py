@@ -65,12 +65,12 @@ def ratio(times: list[float], reference: list[float]) -> float:
 
 
 @contextmanager
-def forward_passes(done: Callable[[str], None], **models: torch.nn.Module) -> Iterator[None]:
-    """Calls ``done`` with a model's name after its first forward pass, ``<name>, text only`` after its second."""
-    handles = []
+def forward_passes(done: Callable[[str], None], models: Mapping[str, torch.nn.Module]) -> Iterator[None]:
+    """Calls ``done`` with each name after a forward pass of its model; those of one model in the order of names."""
+    passes: dict[torch.nn.Module, list[str]] = {}
     for name, model in models.items():
-        parts = iter((name, f"{name}, text only"))
-        handles.append(model.register_forward_hook(lambda *_, parts=parts: done(next(parts))))
+        passes.setdefault(model, []).append(name)
+    handles = [model.register_forward_hook(lambda it, *_: done(passes[it].pop(0))) for model in passes]
     try:
         yield
     finally:
@@ -149,8 +149,9 @@ def _processor() -> str:
 class _Parser(argparse.ArgumentParser):
     def parse_args(self, *arguments: Any) -> argparse.Namespace:  # type: ignore[override]
         options = super().parse_args(*arguments)
+        # A device does not make a run a part of another, but gives its result another name.
         options.partial = any(
-            value != self.get_default(key) for key, value in vars(options).items() if key != "results"
+            value != self.get_default(key) for key, value in vars(options).items() if key not in ("results", "device")
         )
         return options
 

@@ -9,6 +9,9 @@ them.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,6 +38,22 @@ class HostReads(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += is_read(function)
         return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def syncs(device: torch.device) -> Iterator[Callable[[], int]]:
+    """Count how often the host waits for the GPU; on a CPU, how often Python reads from a tensor."""
+    if device.type != "cuda":
+        with HostReads() as mode:
+            yield lambda: mode.count
+        return
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield lambda: sum("called a synchronizing" in str(warning.message) for warning in caught)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def reads(model: str, name: str) -> int:

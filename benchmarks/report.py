@@ -1,4 +1,4 @@
-"""Draws the figures of docs/performance.md and writes its tables, from the newest results.
+"""Draws the figures of docs/performance.md and writes its tables and those of docs/scale.md, from the newest results.
 
     python -m benchmarks.report
 
@@ -13,7 +13,17 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks import budgets, common, losses_cost, memory_model, steering_cost, steering_growth, steering_memory
+from benchmarks import (
+    budgets,
+    common,
+    gpu,
+    losses_cost,
+    memory_model,
+    scale,
+    steering_cost,
+    steering_growth,
+    steering_memory,
+)
 from benchmarks.evidence.grid import EVIDENCE
 from benchmarks.evidence.report import command, refreshed
 from benchmarks.evidence.results import load
@@ -21,6 +31,7 @@ from benchmarks.variants import AUTOGRAM, BARE, EVERY, FLATTENED, STEER, TORCHJD
 from steer_optim.plots import COLOURS
 
 PAGE = common.ROOT / "docs" / "performance.md"
+PAGES = (PAGE, common.ROOT / "docs" / "scale.md")
 IMAGES = common.ROOT / "docs" / "images"
 OURS = tuple(f"{STEER}, refresh_every={n}" for n in steering_cost.REFRESH)
 ALT = {
@@ -30,7 +41,8 @@ ALT = {
     "passes over the number of parameters and the rows of a batch",
     "figure of losses_cost": "Peak memory of the losses over the number of tokens, eager and chunked",
 }
-OF_OTHERS = ("replica_memory", "step_memory", "host_reads", "vgs_step", "rollout_speed", "topk_bias", "real_size")
+OF_OTHERS = ("replica_memory", "step_memory", "host_reads", "vgs_step", "rollout_speed", "topk_bias")
+ON_GPU = ("real_size_full", "real_size_lora", "steering_cost_cuda")
 
 
 def fill(page: str) -> str:
@@ -50,6 +62,8 @@ def tables(name: str) -> str:
         return _machine()
     if name == "refresh":
         return _refresh()
+    if name == "gpu":
+        return gpu.markdown()
     if name in ALT:
         benchmark = name.removeprefix("figure of ")
         return f"![{ALT[name]}](images/{_image(benchmark)})" if common.newest(benchmark) else "No figure yet."
@@ -65,8 +79,8 @@ def tables(name: str) -> str:
         return steering_memory.markdown(result, part)
     if benchmark == "losses_cost":
         return losses_cost.markdown(result)
-    if benchmark == "step_memory":
-        return memory_model.markdown(result, part)
+    if benchmark in ("step_memory", "scale"):
+        return {"step_memory": memory_model, "scale": scale}[benchmark].markdown(result, part)
     # Imported only where there is a result: what trains models needs more than the others.
     return importlib.import_module(f"benchmarks.{benchmark}").markdown(result)
 
@@ -92,7 +106,7 @@ def _refresh() -> str:
 def _machine() -> str:
     """What the results were measured on."""
     rows = []
-    for name in ("steering_cost", "steering_growth", "steering_memory", "losses_cost", *OF_OTHERS):
+    for name in ("steering_cost", "steering_growth", "steering_memory", "losses_cost", *OF_OTHERS, *ON_GPU):
         if result := common.newest(name):
             facts = result["machine"]
             hardware = facts.get("accelerator", facts["processor"])
@@ -184,8 +198,9 @@ def main() -> None:
             path = IMAGES / _image(name)
             draw(result).savefig(path, dpi=120)
             print(f"written to {path}")
-    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    print(f"written to {PAGE}")
+    for page in PAGES:
+        page.write_text(fill(page.read_text(encoding="utf-8")), encoding="utf-8")
+        print(f"written to {page}")
 
 
 if __name__ == "__main__":

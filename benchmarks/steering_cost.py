@@ -2,10 +2,11 @@
 
     python -m benchmarks.steering_cost                             # all of it
     python -m benchmarks.steering_cost --models mlp --repeats 5    # some of it
+    python -m benchmarks.steering_cost --device cuda               # larger models on a GPU; a minute
 
 A step is the forward pass, the gradients and AdamW. Components of one graph share a forward pass; those of disjoint
 graphs have one each. A step with ``refresh_every=N`` is exact once and stale ``N - 1`` times: the two are measured, and
-weighed.
+weighed. On a GPU matrix products are in TF32.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+import torch
+
 from benchmarks import common, variants, workloads
-from benchmarks.variants import AUTOGRAM, BARE, BY_TENSOR, FLATTENED, OWN_PCGRAD, PLAIN, STALE, STEER, TORCHJD
+from benchmarks.variants import AUTOGRAM, BARE, BY_TENSOR, FLATTENED, OWN_PCGRAD, PEERS, PLAIN, STALE, STEER, TORCHJD
 
 REFRESH = (10, 50)
 DISJOINT = (PLAIN, STEER, *TORCHJD, FLATTENED)
@@ -25,11 +28,17 @@ README = (PLAIN, BARE, STEER, OWN_PCGRAD, *(f"{STEER}, refresh_every={n}" for n 
 SWEPT = ("transformer", "mlp", "adapters")  # the others are measured for two components of one graph
 
 
-def measure(model: str, k: int, *, disjoint: bool = False, repeats: int) -> list[dict[str, Any]]:
+def measure(model: str, k: int, *, disjoint: bool = False, repeats: int, device: str = "cpu") -> list[dict[str, Any]]:
     """A row per variant."""
     names = DISJOINT if disjoint else TINY if model == "tiny tensors" else variants.EVERY
-    made = variants.make(workloads.make(model), k, names, disjoint=disjoint)
-    times = common.take_turns({name: variant.step for name, variant in made.items()}, repeats=repeats)
+    made = variants.make(workloads.make(model, device), k, names, disjoint=disjoint)
+    if device != "cpu":
+        made = {name: variant for name, variant in made.items() if name not in PEERS or _runs(name, variant)}
+    times = common.take_turns(
+        {name: variant.step for name, variant in made.items()},
+        repeats=repeats,
+        synchronise=torch.cuda.synchronize if device != "cpu" else bool,
+    )
     for n in REFRESH if STALE in times else ():
         pairs = zip(times[STEER], times[STALE], strict=True)
         times[f"{STEER}, refresh_every={n}"] = [(exact + (n - 1) * stale) / n for exact, stale in pairs]
@@ -50,6 +59,16 @@ def measure(model: str, k: int, *, disjoint: bool = False, repeats: int) -> list
         }
         for name, seconds in times.items()
     ]
+
+
+def _runs(name: str, variant: variants.Variant) -> bool:
+    """Whether a peer can make a step on this device; one that cannot costs no other its result."""
+    try:
+        variant.step()
+    except RuntimeError as error:
+        print(f"{name} is left out: {error}", flush=True)
+        return False
+    return True
 
 
 def _to_bare(seconds: list[float], bare: list[float]) -> dict[str, Any]:
@@ -95,26 +114,35 @@ def markdown(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = common.parser(__doc__)
-    parser.add_argument("--models", nargs="+", default=list(workloads.MAKE), choices=list(workloads.MAKE))
-    parser.add_argument("--components", nargs="+", type=int, default=[2, 3, 5], metavar="K")
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--models", nargs="+", choices=list(workloads.MAKE | workloads.LARGE))
+    parser.add_argument("--components", nargs="+", type=int, metavar="K")
+    parser.add_argument("--repeats", type=int)
     options = parser.parse_args()
-    common.use_one_core()
+    on_cpu = options.device == "cpu"
+    if on_cpu:
+        common.use_one_core()
+    else:
+        torch.set_float32_matmul_precision("high")
+    components = options.components or ([2, 3, 5] if on_cpu else [2, 3])
+    repeats = options.repeats or (15 if on_cpu else 9)
 
-    rows = []
-    for model in options.models:
-        settings = [*((k, False) for k in options.components), (2, True)] if model in SWEPT else [(2, False)]
-        for k, disjoint in settings:
-            for row in measure(model, k, disjoint=disjoint, repeats=options.repeats):
-                rows.append(row)
+    result: dict[str, Any] = {"repeats": repeats, "rows": []}
+    for model in options.models or (workloads.MAKE if on_cpu else workloads.LARGE):
+        settings = [(k, False) for k in components] if model in SWEPT or not on_cpu else [(2, False)]
+        for k, disjoint in [*settings, (2, True)] if model in SWEPT and on_cpu else settings:
+            for row in measure(model, k, disjoint=disjoint, repeats=repeats, device=options.device):
+                result["rows"].append(row)
                 print(
-                    f"{model:12} {row['graphs']:8} k={k}  {row['variant']:46} {row['seconds'] * 1e3:8.1f} ms"
+                    f"{model:17} {row['graphs']:8} k={k}  {row['variant']:46} {row['seconds'] * 1e3:8.1f} ms"
                     f"  {row['ratio to plain']:5.2f} x plain"
                     f"  {row.get('ratio to bare backward passes', float('nan')):5.2f} x bare",
                     flush=True,
                 )
-    result = {"repeats": options.repeats, "rows": rows}
-    common.write("steering_cost", result, options.results, partial=options.partial)
+            if not on_cpu:
+                common.write("steering_cost_cuda", result, options.results, partial=options.partial)
+    if on_cpu:
+        common.write("steering_cost", result, options.results, partial=options.partial)
     print(markdown(result))
 
 

@@ -56,6 +56,16 @@ def language_model(V: int, d: int, L: int, *, tied: bool) -> nn.Module:
     return Qwen3ForCausalLM(config)
 
 
+def adapted(student: nn.Module) -> nn.Module:
+    """The student with adapters of rank 16 on the attention projections, which are float32."""
+    from peft import LoraConfig, get_peft_model
+
+    projections = [f"{name}_proj" for name in "qkvo"]
+    with warnings.catch_warnings():  # peft reads what transformers 5.13 deprecates
+        warnings.simplefilter("ignore", FutureWarning)
+        return get_peft_model(student, LoraConfig(r=16, lora_alpha=32, target_modules=projections))
+
+
 @dataclass(frozen=True)
 class Path:
     """A way to take the losses or the step."""
@@ -64,6 +74,8 @@ class Path:
     views: str  # logits or states
     sharded: bool = False
     checkpointing: bool = False
+    method: str = "vgs"
+    lora: bool = False  # adapters on a frozen bfloat16 student
 
 
 PATHS = {
@@ -77,6 +89,12 @@ PATHS = {
     "step from states, checkpointing": Path("step", "states", checkpointing=True),
     "step from states, FSDP2": Path("step", "states", sharded=True),
     "step from states, FSDP2, checkpointing": Path("step", "states", sharded=True, checkpointing=True),
+}
+# Measured by benchmarks.scale, to check what it says of each method.
+METHODS = {
+    f"{method}{', LoRA' * lora}": Path("step", "states", checkpointing=True, method=method, lora=lora)
+    for lora in (False, True)
+    for method in ("standard", "vgs-frozen", "vgs")
 }
 
 
@@ -160,17 +178,22 @@ def whole_step(path: Path, s: Sizes, mesh: Any) -> dict[str, dict[str, int]]:
     """Four views, the gate, the components, their backward passes and the optimizer's step."""
     student = language_model(s.V, s.d, s.L, tied=True).train()
     teacher = language_model(s.V, s.teacher_d, s.teacher_L, tied=False).requires_grad_(False)
-    if path.checkpointing:
-        with warnings.catch_warnings():  # transformers 5.13 has another name for it, and 5.0 only this one
-            warnings.simplefilter("ignore", FutureWarning)
+    method, prior = DecomposedDistillation(path.method, chunk_size=s.C), None
+    if "prior" in method.views and not path.lora:
+        prior = language_model(s.V, s.d, s.L, tied=True).bfloat16().requires_grad_(False)
+    with warnings.catch_warnings():  # transformers 5.13 has another name for it, and 5.0 only this one
+        warnings.simplefilter("ignore", FutureWarning)
+        if path.checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        if path.lora:
+            student = adapted(student.bfloat16())
     if mesh is not None:
         for model in (student, teacher):
             for layer in model.model.layers:  # type: ignore[union-attr]
                 fully_shard(layer, mesh=mesh)
             fully_shard(model, mesh=mesh)
-    method = DecomposedDistillation("vgs", chunk_size=s.C)
-    optimizer = SteeredOptimizer(torch.optim.AdamW(student.parameters(), lr=1e-6), method.rule())
+    trained = [p for p in student.parameters() if p.requires_grad]
+    optimizer = SteeredOptimizer(torch.optim.AdamW(trained, lr=1e-6), method.rule())
     image_BL, text_BL, response_BT = (
         torch.randint(2, s.V, (s.responses, n)) for n in (s.image_prompt, s.text_prompt, s.T)
     )
@@ -182,10 +205,12 @@ def whole_step(path: Path, s: Sizes, mesh: Any) -> dict[str, dict[str, int]]:
         mark("views")
         with torch.autocast("cpu", dtype=torch.bfloat16):
             states = path.views == "states"
-            views = score(student, teacher, prompts, response, method=method, hidden_states=states)
+            views = score(student, teacher, prompts, response, method=method, hidden_states=states, prior=prior)
         mark("gate")
-        vds_BT = visual_dependency(views["teacher"], views["teacher_text"], mask_BT)
-        gate_BT = visual_tokens(vds_BT, mask_BT, quantile=method.quantile, group=group)
+        gate_BT = None
+        if method.lam:
+            vds_BT = visual_dependency(views["teacher"], views["teacher_text"], mask_BT)
+            gate_BT = visual_tokens(vds_BT, mask_BT, quantile=method.quantile, group=group)
         mark("losses")
         components = method(views, mask_BT, count=method.count(mask_BT), gate_BT=gate_BT)
         del views
@@ -207,7 +232,7 @@ def whole_step(path: Path, s: Sizes, mesh: Any) -> dict[str, dict[str, int]]:
 def measure_here(name: str, s: Sizes, mesh: Any = None) -> dict[str, Any]:
     """One path at one size, in this process."""
     torch.manual_seed(0)
-    path = PATHS[name]
+    path = (PATHS | METHODS)[name]
     return {"sizes": asdict(s), "phases": (losses_alone if path.what == "losses" else whole_step)(path, s, mesh)}
 
 
@@ -247,7 +272,7 @@ def in_processes(name: str, sizes: list[Sizes]) -> list[dict[str, Any]]:
 def _work(rank: int, R: int, store: str, name: str, sizes: list[Sizes], answers: Any) -> None:
     torch.set_num_threads(1)
     mesh = None
-    if PATHS[name].sharded:
+    if (PATHS | METHODS)[name].sharded:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=R)
         mesh = init_device_mesh("cpu", (R,))
         await_collectives()

@@ -46,9 +46,18 @@ def make(
     """The variants that ``names`` asks for and that exist for ``k`` components, each with an optimizer of its own.
 
     With ``disjoint`` the components are graphs of their own: callables for this library, tensors for the others.
+    Peers whose package is not there are left out.
     """
-    made = {name: _make(name, workload, k, disjoint, optimizer) for name in names}
-    return {name: variant for name, variant in made.items() if variant is not None}
+    made = {}
+    for name in names:
+        try:
+            variant = _make(name, workload, k, disjoint, optimizer)
+        except ModuleNotFoundError as error:
+            print(f"{name} is left out: {error}", flush=True)
+            continue
+        if variant is not None:
+            made[name] = variant
+    return made
 
 
 def _make(name: str, workload: Workload, k: int, disjoint: bool, optimizer: Optimizer) -> Variant | None:

@@ -58,6 +58,7 @@ def step(setting: Setting, method: DecomposedDistillation, *, refresh_every: int
     adamw = torch.optim.AdamW(student.parameters(), lr=1e-6)
     optimizer = SteeredOptimizer(adamw, method.rule(), refresh_every=refresh_every)
     text = method.decomposition != "standard"
+    passes = {"student": student, "student, text only": student, "teacher": teacher, "teacher, text only": teacher}
 
     def run() -> dict[str, float]:
         prompt = setting.draw()
@@ -66,7 +67,7 @@ def step(setting: Setting, method: DecomposedDistillation, *, refresh_every: int
         mark("rollout")
         prompts = Prompts(prompt, text_only(prompt, student.config) if text else {})
         mark("views")
-        with forward_passes(mark, student=student, teacher=teacher):
+        with forward_passes(mark, passes):
             views = score(student, teacher, prompts, sampled, method=method)
         losses = method(views, sampled.scored_BT)
         mark("losses")

@@ -14,17 +14,18 @@ from torch import Tensor, nn
 
 
 class Transformer(nn.Module):
-    """Many tensors of middling size: 8 layers, 6.6 M parameters in 99 tensors."""
+    """Many tensors of middling size: by default 8 layers, 6.6 M parameters in 99 tensors."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 256, depth: int = 8) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(512, 256)
-        layer = nn.TransformerEncoderLayer(256, 8, 1024, dropout=0.0, batch_first=True)
-        self.layers = nn.TransformerEncoder(layer, 8, enable_nested_tensor=False)
-        self.head = nn.Linear(256, 512)
+        self.embedding = nn.Embedding(512, width)
+        layer = nn.TransformerEncoderLayer(width, width // 32, 4 * width, dropout=0.0, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+        self.head = nn.Linear(width, 512)
 
     def forward(self, batch: int) -> Tensor:
-        return self.head(self.layers(self.embedding(torch.arange(64 * batch).remainder(512).view(batch, 64))))
+        tokens = torch.arange(64 * batch, device=self.head.weight.device).remainder(512).view(batch, 64)
+        return self.head(self.layers(self.embedding(tokens)))
 
 
 class MLP(nn.Module):
@@ -36,7 +37,8 @@ class MLP(nn.Module):
         self.layers = nn.Sequential(*(m for _ in range(depth) for m in (nn.Linear(width, width), nn.Tanh())))
 
     def forward(self, batch: int) -> Tensor:
-        return self.layers(torch.linspace(-1, 1, self.width * batch).view(batch, self.width))
+        device = self.layers[0].weight.device
+        return self.layers(torch.linspace(-1, 1, self.width * batch, device=device).view(batch, self.width))
 
 
 class Adapted(nn.Linear):
@@ -60,7 +62,7 @@ class Adapters(nn.Module):
         self.layers = nn.ModuleList(Adapted(256) for _ in range(200))
 
     def forward(self, batch: int) -> Tensor:
-        x = torch.linspace(-1, 1, 256 * batch).view(batch, 256)
+        x = torch.linspace(-1, 1, 256 * batch, device=self.layers[0].weight.device).view(batch, 256)
         for layer in self.layers:
             x = x + torch.tanh(layer(x)) / 10
         return x
@@ -109,8 +111,15 @@ MAKE: dict[str, Callable[[], Workload]] = {
     "few rows": lambda: Workload(MLP(depth=4), 192),
     "tiny tensors": lambda: Workload(Tiny(), 1),
 }
+# Of 200 M parameters each, and the adapters: smaller ones measure how fast a GPU is given work.
+LARGE: dict[str, Callable[[], Workload]] = {
+    "large transformer": lambda: Workload(Transformer(1024, 16), 64),
+    "large mlp": lambda: Workload(MLP(8192), 2048),
+    "adapters": MAKE["adapters"],
+}
 
 
-def make(name: str) -> Workload:
+def make(name: str, device: str = "cpu") -> Workload:
     torch.manual_seed(0)
-    return MAKE[name]()
+    with torch.device(device):
+        return (MAKE | LARGE)[name]()

@@ -7,6 +7,7 @@ import torch
 from properties import RULES, names_for
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.common import peak_bytes as peak_bytes
 from benchmarks.host_reads import is_read
@@ -81,8 +82,11 @@ def assert_close(found: Tensor, expected: Tensor, tolerance: float = 1e-13) -> N
 
 
 class NoHostRead(TorchDispatchMode):
-    """Fails where a number is read from a tensor, which is where an accelerator would be waited for."""
+    """Fails where a number is read or copied to another device, which is where an accelerator would be waited for."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         assert not is_read(function), str(function)
-        return function(*args, **(kwargs or {}))
+        found = function(*args, **(kwargs or {}))
+        if "copy" in str(function):
+            assert len({x.device for x in tree_leaves((args, found)) if isinstance(x, Tensor)}) == 1, str(function)
+        return found

@@ -1,16 +1,19 @@
 """What only a CUDA device can show; skipped by name elsewhere."""
 
+import copy
 import dataclasses
 
 import pytest
 import torch
 from hidden_states import MASK, NAMES, random_states
 from properties import RULES
-from steering import assert_close, conflicting, flat_grad, network, steered
+from steering import STEER, assert_close, assert_steered, conflicting, flat_grad, network, steered
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from steer_optim import Weighting
-from steer_optim.vlm import DecomposedDistillation, Head, HiddenStates
+from benchmarks.host_reads import syncs
+from steer_optim import SteeredOptimizer, Weighting
+from steer_optim.vlm import DecomposedDistillation, Head, HiddenStates, Prompts, score, text_only
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -33,6 +36,12 @@ def test_a_device_gives_the_update_of_the_cpu(rule, scope):
     assert_close(update(rule, "cuda", scope), update(rule, "cpu", scope), 1e-10)
 
 
+def test_parameters_on_two_devices():
+    parameters = [nn.Parameter(torch.randn(3, device=device).double()) for device in ("cuda", "cpu", "cuda")]
+    assert_steered(lambda: conflicting(sum(p.cpu() for p in parameters)[None]), parameters)
+    assert [p.grad.device for p in parameters] == [p.device for p in parameters]
+
+
 @pytest.mark.parametrize("scope", ["model", "tensor"])
 @pytest.mark.parametrize("rule", ON_DEVICE.values(), ids=ON_DEVICE)
 def test_the_host_never_waits(rule, scope):
@@ -40,11 +49,70 @@ def test_the_host_never_waits(rule, scope):
     optimizer = steered(model.parameters(), rule, scope=scope)
     optimizer.backward_components(conflicting(model(batch), rule))  # the first call may set libraries up
     losses = conflicting(model(batch), rule)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with syncs(torch.device("cuda")) as waits:
         optimizer.backward_components(losses)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+        optimizer.step()
+    assert waits() == 0
+
+
+def test_a_wait_is_noticed():
+    with syncs(torch.device("cuda")) as waits:
+        float(torch.ones(1, device="cuda").sum())
+    assert waits() == 1
+
+
+def test_the_host_waits_once_after_a_refresh():
+    model, batch = network().cuda(), torch.randn(8, 4, dtype=torch.float64, device="cuda")
+    optimizer, found = steered(model.parameters(), STEER, refresh_every=3), []
+    for _ in range(6):
+        losses = conflicting(model(batch))
+        with syncs(torch.device("cuda")) as waits:
+            optimizer.backward_components(losses)
+        found.append((optimizer.geometry.age, waits()))
+    assert found[3:] == [(0, 0), (1, 1), (2, 0)]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_gradient_scaler_and_clipping(fused):
+    found = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        model, batch = network(torch.float32).to(device), torch.randn(8, 4).to(device)
+        optimizer = SteeredOptimizer(torch.optim.AdamW(model.parameters(), lr=0.05, fused=fused), STEER)
+        scaler = torch.amp.GradScaler(device, init_scale=2.0**10)
+        for factor in (1.0, float("inf"), 1.0):  # the second step is skipped
+            optimizer.zero_grad()
+            scaler.scale(factor * optimizer.join(conflicting(model(batch)))).backward()
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            scaler.step(optimizer)
+            scaler.update()
+        found.append(torch.cat([p.detach().cpu().flatten() for p in model.parameters()]))
+    assert_close(found[1], found[0], 1e-5)  # sums of float32 in another order, which AdamW enlarges
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_step_of_distillation_is_that_of_the_cpu(lora):
+    """In float32, so that only the order of sums differs: two images, both views, hidden states, the update."""
+    real_size, step_memory = (pytest.importorskip(f"benchmarks.{name}") for name in ("real_size", "step_memory"))
+    size, cpu = real_size.tiny(), torch.device("cpu")
+    student, teacher, prior = (real_size.build(size.student, cpu, torch.float32) for _ in range(3))
+    student = step_memory.adapted(student) if lora else student
+    batch, response = real_size.draw(size, 2, cpu)
+    method, found = DecomposedDistillation("vgs-frozen"), []
+    for device in ("cpu", "cuda"):
+        models = [copy.deepcopy(model).to(device) for model in (student, teacher, prior)]
+        on = {key: x.to(device) for key, x in batch.items()}
+        sampled = dataclasses.replace(
+            response, **{key: x.to(device) for key, x in vars(response).items() if isinstance(x, torch.Tensor)}
+        )
+        views = score(*models[:2], Prompts(on, text_only(on, size.student)), sampled, method=method, prior=models[2])
+        trained = [p for p in models[0].parameters() if p.requires_grad]
+        optimizer = SteeredOptimizer(torch.optim.AdamW(trained), method.rule())
+        geometry = optimizer.backward_components(method(views, sampled.scored_BT))
+        found.append((geometry.losses.cpu(), geometry.G.cpu(), flat_grad(trained).cpu()))
+    for device, host in zip(found[1], found[0], strict=True):
+        assert_close(device, host, 1e-3)  # float32 through a dozen layers, and differences of like probabilities
 
 
 class Products(TorchDispatchMode):

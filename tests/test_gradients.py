@@ -60,13 +60,6 @@ def test_weights_are_not_rounded_to_half_precision(dtype):
     assert abs(found @ expected / expected.square().sum() - 1) < torch.finfo(dtype).eps / 32
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="parameters on two devices need an accelerator")
-def test_parameters_on_two_devices():
-    parameters = [nn.Parameter(torch.randn(3, device=device).double()) for device in ("cuda", "cpu", "cuda")]
-    assert_steered(lambda: conflicting(sum(p.cpu() for p in parameters)[None]), parameters)
-    assert [p.grad.device for p in parameters] == [p.device for p in parameters]
-
-
 @EACH_RULE
 def test_channels_last(rule):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)).double()

@@ -285,11 +285,12 @@ def test_steering_k_components_holds_k_gradient_sets_and_no_more(count, scope):
 
 @pytest.mark.parametrize("name", sorted(set(RULES) - {"Weighting"}))  # a user's function is given its matrix on the CPU
 @pytest.mark.parametrize("scope", ["model", "group", "tensor"])
-def test_no_number_is_read_from_the_device(name, scope):
-    model = nn.Sequential(network(torch.float32), nn.Linear(3, 3), nn.Linear(3, 3).bfloat16())
+@pytest.mark.parametrize("device", ["cpu", "meta"])  # which has no numbers, and takes the paths of an accelerator
+def test_no_number_is_read_from_the_device(name, scope, device):
+    model = nn.Sequential(network(torch.float32), nn.Linear(3, 3), nn.Linear(3, 3).bfloat16()).to(device)
     optimizer = steered(model.parameters(), RULES[name], scope=scope)
     for way in ("backward_components", "accumulate", "join"):
-        losses = conflicting(model[1](model[0](torch.randn(8, 4))), RULES[name])
+        losses = conflicting(model[1](model[0](torch.randn(8, 4, device=device))), RULES[name])
         with NoHostRead():
             if way == "join":
                 (2 * optimizer.join(losses)).backward()
@@ -300,3 +301,5 @@ def test_no_number_is_read_from_the_device(name, scope):
 def test_reading_a_number_is_noticed():
     with NoHostRead(), pytest.raises(AssertionError, match="_local_scalar_dense"):
         float(torch.ones(1))
+    with NoHostRead(), pytest.raises(AssertionError, match="copy"):
+        torch.ones(1).to("meta")
