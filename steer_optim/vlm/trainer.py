@@ -218,6 +218,9 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         if not (args.generation_kwargs or {}).get("suppress_tokens"):
             self.generation_kwargs["suppress_tokens"] = sorted(suppressed)
             self.generation_config.suppress_tokens = sorted(suppressed)
+        if self.use_vllm and self.vllm_mode == "colocate":
+            never = {"logit_bias": {token: -100.0 for token in suppressed}}
+            self.vllm_generation.generation_kwargs = {**never, **self.vllm_generation.generation_kwargs}
         self._check_precision()
         layers = self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap if self.is_fsdp_enabled else None
         # Copied before the student is prepared, wrapped or loaded from a checkpoint.
@@ -402,7 +405,12 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
     def _generate_single_turn(self, prompt_ids: list[list[int]], images: Any, fields: Any, **options: Any) -> Any:
         if self.use_vllm:
             # A colocated vLLM expands each placeholder, those that the processor has expanded too (trl#6294).
-            ids = self._bare_ids if self.vllm_mode == "colocate" else prompt_ids
+            ids = prompt_ids
+            if self.vllm_mode == "colocate":
+                ids = self._bare_ids
+                if self.state.global_step != self._last_loaded_step:
+                    # It keeps the features of images over a change of weights (trl#7198).
+                    self.vllm_generation.llm.llm_engine.reset_encoder_cache()
             said = super()._generate_single_turn(ids, images, fields, **options)
             return [response or [self._tokenizer.eos_token_id] for response in said]
         with evaluating(self.accelerator.unwrap_model(self.model_wrapped)):

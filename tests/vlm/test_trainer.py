@@ -292,10 +292,14 @@ class Engine:
     """What TRL asks of vLLM, answered by `generate`."""
 
     def __init__(self, trainer):
-        self.trainer, self.asked, self.synced = trainer, [], 0
+        self.trainer, self.asked, self.synced, self.reset = trainer, [], 0, 0
+        self.llm = self.llm_engine = self
 
     def sync_weights(self):
         self.synced += 1
+
+    def reset_encoder_cache(self):
+        self.reset += 1
 
     def generate(self, prompts, images, num_generations, profiler):
         self.asked.append((prompts, images))
@@ -310,6 +314,7 @@ def test_vllm_gets_the_prompts_with_their_images(tmp_path, mode, per_image):
     trainer.use_vllm, trainer._last_loaded_step = True, -1
     trainer.train()
     assert engine.synced == 2
+    assert engine.reset == (2 if mode == "colocate" else 0)
     place = trainer.model.config.image_token_id
     for prompts, images in engine.asked:
         for ids, own in zip(prompts, images, strict=True):
