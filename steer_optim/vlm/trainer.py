@@ -219,7 +219,7 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
             self.generation_kwargs["suppress_tokens"] = sorted(suppressed)
             self.generation_config.suppress_tokens = sorted(suppressed)
         if self.use_vllm and self.vllm_mode == "colocate":
-            never = {"logit_bias": {token: -100.0 for token in suppressed}}
+            never = {"logit_bias": dict.fromkeys(suppressed, -100.0)}
             self.vllm_generation.generation_kwargs = {**never, **self.vllm_generation.generation_kwargs}
         self._check_precision()
         layers = self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap if self.is_fsdp_enabled else None
