@@ -380,10 +380,20 @@ class DecomposedDistillation:
         """
         parts = self._parts.values()
         names = [name for part in parts for name in part.term.views]
-        if self.adaptive or any(part.tokens in ("visual", "rest") for part in parts):
+        if self.adaptive or self.gated:
             names += ["teacher", "teacher_text"]
         order = ("student", "student_text", "prior", "teacher", "teacher_text")
         return tuple(sorted({*names}, key=lambda name: order.index(name) if name in order else len(order)))
+
+    @property
+    def gated(self) -> bool:
+        """Whether a component reads the most visual tokens only, or the others: ``gate_BT``.
+
+        Example:
+            >>> DecomposedDistillation("vgs").gated, DecomposedDistillation("vgs-frozen").gated
+            (True, False)
+        """
+        return any(part.tokens in ("visual", "rest") for part in self._parts.values())
 
     @property
     def trains_text(self) -> bool:
@@ -443,7 +453,6 @@ class DecomposedDistillation:
         gate_N, strength_N, score = given.get("gate_BT"), given.get("strength_BT"), {_SCORE: TERMS["vds"]}
         known: dict[str, Tensor] = {}  # by term, the losses of all tokens
         totals: dict[str, Tensor] = {}
-        gated = any(part.tokens in ("visual", "rest") for part in parts.values())
         if self.adaptive and strength_N is None:
             known = losses_of(rows, score, {})[1]
             strength_N = adaptive_strength(known[_SCORE], every)
@@ -463,7 +472,7 @@ class DecomposedDistillation:
                 graded_N = weight_N if strength_N is None or part.tokens != "graded" else weight_N * strength_N
                 assert not isinstance(part.factor, str)
                 weights[name] = part.factor * graded_N[where]
-            if tokens == "all" and gated and gate_N is None and not any(term.top for term in terms.values()):
+            if tokens == "all" and self.gated and gate_N is None and not any(term.top for term in terms.values()):
                 terms |= score  # from the same logits
             kept = {name: x if where is every else x[where] for name, x in rows.items()}
             sums, losses = losses_of(kept, terms, weights, floor=self.floor)

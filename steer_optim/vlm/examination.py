@@ -1,0 +1,194 @@
+"""What a person wants to know of a student: its answers with the image and without, and how far it is from its teacher.
+
+Dimensions: ``B`` prompts, ``T`` response tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any, cast
+
+import torch
+from accelerate.utils import gather_object
+from transformers import TrainerCallback
+
+from steer_optim.vlm.data import ROW, answer, conversation
+from steer_optim.vlm.distillation import DecomposedDistillation
+from steer_optim.vlm.forward import score
+from steer_optim.vlm.gate import sampled_log_probs
+from steer_optim.vlm.heads import HiddenStates
+from steer_optim.vlm.prompts import Prompts, Rollout
+from steer_optim.vlm.rollout import rollout
+
+COLUMNS = {
+    "with_image": "right with the image, %",
+    "without_image": "right without, %",
+    "kl": "KL to the teacher",
+    "text_kl": "KL without the image",
+    "text_loss": "text-only loss of the answers",
+}
+
+
+@torch.no_grad()
+def examine(trainer: Any, model: Any, rows: Any) -> tuple[dict[str, float | None], list[dict[str, Any]]]:
+    """Return how a model does on held-out rows, and its answers, the same on all processes. Decoding is greedy.
+
+    Args:
+        trainer: a ``SteeredDistillationTrainer``, whose processor, teacher and arguments are used.
+        model: its student, or its teacher.
+        rows: a map-style data set of :mod:`steer_optim.vlm.data`.
+
+    Returns:
+        The means of ``with_image`` and ``without_image`` (exact matches of the answer, up to case and spaces),
+        ``kl`` and ``text_kl`` (divergence from the teacher per token of the greedy response, under each view, in nats),
+        and ``text_loss`` (cross-entropy of the right answers without the image, in nats per token); None where nothing
+        can be compared. And one record per row: ``row``, ``answer``, ``with_image``, ``without_image``.
+    """
+    args, accelerator, tokenizer = trainer.args, trainer.accelerator, trainer._tokenizer
+    size, rank, world = args.per_device_eval_batch_size, accelerator.process_index, accelerator.num_processes
+    # All processes run as many batches, or those that shard the model would wait for each other.
+    batches, records = math.ceil(len(rows) / (size * world)), []
+    for i in range(batches):
+        numbers = [((i * world + rank) * size + j) % len(rows) for j in range(size)]
+        records += _examine_batch(trainer, model, [rows[n] for n in numbers], tokenizer)
+    everyone = {record["row"]: record for record in gather_object(records)}
+    ordered = [everyone[row] for row in sorted(everyone)]
+    means = {name: _mean(record["scores"].get(name) for record in ordered) for name in COLUMNS}
+    return means, [{key: value for key, value in record.items() if key != "scores"} for record in ordered]
+
+
+class Examination(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
+    """Examines teacher and student before the first step; :meth:`finish` does it after the last, and writes it all.
+
+    Args:
+        trainer: a ``SteeredDistillationTrainer``.
+        rows: the held-out rows.
+    """
+
+    def __init__(self, trainer: Any, rows: Any) -> None:
+        self.trainer, self.rows, self.path = trainer, rows, Path(trainer.args.output_dir)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Examine both models, unless the run goes on from a checkpoint."""
+        if state.global_step == 0:
+            student = self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped)
+            found = {"teacher": self._means(self.trainer.teacher_model), "student before": self._means(student)}
+            self._write("evaluation.json", json.dumps(found, indent=2))
+
+    def finish(self) -> str:
+        """Examine the trained student; write ``evaluation.json``, ``answers.jsonl`` and ``training.png``.
+
+        Returns:
+            The table, as text.
+        """
+        student = self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped)
+        means, answers = examine(self.trainer, student, self.rows)
+        file = self.path / "evaluation.json"
+        found = json.loads(file.read_text()) if file.exists() else {}
+        found["student after"] = means
+        self._write("evaluation.json", json.dumps(found, indent=2))
+        self._write("answers.jsonl", "".join(json.dumps(record) + "\n" for record in answers))
+        if self.trainer.is_world_process_zero():
+            draw(self.trainer.state.log_history, self.path / "training.png")
+        return table(found, len(answers))
+
+    def _means(self, model: Any) -> dict[str, float | None]:
+        return examine(self.trainer, model, self.rows)[0]
+
+    def _write(self, name: str, text: str) -> None:
+        if self.trainer.is_world_process_zero():
+            partial = self.path / f"{name}.partial"
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(text)
+            partial.replace(self.path / name)
+
+
+def table(found: Mapping[str, Mapping[str, float | None]], count: int) -> str:
+    """Return the examinations as a table; a column that nothing fills is left out."""
+    columns = [name for name in COLUMNS if any(means.get(name) is not None for means in found.values())]
+    lines = [["", *(COLUMNS[name] for name in columns)]]
+    for who, means in found.items():
+        lines.append([who, *(_cell(name, means.get(name)) for name in columns)])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    return "\n".join([*text, f"{count} held-out rows, greedy decoding; divergences and losses in nats per token"])
+
+
+def draw(log: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """Draw losses, angles and weights over training, from the trainer's log."""
+    from matplotlib.figure import Figure
+
+    panels = {"loss": "loss", "angle": "angle between gradients, degrees", "weight": "weight in the update"}
+    figure = Figure(figsize=(12, 3.6), dpi=160, layout="constrained")
+    for (kind, label), axes in zip(panels.items(), figure.subplots(1, 3), strict=True):
+        prefix = f"steer/{kind}/"
+        for key in sorted({key for entry in log for key in entry if key.startswith(prefix)}):
+            points = [(entry["step"], entry[key]) for entry in log if entry.get(key) is not None]
+            axes.plot(*zip(*points, strict=True), label=key.removeprefix(prefix), marker="." * (len(points) < 2))
+        axes.set_xlabel("step")
+        axes.set_ylabel(label)
+        if axes.lines:
+            axes.legend(frameon=False)
+    figure.savefig(file)
+
+
+def _examine_batch(trainer: Any, model: Any, rows: Sequence[Mapping[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
+    device, teacher = trainer.accelerator.device, trainer.teacher_model
+    prompts = trainer.render([conversation(row) for row in rows], [row[ROW] for row in rows]).to(device)
+    options = {"max_new_tokens": trainer.args.max_completion_length, "temperature": 0}
+    options |= {"eos_ids": trainer.eos_token_ids, "pad_id": tokenizer.pad_token_id}
+    right = [answer(row) for row in rows]
+    scores: list[dict[str, float]] = [{} for _ in rows]
+    with trainer.accelerator.autocast():
+        seen = rollout(model, prompts, **options)
+        blind = rollout(model, Prompts(prompts.text, prompts.text, prompts.blank), **options)
+        if model is not teacher:
+            both = DecomposedDistillation("both-views")
+            views = score(model, teacher, prompts, seen, method=both)
+            for i in range(len(rows)):
+                mine = {name: view[i : i + 1] for name, view in views.items()}
+                losses = both(mine, seen.scored_BT[i : i + 1])
+                scores[i] |= {"kl": losses["std"].item(), "text_kl": losses["lang"].item()}
+        ids = [
+            [] if text is None else [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+            for text in right
+        ]
+        answers = Rollout.of(ids, config=model.config, device=device)
+        text_view = score(model, teacher, prompts, answers, method=trainer.method, names=("student_text",))
+        log_p_BT = sampled_log_probs(
+            cast("HiddenStates", text_view["student_text"]), answers.response_BT, answers.mask_BT
+        )
+    decoded = [
+        [
+            tokenizer.decode(ids[real], skip_special_tokens=True).strip()
+            for ids, real in zip(r.response_BT, r.mask_BT, strict=True)
+        ]
+        for r in (seen, blind)
+    ]
+    records = []
+    for i, row in enumerate(rows):
+        said = {"with_image": decoded[0][i], "without_image": decoded[1][i]}
+        if right[i] is not None:
+            scores[i] |= {name: float(_plain(text) == _plain(str(right[i]))) for name, text in said.items()}
+            scores[i]["text_loss"] = -float(log_p_BT[i].sum() / answers.mask_BT[i].sum())
+        records.append({"row": row[ROW], "answer": right[i], **said, "scores": scores[i]})
+    return records
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def _mean(values: Any) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
+
+
+def _cell(name: str, value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{100 * value:.1f}" if name.startswith("with") else f"{value:.3f}"

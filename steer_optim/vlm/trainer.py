@@ -1,0 +1,506 @@
+"""Decomposed on-policy distillation as a TRL trainer: ``DistillationTrainer`` with steered losses.
+
+TRL samples the responses (with ``generate`` or vLLM), batches, accumulates, clips, schedules, logs and saves. What is
+replaced: prompts are rendered with their images and without; student and teacher are scored under the views of a
+:class:`~steer_optim.vlm.distillation.DecomposedDistillation`, from hidden states; and the optimizer that the arguments
+ask for is wrapped into a :class:`~steer_optim.SteeredOptimizer`.
+
+TRL's insides that are used: ``_generate`` with ``_tokenize_prompts`` and ``_generate_single_turn``,
+``_prepare_inputs``, ``_step``, ``_buffered_inputs`` and ``_metrics``. They may change with any release, so other
+versions are refused.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import trl
+from accelerate.utils import is_peft_model
+from torch import Tensor
+from transformers import PreTrainedModel, ProcessorMixin
+from trl import DistillationConfig, DistillationTrainer
+from trl.trainer.utils import RepeatSampler, create_model_from_path
+
+import steer_optim.rules
+from steer_optim import SteeredOptimizer
+from steer_optim.monitor import scalars
+from steer_optim.rules import Rule
+from steer_optim.vlm.data import ROW, conversation, numbered
+from steer_optim.vlm.distillation import DecomposedDistillation
+from steer_optim.vlm.divergences import View
+from steer_optim.vlm.families import image_ids
+from steer_optim.vlm.forward import score
+from steer_optim.vlm.gate import adaptive_strength, sampled_log_probs, visual_dependency, visual_tokens
+from steer_optim.vlm.heads import HiddenStates
+from steer_optim.vlm.prompts import Prompts, Rollout, render
+from steer_optim.vlm.rollout import evaluating
+
+TESTED = "1.16"
+
+if trl.__version__.rsplit(".", 1)[0] != TESTED:
+    raise ImportError(
+        f"steer_optim.vlm.trainer reads the insides of trl {TESTED}; found {trl.__version__}: pip install "
+        f"'trl=={TESTED}.*'"
+    )
+
+
+@dataclass
+class SteeredDistillationConfig(DistillationConfig):  # type: ignore[misc]  # trl is untyped
+    """TRL's ``DistillationConfig`` with the decomposition and how it is steered.
+
+    ``temperature`` is that of sampling and losses. ``beta`` is not read: the decomposition names its divergence.
+
+    Args:
+        decomposition: one of :data:`~steer_optim.vlm.distillation.DECOMPOSITIONS`.
+        gamma: the strength of steering.
+        lam: the weight of language preservation; that of the decomposition by default.
+        prior: ``live`` or ``frozen``; that of the decomposition by default. A frozen prior is a copy of the student
+            before training, or the student with its adapters switched off.
+        floor: to which the teacher's probabilities in ``q*`` are raised; that of the decomposition by default, 0 for
+            none.
+        quantile: of visual dependency, above which a token is visual.
+        rule: how components are weighed, as Python writes it: ``Steer("vis", gain=2.0)``, ``PCGrad()``. That of the
+            decomposition by default.
+        refresh_every: take the Gramian once in this many steps.
+
+    Raises:
+        ValueError: a value is out of range, or the rule is none.
+
+    Example:
+        >>> from steer_optim.vlm.trainer import SteeredDistillationConfig
+        >>> config = SteeredDistillationConfig("runs", decomposition="exact", rule='Steer("vis")', use_cpu=True)
+        >>> config.method().views
+        ('student', 'student_text', 'teacher', 'teacher_text')
+        >>> config.make_rule()
+        Steer(toward='vis', gain=0.0, project='conflict', preserve_norm=True)
+    """
+
+    decomposition: str = field(
+        default="vgs-frozen",
+        metadata={"help": "vgs-frozen (recommended), vgs (the paper's), standard, tokens, exact, language, ..."},
+    )
+    gamma: float = field(default=2.0, metadata={"help": "Strength of steering."})
+    lam: float | None = field(
+        default=None, metadata={"help": "Weight of language preservation. Default: that of the decomposition."}
+    )
+    prior: str | None = field(
+        default=None,
+        metadata={"help": "The student's text-only view in q*: live, or frozen. Default: that of the decomposition."},
+    )
+    floor: float | None = field(
+        default=None,
+        metadata={"help": "Floor of the teacher's probabilities in q*; 0 for none. Default: the decomposition's."},
+    )
+    quantile: float = field(default=0.7, metadata={"help": "Tokens above it in visual dependency are visual."})
+    rule: str | None = field(
+        default=None,
+        metadata={"help": "Such as 'Steer(\"vis\", gain=2.0)' or 'PCGrad()'. Default: the decomposition's."},
+    )
+    refresh_every: int = field(default=10, metadata={"help": "Steps from one Gramian to the next."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.beta != 1.0:
+            raise ValueError(
+                f"beta={self.beta} is not read here: take --decomposition forward, jsd, or standard (reverse KL)"
+            )
+        self.method()
+        self.make_rule()
+
+    def method(self) -> DecomposedDistillation:
+        """Return the decomposition with its hyperparameters."""
+        names = ("gamma", "lam", "prior", "floor", "quantile", "temperature")
+        return DecomposedDistillation(self.decomposition, **{name: getattr(self, name) for name in names})
+
+    def make_rule(self) -> Rule:
+        """Return the rule that steers."""
+        return self.method().rule() if self.rule is None else _parse(self.rule)
+
+
+@dataclass
+class MicroBatch:
+    """What one backward pass reads: prompts, sampled responses, and what was found over the whole step."""
+
+    prompts: Prompts
+    response: Rollout
+    count: Tensor  # tokens of the step, divided by the number of processes
+    teacher: dict[str, View] = field(default_factory=dict)
+    gate_BT: Tensor | None = None
+    strength_BT: Tensor | None = None
+
+
+class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # trl is untyped
+    """On-policy distillation of a vision-language model with decomposed, steered losses, on TRL's trainer.
+
+    It runs in one process, under DDP and under FSDP2, with PEFT adapters, and with TRL's vLLM modes. Keep the student's
+    weights in float32: ``bf16`` computes in bfloat16 under autocast. Teacher and prior are loaded in bfloat16 then.
+
+    The log has, beside TRL's numbers, those of :mod:`steer_optim.monitor` (``steer/angle/...``, ``steer/weight/...``,
+    ``steer/loss/...``), ``steer/floored`` (the share of response tokens whose probability a floor raised) and
+    ``steer/dropped`` (of responses with a placeholder for an image, which are not scored). ``loss`` is the weighted sum
+    of the components, which is what is trained; ``eval_loss`` is ``std``, or the plain sum if there is no ``std``.
+
+    Args:
+        model: the student, a path or a model.
+        teacher_model: the teacher, a path or a model, with the same vocabulary.
+        args: the configuration.
+        train_dataset: rows as in :mod:`steer_optim.vlm.data`.
+        eval_dataset: the same, or a dictionary of such data sets.
+        processing_class: the processor; by default that of the student's path.
+        options: go to ``DistillationTrainer``: ``callbacks``, ``peft_config``, ``quantization_config``.
+
+    Raises:
+        TypeError: the model has no processor, so that it is no vision-language model.
+        ValueError: there is no teacher, its vocabulary is another one, or the run asks for something that is not
+            supported: DeepSpeed, FSDP1, tensor, pipeline or context parallelism, ``torch.compile``.
+
+    References:
+        arXiv 2606.00564; Agarwal et al., *On-Policy Distillation of Language Models*, arXiv 2306.13649.
+    """
+
+    _name = "Decomposed on-policy distillation"
+    _tag_names = ("trl", "distillation", "steer_optim")
+
+    def __init__(
+        self,
+        model: Any,
+        teacher_model: Any,
+        args: SteeredDistillationConfig,
+        train_dataset: Any,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        **options: Any,
+    ) -> None:
+        refuse(args)
+        if args.lr_scheduler_type == "reduce_lr_on_plateau" and eval_dataset is None:
+            raise ValueError("lr_scheduler_type=reduce_lr_on_plateau needs an eval_dataset")
+        self.method = args.method()
+        self._totals: dict[str, Tensor] = {}
+        self._buffered_inputs: list[MicroBatch] | None = None
+        if isinstance(eval_dataset, dict):
+            held_out: Any = {name: numbered(dataset) for name, dataset in eval_dataset.items()}
+        else:
+            held_out = None if eval_dataset is None else numbered(eval_dataset)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=numbered(train_dataset),
+            eval_dataset=held_out,
+            processing_class=processing_class,
+            **options,
+        )
+        if not isinstance(self.processing_class, ProcessorMixin):
+            raise TypeError(
+                f"{type(self.processing_class).__name__} is no processor of images and text: the student must be a "
+                "vision-language model; pass processing_class if its folder has no processor"
+            )
+        self._tokenizer.padding_side = "left"
+        suppressed = image_ids(self.model.config) | ({self._tokenizer.pad_token_id} - {*self.eos_token_ids})
+        if not (args.generation_kwargs or {}).get("suppress_tokens"):
+            self.generation_kwargs["suppress_tokens"] = sorted(suppressed)
+            self.generation_config.suppress_tokens = sorted(suppressed)
+        self._check_precision()
+        # Copied before the student is prepared, wrapped or loaded from a checkpoint.
+        prior = None
+        if self.method.prior == "frozen" and not is_peft_model(self.model):
+            prior = copy.deepcopy(self.model)
+        self.prior = None if prior is None else self._frozen(prior.bfloat16() if args.bf16 else prior)
+        self.teacher_model = self._frozen(self._load_teacher(teacher_model))
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Return the optimizer that the arguments ask for, steered."""
+        optimizer = super().create_optimizer(model)
+        if not isinstance(optimizer, SteeredOptimizer):
+            self.steered = SteeredOptimizer(
+                optimizer,
+                self.args.make_rule(),
+                data_parallel=True if self.accelerator.num_processes > 1 and not self.is_fsdp_enabled else None,
+                refresh_every=self.args.refresh_every,
+            )
+            self.optimizer = self.steered
+        return self.optimizer
+
+    def compute_loss(
+        self, model: Any, inputs: MicroBatch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the components of a micro-batch, joined: the backward pass of the last one steers."""
+        response, method = inputs.response, self.method
+        with self.accelerator.autocast():
+            views = self._score(model, inputs, names=None)
+            losses = method(
+                views,
+                response.scored_BT,
+                count=inputs.count,
+                gate_BT=inputs.gate_BT,
+                strength_BT=inputs.strength_BT,
+            )
+        if not self.model.training:
+            values = self._mean(losses)
+            for name, number in values.items():
+                self._metrics["eval"][f"steer/loss/{name}"].append(number)
+            loss = losses["std"] if "std" in losses else sum(losses.values())
+            return (loss, None) if return_outputs else loss
+        for name, value in losses.items():
+            self._totals[name] = self._totals.get(name, torch.zeros_like(value)) + value.detach()
+        if self.method.floor and (self.state.global_step + 1) % max(int(self.state.logging_steps), 1) == 0:
+            self._metrics["train"]["steer/floored"].append(self._share_floored(views, response, self.method.floor))
+        loss = self.steered.join(losses, accumulate=not self.accelerator.sync_gradients)
+        return (loss, None) if return_outputs else loss
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any) -> Tensor:
+        """Backpropagate a micro-batch; return what is trained, at the last one of a step."""
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        geometry = self.steered.geometry
+        if not self.accelerator.sync_gradients or geometry is None:
+            return torch.zeros_like(loss)
+        totals, self._totals = self._totals, {}
+        numbers = scalars(geometry)
+        numbers |= {f"steer/loss/{name}": value for name, value in self._mean(totals).items()}
+        for name, number in numbers.items():
+            self._metrics["train"][name].append(number)
+        weights = dict(zip(geometry.names, geometry.weights.to(loss), strict=True))
+        return torch.stack([weights[name] * total.to(loss) for name, total in totals.items()]).sum()
+
+    def _prepare_inputs(self, rows: Sequence[dict[str, Any]]) -> MicroBatch:
+        """Return a micro-batch; the responses of a whole step are sampled, and its tokens gated, at once."""
+        if not self.model.training:
+            return self._sample(rows, parts=1)[0]
+        parts = self.args.gradient_accumulation_steps
+        if self._step % parts == 0 or self._buffered_inputs is None:
+            self._buffered_inputs = self._sample(rows, parts)
+        return cast(MicroBatch, self._buffered_inputs[self._step % parts])
+
+    @torch.no_grad()
+    def _sample(self, rows: Sequence[dict[str, Any]], parts: int) -> list[MicroBatch]:
+        messages = [conversation(row) for row in rows]
+        self._sources = [row[ROW] for row in rows]
+        _, ids, *_ = self._generate(messages)
+        forbidden = image_ids(self.model.config)
+        dropped = [bool(forbidden & {*response}) for response in ids]
+        self._metrics["train" if self.model.training else "eval"]["steer/dropped"].append(sum(dropped) / len(ids))
+        ids = [[] if drop else response for drop, response in zip(dropped, ids, strict=True)]
+        size, batches = -(-len(rows) // parts), []
+        for i in range(0, len(rows), size):
+            prompts = self._rendered if parts == 1 else self.render(messages[i : i + size], self._sources[i:])
+            response = Rollout.of(ids[i : i + size], config=self.model.config, device=self.accelerator.device)
+            batches.append(MicroBatch(prompts.to(self.accelerator.device), response, torch.zeros(())))
+        total = torch.stack([self.method.count(batch.response.scored_BT) for batch in batches]).sum()
+        total = self.accelerator.gather(total).sum() / self.accelerator.num_processes
+        for batch in batches:
+            batch.count = total.clamp(min=1e-9)
+        if self.method.gated or self.method.adaptive:
+            self._gate(batches)
+        return batches
+
+    def _gate(self, batches: Sequence[MicroBatch]) -> None:
+        """Score the teacher in all micro-batches, and select the visual tokens of the step on all processes."""
+        masks, scores = [batch.response.scored_BT.flatten() for batch in batches], []
+        for batch in batches:
+            with self.accelerator.autocast():
+                batch.teacher = self._score(self.model, batch, names=("teacher", "teacher_text"))
+            score_BT = visual_dependency(
+                batch.teacher["teacher"],
+                batch.teacher["teacher_text"],
+                batch.response.scored_BT,
+                temperature=self.method.temperature,
+            )
+            scores.append(score_BT.flatten())
+        everyone = dist.group.WORLD if self.accelerator.num_processes > 1 else None
+        select: dict[str, Callable[..., Tensor]] = {}
+        if self.method.gated:
+            select["gate_BT"] = partial(visual_tokens, quantile=self.method.quantile)
+        if self.method.adaptive:
+            select["strength_BT"] = adaptive_strength
+        for name, function in select.items():
+            found = function(torch.cat(scores), torch.cat(masks), group=everyone).split([len(mask) for mask in masks])
+            for batch, values in zip(batches, found, strict=True):
+                setattr(batch, name, values.view_as(batch.response.scored_BT))
+
+    def _score(self, model: Any, batch: MicroBatch, *, names: Sequence[str] | None) -> dict[str, View]:
+        return score(
+            model,
+            self.teacher_model,
+            batch.prompts,
+            batch.response,
+            method=self.method,
+            prior=self.prior,
+            names=names,
+            known=batch.teacher,
+        )
+
+    def render(self, messages: Sequence[Any], sources: Sequence[Any]) -> Prompts:
+        """Return both views of conversations; ``sources`` are the numbers of their rows, which errors name."""
+        # All processes must run the vision tower that FSDP2 shards.
+        options = {**self.chat_template_kwargs, "blank_image": self.is_fsdp_enabled}
+        try:
+            return render(self.processing_class, messages, **options)
+        except ValueError as error:
+            for message, source in zip(messages, sources, strict=False):
+                try:
+                    render(self.processing_class, [message], **options)
+                except ValueError as why:  # noqa: PERF203
+                    raise ValueError(f"row {source} of the data set: {why}") from error
+            raise
+
+    def _tokenize_prompts(self, prompts: Sequence[Any]) -> tuple[list[list[int]], Any, dict[str, Any]]:
+        """Return ids, images and pixels for TRL's sampling, from :func:`render`: rows may have no image."""
+        self._rendered = rendered = self.render(prompts, self._sources)
+        view, rows = dict(rendered.image), len(prompts)
+        ids_BL, real_BL = view.pop("input_ids"), view.pop("attention_mask").bool()
+
+        def lists(x_BL: Tensor) -> list[list[int]]:
+            return [row[real].tolist() for row, real in zip(x_BL, real_BL, strict=True)]
+
+        fields = {k: lists(v) if isinstance(v, Tensor) and v.shape == ids_BL.shape else v for k, v in view.items()}
+        ids = lists(ids_BL)
+        self._blank_ids = ids[rows:]
+        images = [[part["image"] for m in row for part in m["content"] if part["type"] == "image"] for row in prompts]
+        return ids[:rows], [each or None for each in images] if any(images) else None, fields
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], images: Any, fields: Any, **options: Any) -> Any:
+        if self.use_vllm:
+            return super()._generate_single_turn(prompt_ids, images, fields, **options)
+        with evaluating(self.accelerator.unwrap_model(self.model_wrapped)):
+            ids = super()._generate_single_turn([*prompt_ids, *self._blank_ids], images, fields, **options)
+        return ids[: len(prompt_ids)]
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        """TRL's sampler, whose order depends on the epoch alone, so that a resumed run finds it again."""
+        sampler = super()._get_train_sampler(dataset)
+        sampler.__class__ = _EpochSampler
+        return sampler
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load the weights of a checkpoint, under the names of the model, which may differ from those on disk."""
+        model = self.model if model is None else model
+        if self.is_fsdp_enabled or is_peft_model(model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
+            model.load_state_dict(saved.state_dict())
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or is_peft_model(self.model):
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _load_teacher(self, teacher: Any) -> PreTrainedModel:
+        if teacher is None:
+            raise ValueError(
+                "a teacher is needed: pass teacher_model, --teacher_model_name_or_path on the command line"
+            )
+        if isinstance(teacher, str):
+            options: dict[str, Any] = {
+                "dtype": "bfloat16" if self.args.bf16 else "float32",
+                "trust_remote_code": self.args.trust_remote_code,
+                **(self.args.teacher_model_init_kwargs or {}),
+            }
+            if self.args.teacher_model_revision is not None:
+                options.setdefault("revision", self.args.teacher_model_revision)
+            if self.accelerator.num_processes > 1:
+                options["device_map"] = None
+            teacher = create_model_from_path(teacher, **options)
+        sizes = [m.config.get_text_config().vocab_size for m in (self.accelerator.unwrap_model(self.model), teacher)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"the student has {sizes[0]} tokens and the teacher {sizes[1]}: both must have one vocabulary"
+            )
+        return teacher
+
+    def _frozen(self, model: Any) -> Any:
+        """Return a model that is only read, on its device or sharded."""
+        model.requires_grad_(False).eval()
+        if not self.is_fsdp_enabled:
+            return self.accelerator.prepare_model(model, evaluation_mode=True)
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+        return fsdp2_prepare_model(self.accelerator, model)
+
+    def _check_precision(self) -> None:
+        """Warn if most weights of a half-precision student are too large for an update of the learning rate."""
+        half = [p for p in self.model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
+        if not half:
+            return
+        still = sum(
+            int((p.detach().abs() * torch.finfo(p.dtype).eps / 4 > self.args.learning_rate).sum()) for p in half
+        )
+        share = still / sum(p.numel() for p in half)
+        if share > 0.1:
+            warnings.warn(
+                f"{share:.0%} of the student's {str(half[0].dtype)[6:]} weights cannot move by a learning rate of "
+                f"{self.args.learning_rate:g}: it is rounded away. Load the student in float32 (--dtype float32), and "
+                "compute in bfloat16 with --bf16",
+                stacklevel=3,
+            )
+
+    def _mean(self, losses: dict[str, Tensor]) -> dict[str, float]:
+        """Return the components over all processes, read at once."""
+        values = torch.stack([value.detach().double().float() for value in losses.values()])
+        values = self.accelerator.reduce(values, reduction="mean")
+        return dict(zip(losses, values.tolist(), strict=True))
+
+    def _share_floored(self, views: dict[str, View], response: Rollout, floor: float) -> float:
+        """Return the share of response tokens to which the teacher, in either view, gives less than the floor."""
+        low_BT = torch.zeros_like(response.scored_BT)
+        for name in ("teacher", "teacher_text"):
+            log_p_BT = sampled_log_probs(cast("HiddenStates", views[name]), response.response_BT, response.scored_BT)
+            low_BT |= response.scored_BT & (log_p_BT.exp() < floor)
+        counts: Tensor = self.accelerator.reduce(torch.stack([low_BT.sum(), response.scored_BT.sum()]))
+        return float(counts[0] / counts[1].clamp(min=1))
+
+
+def refuse(args: SteeredDistillationConfig) -> None:
+    """Raise ValueError, by name, if a run is configured for something that steering does not support."""
+    fsdp = getattr(args, "fsdp_plugin_args", None) or {}
+    parallel = getattr(args, "parallelism_config", None)
+    axes = {name: getattr(parallel, f"{name}_size", 1) for name in ("tp", "cp", "sp", "pp")} if parallel else {}
+    reasons = {
+        "DeepSpeed": (bool(args.deepspeed) or args.deepspeed_plugin is not None, "use FSDP2"),
+        "FSDP1": (bool(args.fsdp) and str(fsdp.get("fsdp_version", 2)) == "1", "set fsdp_version: 2"),
+        "torch.compile": (bool(args.torch_compile), "leave out --torch_compile"),
+        "float16": (bool(args.fp16), "use --bf16"),
+    }
+    reasons |= {f"parallelism_config.{name}_size={n}": (n > 1, "use FSDP2") for name, n in axes.items()}
+    for name, (asked, remedy) in reasons.items():
+        if asked:
+            raise ValueError(f"{name} is not supported by SteeredDistillationTrainer: {remedy}")
+
+
+class _EpochSampler(RepeatSampler):  # type: ignore[misc]  # trl is untyped
+    def set_epoch(self, epoch: int) -> None:
+        if self.shuffle:
+            self.generator.manual_seed((self.seed or 0) + epoch)
+
+
+def _parse(text: str) -> Rule:
+    """Return the rule that ``text`` writes as a call with literal arguments."""
+    known = {name: getattr(steer_optim.rules, name) for name in steer_optim.rules.__all__}
+    known = {name: rule for name, rule in known.items() if name not in ("Rule", "State", "Weighting")}
+    try:
+        call = ast.parse(text.strip(), mode="eval").body
+        if isinstance(call, ast.Name):
+            call = ast.Call(call, [], [])
+        assert isinstance(call, ast.Call)
+        assert isinstance(call.func, ast.Name)
+        rule: Rule = known[call.func.id](
+            *[ast.literal_eval(argument) for argument in call.args],
+            **{str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords},
+        )
+        return rule
+    except (SyntaxError, AssertionError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f'rule must be one of {", ".join(known)} with its arguments, as in Steer("vis", gain=2.0); got {text!r}: '
+            f"{error}"
+        ) from error
+
+
+__all__ = ["SteeredDistillationConfig", "SteeredDistillationTrainer"]
