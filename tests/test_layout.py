@@ -96,7 +96,7 @@ def test_no_module_imports_one_further_down_the_line():
 
 # What is known of families; the algebra of heads; from terms to components; prompts and responses; all of it together.
 VLM = ("families", "heads", "rows", "topk", "divergences", "engine", "gate", "distillation", "prompts", "forward")
-VLM += ("rollout", "check", "analysis", "data", "trainer", "examination", "train")
+VLM += ("rollout", "check", "analysis", "data", "trainer", "examination", "advice", "train")
 
 
 def test_no_module_of_vlm_imports_one_further_down_its_line():

@@ -46,7 +46,8 @@ def examine(trainer: Any, model: Any, rows: Any) -> tuple[dict[str, float | None
         The means of ``with_image`` and ``without_image`` (exact matches of the answer, up to case and spaces),
         ``kl`` and ``text_kl`` (divergence from the teacher per token of the greedy response, under each view, in nats),
         and ``text_loss`` (cross-entropy of the right answers without the image, in nats per token); None where nothing
-        can be compared. And one record per row: ``row``, ``answer``, ``with_image``, ``without_image``.
+        can be compared. And one record per row: ``row``, ``answer``, the responses ``with_image`` and
+        ``without_image``, and its ``scores``.
     """
     args, accelerator, tokenizer = trainer.args, trainer.accelerator, trainer._tokenizer
     size, rank, world = args.per_device_eval_batch_size, accelerator.process_index, accelerator.num_processes
@@ -58,7 +59,7 @@ def examine(trainer: Any, model: Any, rows: Any) -> tuple[dict[str, float | None
     everyone = {record["row"]: record for record in gather_object(records)}
     ordered = [everyone[row] for row in sorted(everyone)]
     means = {name: _mean(record["scores"].get(name) for record in ordered) for name in COLUMNS}
-    return means, [{key: value for key, value in record.items() if key != "scores"} for record in ordered]
+    return means, ordered
 
 
 class Examination(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
@@ -153,10 +154,8 @@ def _examine_batch(trainer: Any, model: Any, rows: Sequence[Mapping[str, Any]], 
                 mine = {name: view[i : i + 1] for name, view in views.items()}
                 losses = both(mine, seen.scored_BT[i : i + 1])
                 scores[i] |= {"kl": losses["std"].item(), "text_kl": losses["lang"].item()}
-        ids = [
-            [] if text is None else [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-            for text in right
-        ]
+        # Rows without an answer too: all processes run as many passes.
+        ids = [[*tokenizer(x or "", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for x in right]
         answers = Rollout.of(ids, config=model.config, device=device)
         text_view = score(model, teacher, prompts, answers, method=trainer.method, names=("student_text",))
         log_p_BT = sampled_log_probs(

@@ -26,6 +26,7 @@ import torch
 from datasets import DatasetDict, IterableDatasetDict, load_dataset, load_from_disk
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
+from steer_optim.vlm.advice import advise, investigate
 from steer_optim.vlm.data import Rows, numbered
 from steer_optim.vlm.examination import Examination
 from steer_optim.vlm.trainer import SteeredDistillationConfig, SteeredDistillationTrainer, refuse
@@ -127,7 +128,8 @@ def check_settings(path: Path, settings: dict[str, Any], *, write: bool) -> None
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; see the header of this module."""
-    parser = TrlParser((DataArguments, SteeredDistillationConfig, ModelConfig), description=__doc__.split("\n\n")[0])
+    program = "python -m steer_optim.vlm.train"
+    parser = TrlParser((DataArguments, SteeredDistillationConfig, ModelConfig), prog=program, description=__doc__)
     try:
         data, args, model = parser.parse_args_and_config(arguments, fail_with_unknown_args=True)
         for name, value in (
@@ -140,9 +142,9 @@ def main(arguments: list[str] | None = None) -> int:
         train, held_out = load(data)
         settings = {**asdict(data), **args.to_dict(), **asdict(model)}
         path = Path(args.output_dir)
-        check_settings(path, settings, write=args.should_save)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        check_settings(path, settings, write=args.should_save and not data.measure_only)
+    except (ValueError, OSError) as error:
+        print(f"{program}: {error}", file=sys.stderr)
         return 2
     # transformers warns of the names that TRL uses.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -158,6 +160,11 @@ def main(arguments: list[str] | None = None) -> int:
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
     )
+    if data.measure_only:
+        rows = torch.utils.data.Subset(train, range(min(200, len(train)))) if held_out is None else held_out
+        findings, text = investigate(trainer, rows)
+        print(f"\n{text}\n\n{advise(findings)}")
+        return 0
     examination = None
     if held_out is not None:
         examination = Examination(trainer, held_out)

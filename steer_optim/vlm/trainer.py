@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -107,6 +108,8 @@ class SteeredDistillationConfig(DistillationConfig):  # type: ignore[misc]  # tr
     refresh_every: int = field(default=10, metadata={"help": "Steps from one Gramian to the next."})
 
     def __post_init__(self) -> None:
+        if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
+            raise ValueError("DeepSpeed is not supported, whose engine takes one loss: use FSDP2")
         super().__post_init__()
         if self.beta != 1.0:
             raise ValueError(
@@ -208,12 +211,16 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
             self.generation_kwargs["suppress_tokens"] = sorted(suppressed)
             self.generation_config.suppress_tokens = sorted(suppressed)
         self._check_precision()
+        layers = self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap if self.is_fsdp_enabled else None
         # Copied before the student is prepared, wrapped or loaded from a checkpoint.
         prior = None
         if self.method.prior == "frozen" and not is_peft_model(self.model):
             prior = copy.deepcopy(self.model)
         self.prior = None if prior is None else self._frozen(prior.bfloat16() if args.bf16 else prior)
         self.teacher_model = self._frozen(self._load_teacher(teacher_model))
+        if self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            plugin.transformer_cls_names_to_wrap = layers or _layers(self.model)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Return the optimizer that the arguments ask for, steered."""
@@ -246,7 +253,7 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
             values = self._mean(losses)
             for name, number in values.items():
                 self._metrics["eval"][f"steer/loss/{name}"].append(number)
-            loss = losses["std"] if "std" in losses else sum(losses.values())
+            loss = torch.tensor(values.get("std", sum(values.values())))
             return (loss, None) if return_outputs else loss
         for name, value in losses.items():
             self._totals[name] = self._totals.get(name, torch.zeros_like(value)) + value.detach()
@@ -257,6 +264,9 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any) -> Tensor:
         """Backpropagate a micro-batch; return what is trained, at the last one of a step."""
+        if self.is_fsdp_enabled:
+            # The gradients of every micro-batch are taken, which is when FSDP2 reduces them.
+            model.set_requires_gradient_sync(True)
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         geometry = self.steered.geometry
         if not self.accelerator.sync_gradients or geometry is None:
@@ -272,14 +282,15 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
     def _prepare_inputs(self, rows: Sequence[dict[str, Any]]) -> MicroBatch:
         """Return a micro-batch; the responses of a whole step are sampled, and its tokens gated, at once."""
         if not self.model.training:
-            return self._sample(rows, parts=1)[0]
+            return self.sample(rows, parts=1)[0]
         parts = self.args.gradient_accumulation_steps
         if self._step % parts == 0 or self._buffered_inputs is None:
-            self._buffered_inputs = self._sample(rows, parts)
+            self._buffered_inputs = self.sample(rows, parts)
         return cast(MicroBatch, self._buffered_inputs[self._step % parts])
 
     @torch.no_grad()
-    def _sample(self, rows: Sequence[dict[str, Any]], parts: int) -> list[MicroBatch]:
+    def sample(self, rows: Sequence[dict[str, Any]], parts: int) -> list[MicroBatch]:
+        """Return the rows as ``parts`` micro-batches of one step, each with its responses."""
         messages = [conversation(row) for row in rows]
         self._sources = [row[ROW] for row in rows]
         _, ids, *_ = self._generate(messages)
@@ -326,7 +337,8 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
 
     def _score(self, model: Any, batch: MicroBatch, *, names: Sequence[str] | None) -> dict[str, View]:
         return score(
-            model,
+            # DDP's own reduction would run for the first of several forward passes.
+            self.accelerator.unwrap_model(model),
             self.teacher_model,
             batch.prompts,
             batch.response,
@@ -423,6 +435,7 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
             return self.accelerator.prepare_model(model, evaluation_mode=True)
         from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
+        self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = _layers(model)
         return fsdp2_prepare_model(self.accelerator, model)
 
     def _check_precision(self) -> None:
@@ -464,7 +477,6 @@ def refuse(args: SteeredDistillationConfig) -> None:
     parallel = getattr(args, "parallelism_config", None)
     axes = {name: getattr(parallel, f"{name}_size", 1) for name in ("tp", "cp", "sp", "pp")} if parallel else {}
     reasons = {
-        "DeepSpeed": (bool(args.deepspeed) or args.deepspeed_plugin is not None, "use FSDP2"),
         "FSDP1": (bool(args.fsdp) and str(fsdp.get("fsdp_version", 2)) == "1", "set fsdp_version: 2"),
         "torch.compile": (bool(args.torch_compile), "leave out --torch_compile"),
         "float16": (bool(args.fp16), "use --bf16"),
@@ -479,6 +491,12 @@ class _EpochSampler(RepeatSampler):  # type: ignore[misc]  # trl is untyped
     def set_epoch(self, epoch: int) -> None:
         if self.shuffle:
             self.generator.manual_seed((self.seed or 0) + epoch)
+
+
+def _layers(model: Any) -> list[str]:
+    """Return the classes of the layers that FSDP2 shards one by one; accelerate fails on those that are not there."""
+    there = {type(module).__name__ for module in model.modules()}
+    return [name for name in model._no_split_modules or () if name in there]
 
 
 def _parse(text: str) -> Rule:

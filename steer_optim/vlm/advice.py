@@ -1,0 +1,145 @@
+"""How to tell in an hour whether steering is worth it: a few batches measured, and what docs/how-to-choose.md says.
+
+Nothing is trained. Dimensions: ``B`` prompts, ``T`` response tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+
+from steer_optim import Geometry, measure
+from steer_optim.vlm.distillation import DecomposedDistillation
+from steer_optim.vlm.examination import examine, table
+from steer_optim.vlm.forward import score
+from steer_optim.vlm.gate import top_share, visual_dependency
+
+# Of the two standard errors that a difference must exceed; and the smallest in nats that is worth acting on.
+_ERRORS, _LEAST = 2.0, 0.05
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was measured, as means over batches.
+
+    Attributes:
+        angles: between gradients, by pair, in degrees.
+        dose: the angle between the gradient of standard distillation and the steered one, in degrees.
+        norms: of the gradients.
+        losses: ``std`` and ``lang``: the divergence from the teacher with the image and without, in nats per token.
+        visual: the share of the visual dependency that the most visual 30 % of the tokens have.
+        language: by how many nats per token the student knows right answers without the image better than the teacher:
+            mean and standard error over rows; None without answers.
+    """
+
+    angles: Mapping[str, float]
+    dose: float
+    norms: Mapping[str, float]
+    losses: Mapping[str, float]
+    visual: float
+    language: tuple[float, float] | None
+
+
+def investigate(trainer: Any, rows: Any, *, batches: int = 8) -> tuple[Findings, str]:
+    """Return what a few batches say about steering, and an examination of student and teacher, as a table.
+
+    Args:
+        trainer: a ``SteeredDistillationTrainer`` in one process, before training.
+        rows: of a map-style data set.
+        batches: of ``per_device_train_batch_size`` rows, sampled and scored; the examination reads all of them.
+
+    Raises:
+        ValueError: there are several processes.
+    """
+    if trainer.accelerator.num_processes > 1:
+        raise ValueError("--measure_only runs in one process: leave out accelerate launch")
+    trainer.model_wrapped = trainer.accelerator.prepare_model(trainer.model)
+    student, method = (
+        trainer.model.train(),
+        DecomposedDistillation("vgs", lam=1.0, temperature=trainer.args.temperature),
+    )
+    size, geometries, visual = trainer.args.per_device_train_batch_size, [], []
+    for i in range(min(batches, math.ceil(len(rows) / size))):
+        (batch,) = trainer.sample([rows[j] for j in range(i * size, min((i + 1) * size, len(rows)))], parts=1)
+        mask_BT = batch.response.scored_BT
+        with trainer.accelerator.autocast():
+            views = score(student, trainer.teacher_model, batch.prompts, batch.response, method=method)
+            losses = method(views, mask_BT)
+            losses["lang"] = DecomposedDistillation("both-views")(views, mask_BT)["lang"]
+        vds_BT = visual_dependency(views["teacher"], views["teacher_text"], mask_BT)
+        top_BT = top_share(vds_BT, mask_BT, quantile=0.7, share=1.0) > 0
+        visual.append(float(vds_BT[top_BT].sum() / vds_BT.sum().clamp(min=1e-12)))
+        chosen = {name: losses[name] for name in ("std", "vis", "lang")}
+        geometries.append(measure(chosen, student.parameters(), retain_graph=False))
+    looked = examine(trainer, student, rows), examine(trainer, trainer.teacher_model, rows)
+    (student_means, of_student), (teacher_means, of_teacher) = looked
+    differences = [
+        theirs["scores"]["text_loss"] - mine["scores"]["text_loss"]
+        for mine, theirs in zip(of_student, of_teacher, strict=True)
+        if "text_loss" in mine["scores"]
+    ]
+    language = None
+    if len(differences) > 1:
+        language = fmean(differences), stdev(differences) / math.sqrt(len(differences))
+    found = Findings(
+        angles={f"{a}, {b}": _mean(geometries, lambda g, a=a, b=b: g.angle(a, b)) for a, b in _PAIRS},
+        dose=_mean(geometries, lambda g: _dose(g, trainer.args.gamma)),
+        norms={name: _mean(geometries, lambda g, i=i: g.norms[i]) for i, name in enumerate(("std", "vis", "lang"))},
+        losses={name: _mean(geometries, lambda g, i=i: g.losses[i]) for i, name in ((0, "std"), (2, "lang"))},
+        visual=fmean(visual),
+        language=language,
+    )
+    return found, table({"teacher": teacher_means, "student": student_means}, len(rows))
+
+
+def advise(found: Findings) -> str:
+    """Return what was found, and what docs/how-to-choose.md advises then.
+
+    Example:
+        >>> found = Findings({"std, vis": 12.0}, 8.0, {"std": 1.0}, {"std": 0.3, "lang": 0.1}, 0.9, (-0.4, 0.1))
+        >>> print(advise(found).splitlines()[-1])
+        Advice: --decomposition standard. The teacher knows the language of the answers better, or as well.
+    """
+    lines = [
+        f"angles between gradients: {', '.join(f'{pair} {angle:.0f}°' for pair, angle in found.angles.items())}",
+        f"dose: steering would turn the gradient of standard distillation by {found.dose:.0f}°",
+        f"norms: {', '.join(f'{name} {norm:.3g}' for name, norm in found.norms.items())}",
+        f"left to learn: {found.losses['std']:.3f} nats per token with the image, {found.losses['lang']:.3f} without",
+        f"the most visual 30 % of the tokens have {found.visual:.0%} of the visual dependency",
+    ]
+    if found.language is None:
+        choice, reason = (
+            "standard",
+            "Without right answers nobody can tell whose language is better: add a column answer.",
+        )
+    else:
+        gain, error = found.language
+        lines.append(
+            f"without the image, right answers cost the student {abs(gain):.3f} ± {error:.3f} nats per token "
+            f"{'less' if gain > 0 else 'more'} than the teacher"
+        )
+        if gain > max(_ERRORS * error, _LEAST):
+            choice, reason = "vgs-frozen", "The student knows the language of the answers better; steering keeps it."
+        else:
+            choice, reason = "standard", "The teacher knows the language of the answers better, or as well."
+    return "\n".join([*lines, f"Advice: --decomposition {choice}. {reason}"])
+
+
+_PAIRS = (("std", "vis"), ("std", "lang"), ("vis", "lang"))
+
+
+def _dose(geometry: Geometry, gamma: float) -> float:
+    """Return the angle between ``std`` and ``std + gamma * vis``, in degrees."""
+    G = geometry.G.double()
+    steered = torch.tensor([1.0, gamma, 0.0], dtype=G.dtype, device=G.device)
+    cosine = (G[0] @ steered) / (G[0, 0] * (steered @ G @ steered)).sqrt()
+    return math.degrees(math.acos(float(cosine.clamp(-1, 1))))
+
+
+def _mean(geometries: Sequence[Geometry], read: Any) -> float:
+    return fmean(float(read(geometry)) for geometry in geometries)
