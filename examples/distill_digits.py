@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from datasets import load_dataset
+from datasets import disable_progress_bars, load_dataset
 from digits import checkpoints, report
 from digits.models import Problems, answer_loss, greedy_answers
 from digits.task import ANSWER_LENGTH, grade
@@ -79,7 +79,7 @@ def command(out: Path, method: str, settings: Settings) -> list[str]:
         "seed": settings.seed,
         "held_out": settings.held_out,
         "per_device_eval_batch_size": 250,
-        "logging_steps": 1,
+        "logging_steps": max(1, settings.steps // 20),
         "save_steps": 50,
         "report_to": "none",
     }
@@ -168,6 +168,7 @@ def main() -> int:
         claim(args.out, settings, fresh=args.fresh)
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)  # on tensors this small threads cost more than they bring, and the numbers stay the same
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,7 +33,8 @@ def make(
 
     def taught(name: str, make: Callable[[], LlavaForConditionalGeneration], steps: int, lr: float) -> None:
         def write(path: Path) -> None:
-            torch.manual_seed(seed)
+            # Or the fresh tower would be the one that the reader began with.
+            torch.manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             model = make()
             teach(model, problems, steps=steps, batch_size=batch_size, lr=lr, name=name)
             model.save_pretrained(path)
@@ -42,7 +44,7 @@ def make(
 
     taught("teacher", lambda: make_model(64), teacher_steps, lr=2e-3)
     taught("reader", lambda: make_model(32), reader_steps, lr=2e-3)
-    taught("student", lambda: with_untrained_eye(out / "reader"), student_steps, lr=1e-3)
+    taught("student", lambda: with_untrained_eye(out / "reader"), student_steps, lr=3e-4)
 
 
 def with_untrained_eye(path: Path) -> LlavaForConditionalGeneration:
