@@ -81,6 +81,7 @@ def command(out: Path, method: str, settings: Settings) -> list[str]:
         "per_device_eval_batch_size": 250,
         "logging_steps": max(1, settings.steps // 20),
         "save_steps": 50,
+        "save_total_limit": 1,
         "report_to": "none",
     }
     pairs = [word for name, value in options.items() for word in (f"--{name}", str(value))]

@@ -17,8 +17,7 @@ from steer_optim.vlm import DecomposedDistillation, render, rollout, score
 from steer_optim.vlm.data import Rows, answer, conversation
 
 DEFAULTS = {name: f"runs/digits/{name}" for name in ("student", "teacher", "data")} | {"out": "runs/plain-loop"}
-# The paper's rate is 1e-6, for models tens of thousands of times larger than the digits'.
-DEFAULTS |= {"steps": 200, "batch-size": 64, "max-new-tokens": 9, "lr": 1e-3}
+DEFAULTS |= {"steps": 200, "batch-size": 64, "max-new-tokens": 9, "lr": 1e-3}  # the paper's rate is 1e-6
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 for name, default in DEFAULTS.items():
     parser.add_argument(f"--{name}", type=type(default), default=default, help="default: %(default)s")
@@ -59,4 +58,4 @@ rows = [test[i] for i in range(min(200, len(test)))]
 with autocast:
     response = rollout(student, prompts_of(rows), max_new_tokens=args.max_new_tokens, temperature=0)
 said = processor.batch_decode(response.response_BT, skip_special_tokens=True)
-print(f"{sum(text == answer(row) for text, row in zip(said, rows, strict=True))} of {len(rows)} answers are right")
+print(sum(text == answer(row) for text, row in zip(said, rows, strict=True)), "of", len(rows), "answers are right")
