@@ -58,7 +58,8 @@ class Settings:
     lr: float = 1e-3
 
 
-QUICK = {"steps": 6, "batch_size": 16, "teacher_steps": 20, "reader_steps": 20, "student_steps": 4, "held_out": 50}
+QUICK = {"rows": 500, "steps": 6, "batch_size": 16, "held_out": 50}
+QUICK |= {"teacher_steps": 20, "reader_steps": 20, "student_steps": 4}
 
 
 def command(out: Path, method: str, settings: Settings) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import zlib
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -29,14 +30,17 @@ def make(
     """Write ``data``, ``teacher``, ``reader`` and ``student`` into ``out``, each unless it is there."""
     processor = make_processor()
     once(out / "data", lambda path: write_data(path, train=rows, test=held_out, seed=seed))
-    problems = Problems(processor, load_dataset(str(out / "data"), split="train"))
+
+    @cache
+    def problems() -> Problems:
+        return Problems(processor, load_dataset(str(out / "data"), split="train"))
 
     def taught(name: str, make: Callable[[], LlavaForConditionalGeneration], steps: int, lr: float) -> None:
         def write(path: Path) -> None:
             # Or the fresh tower would be the one that the reader began with.
             torch.manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             model = make()
-            teach(model, problems, steps=steps, batch_size=batch_size, lr=lr, name=name)
+            teach(model, problems(), steps=steps, batch_size=batch_size, lr=lr, name=name)
             model.save_pretrained(path)
             processor.save_pretrained(path)
 
