@@ -15,7 +15,6 @@ from torchrun import EXAMPLES, run_two_processes
 from toys import assert_equal, memory
 
 from steer_optim import SteeredOptimizer
-from steer_optim.vlm import Prompts, Rollout, score, text_only, visual_dependency, visual_tokens
 
 sys.path.insert(0, str(EXAMPLES))
 
@@ -271,71 +270,3 @@ def test_lightnings_stand_in_steers_as_the_optimizer_itself(lightning_fit, tmp_p
         stand_in.step()
     stand_in.zero_grad()
     stand_in.step()
-
-
-# TRL, with and without adapters
-
-
-@pytest.fixture
-def trl_distillation(_fresh_accelerate):
-    for needed in ("trl", "datasets", "tokenizers", "PIL"):
-        pytest.importorskip(needed)
-    import trl_distillation
-
-    return trl_distillation
-
-
-def with_adapters(model):
-    peft = pytest.importorskip("peft")
-    torch.manual_seed(0)
-    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
-
-
-def unchanged(model):
-    return model
-
-
-@pytest.mark.parametrize("adapt", [unchanged, with_adapters])
-def test_trl_reaches_a_plain_loop_on_the_same_responses_and_resumes(trl_distillation, tmp_path, adapt):
-    trainer = trl_distillation.make_trainer(tmp_path, adapt=adapt)
-    compute_loss, micro_batches = trainer.compute_loss, []
-
-    def record(model, inputs, **options):
-        micro_batches.append(dict(inputs))
-        return compute_loss(model, inputs, **options)
-
-    trainer.compute_loss = record
-    trainer.train()
-
-    student, teacher = adapt(trl_distillation.make_model(seed=0)), trainer.teacher_model
-    before = {name: p.detach().clone() for name, p in student.named_parameters()}
-    method, config = trainer.method, student.config
-    steered = SteeredOptimizer(torch.optim.AdamW(student.parameters(), lr=0.01), method.rule())
-    scheduler = torch.optim.lr_scheduler.LambdaLR(steered, lambda step: 1 - step / 3)
-    assert len(micro_batches) == 6
-    for step in zip(micro_batches[::2], micro_batches[1::2], strict=True):
-        masks, views = [batch["completion_mask"].bool() for batch in step], []
-        for batch, mask_BT in zip(step, masks, strict=True):
-            prompt = {"input_ids": batch["prompt_ids"], "attention_mask": batch["prompt_mask"]}
-            prompt["pixel_values"] = batch["pixel_values"]
-            prompts, response = Prompts(prompt, text_only(prompt, config)), Rollout(batch["completion_ids"], mask_BT)
-            views.append(score(student, teacher, prompts, response, method=method))
-        scores = [visual_dependency(v["teacher"], v["teacher_text"], m) for v, m in zip(views, masks, strict=True)]
-        gates = visual_tokens(torch.cat(scores), torch.cat(masks), quantile=method.quantile).split(2)
-        count = sum(mask_BT.sum() for mask_BT in masks)
-        for i in range(2):
-            losses = method(views[i], masks[i], count=count, gate_BT=gates[i])
-            steered.backward_components(losses, accumulate=i == 0)
-        clip_grad_norm_(student.parameters(), 1.0)
-        steered.step()
-        scheduler.step()
-        steered.zero_grad()
-    assert_equal(trainer.model.state_dict(), student.state_dict())
-
-    if adapt is unchanged:
-        return  # transformers 5.23 saves a whole LLaVA under names that its Trainer does not find when it resumes
-    moved = {name for name, p in student.named_parameters() if not torch.equal(p, before[name])}
-    assert moved == {name for name in before if "lora" in name}
-    resumed = trl_distillation.make_trainer(tmp_path, adapt=adapt)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert_equal(resumed.model.state_dict(), student.state_dict())

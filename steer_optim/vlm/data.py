@@ -52,9 +52,11 @@ def numbered(dataset: Any) -> Any:
     """
     if isinstance(dataset, Rows):
         return dataset
-    if hasattr(dataset, "__getitem__"):
+    if hasattr(dataset, "__len__"):
         return Rows(dataset)
-    return dataset.decode(False).map(lambda row, number: {**row, ROW: number}, with_indices=True)
+    if dataset.features is not None:
+        dataset = dataset.decode(False)
+    return dataset.map(lambda row, number: {**row, ROW: number}, with_indices=True)
 
 
 def conversation(row: Mapping[str, Any]) -> list[dict[str, Any]]:

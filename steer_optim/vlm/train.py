@@ -20,6 +20,7 @@ import sys
 import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -98,7 +99,7 @@ def last_checkpoint(path: Path) -> str | None:
             json.loads((checkpoint / "trainer_state.json").read_text())
             for file in checkpoint.glob("rng_state*.pth"):
                 torch.load(file, weights_only=False)
-        except (OSError, ValueError, RuntimeError, EOFError):
+        except (OSError, ValueError, RuntimeError, EOFError, UnpicklingError):
             print(f"{checkpoint} is incomplete and left aside", file=sys.stderr)
             continue
         return str(checkpoint)

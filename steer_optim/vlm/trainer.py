@@ -374,12 +374,21 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         fields = {k: lists(v) if isinstance(v, Tensor) and v.shape == ids_BL.shape else v for k, v in view.items()}
         ids = lists(ids_BL)
         self._blank_ids = ids[rows:]
+        if self.use_vllm:
+            texts = self.processing_class.apply_chat_template(
+                prompts, tokenize=False, add_generation_prompt=True, **self.chat_template_kwargs
+            )
+            # As the processor does, whose templates may write the first token themselves.
+            special = not texts[0].startswith(self._tokenizer.bos_token or "\0")
+            self._bare_ids = self._tokenizer(texts, add_special_tokens=special)["input_ids"]
         images = [[part["image"] for m in row for part in m["content"] if part["type"] == "image"] for row in prompts]
         return ids[:rows], [each or None for each in images] if any(images) else None, fields
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], images: Any, fields: Any, **options: Any) -> Any:
         if self.use_vllm:
-            return super()._generate_single_turn(prompt_ids, images, fields, **options)
+            # A colocated vLLM expands each placeholder, those that the processor has expanded too (trl#6294).
+            ids = self._bare_ids if self.vllm_mode == "colocate" else prompt_ids
+            return super()._generate_single_turn(ids, images, fields, **options)
         with evaluating(self.accelerator.unwrap_model(self.model_wrapped)):
             ids = super()._generate_single_turn([*prompt_ids, *self._blank_ids], images, fields, **options)
         return ids[: len(prompt_ids)]
@@ -473,11 +482,12 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
 
 def refuse(args: SteeredDistillationConfig) -> None:
     """Raise ValueError, by name, if a run is configured for something that steering does not support."""
-    fsdp = getattr(args, "fsdp_plugin_args", None) or {}
+    launched = os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
+    version = (args.fsdp_config or {}).get("version", 2) if args.fsdp else os.environ.get("FSDP_VERSION", "1")
     parallel = getattr(args, "parallelism_config", None)
     axes = {name: getattr(parallel, f"{name}_size", 1) for name in ("tp", "cp", "sp", "pp")} if parallel else {}
     reasons = {
-        "FSDP1": (bool(args.fsdp) and str(fsdp.get("fsdp_version", 2)) == "1", "set fsdp_version: 2"),
+        "FSDP1": ((launched or bool(args.fsdp)) and str(version) == "1", "set fsdp_version: 2"),
         "torch.compile": (bool(args.torch_compile), "leave out --torch_compile"),
         "float16": (bool(args.fp16), "use --bf16"),
     }

@@ -1,0 +1,231 @@
+"""The command: from two checkpoints and a data set on disk to a student, a table and figures; and after a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+
+from datasets import Dataset, DatasetDict
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_trainer import make_model, make_processor, make_rows
+from toys import assert_equal
+
+from steer_optim.vlm.advice import Findings, advise
+from steer_optim.vlm.train import DataArguments, check_settings, last_checkpoint, load, main
+from tests.vlm.zoo import Zoo
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*(gradient|activation)_checkpointing.* is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
+]
+SHORT = {"max_steps": 2, "per_device_train_batch_size": 2, "max_completion_length": 4, "use_cpu": True}
+SHORT |= {"learning_rate": 0.01, "logging_steps": 1, "disable_tqdm": True, "held_out": 3}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate(monkeypatch):
+    """Accelerate keeps its state in singletons, and refuses another configuration in the same process."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two checkpoints, and a data set of parquet with both splits."""
+    folder = tmp_path_factory.mktemp("files")
+    for name, seed, size in (("student", 0, 16), ("teacher", 1, 32)):
+        make_model(seed=seed, hidden_size=size).save_pretrained(folder / name)
+        make_processor().save_pretrained(folder / name)
+    (folder / "data").mkdir()
+    rows = Dataset.from_list(make_rows())
+    rows.to_parquet(folder / "data" / "train.parquet")
+    rows.select(range(5)).to_parquet(folder / "data" / "test.parquet")
+    return folder
+
+
+def arguments(folder, out, **options):
+    given = {
+        "model_name_or_path": folder / "student",
+        "teacher_model_name_or_path": folder / "teacher",
+        "dataset_name": folder / "data",
+        "output_dir": out,
+        **SHORT,
+        **options,
+    }
+    return [text for name, value in given.items() for text in (f"--{name}", *str(value).split(" "))]
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_student_a_table_and_a_figure_come_out(folder, tmp_path, capsys, lora):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    options = {"use_peft": True, "lora_target_modules": "q_proj v_proj"} if lora else {}
+    assert main(arguments(folder, tmp_path / "run", **options)) == 0
+    out = tmp_path / "run"
+    assert "student after" in capsys.readouterr().out
+    found = json.loads((out / "evaluation.json").read_text())
+    assert list(found) == ["teacher", "student before", "student after"]
+    assert found["teacher"]["kl"] is None
+    assert found["student before"]["text_loss"] != found["student after"]["text_loss"]
+    answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    assert [record["row"] for record in answers] == [0, 1, 2]
+    assert {"answer", "with_image", "without_image"} <= answers[0].keys()
+    assert (out / "training.png").stat().st_size > 10_000
+    AutoProcessor.from_pretrained(out)
+    student = AutoModelForImageTextToText.from_pretrained(out)
+    before = AutoModelForImageTextToText.from_pretrained(folder / "student")
+    ids = {"input_ids": torch.tensor([[4, 5, 6]])}
+    assert not torch.equal(student(**ids).logits, before(**ids).logits)
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3", "idefics3", "aya_vision"])
+def test_families_are_distilled_from_their_checkpoints(tmp_path, name):
+    family = Zoo(name)
+    family.model.save_pretrained(tmp_path / "model")
+    family.processor.save_pretrained(tmp_path / "model")
+    red = Image.new("RGB", (16, 16), "red")
+    rows = [{"prompt": "ab cd", "images": [red] * (i % 3), "answer": "x"} for i in range(12)]
+    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    paths = {"model_name_or_path": tmp_path / "model", "teacher_model_name_or_path": tmp_path / "model"}
+    options = {**paths, "dataset_name": tmp_path / "rows.parquet", "decomposition": "vgs", "max_steps": 1}
+    assert main(arguments(tmp_path, tmp_path / "run", **options)) == 0
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    # Teacher and student are the same, up to bfloat16 in the teacher.
+    assert state["log_history"][0]["steer/loss/std"] == pytest.approx(0, abs=0.05)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_with_the_same_command(folder, tmp_path):
+    options = {"max_steps": 30, "save_steps": 4, "save_total_limit": 2, "logging_steps": 3, "eval_strategy": "steps"}
+    options |= {"eval_steps": 5, "decomposition": "vgs-frozen", "gradient_accumulation_steps": 2}
+
+    def start(out):
+        command = [sys.executable, "-m", "steer_optim.vlm.train", *arguments(folder, out, **options)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    whole, killed = start(tmp_path / "whole"), start(tmp_path / "killed")
+    deadline = time.monotonic() + 120
+    while last_checkpoint(tmp_path / "killed") is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "killed" / "answers.jsonl").exists()
+    assert start(tmp_path / "killed").wait(120) == whole.wait(120) == 0
+    found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("killed", "whole"))
+    assert_equal(found, expected)
+    for file in ("evaluation.json", "answers.jsonl"):
+        assert (tmp_path / "killed" / file).read_text() == (tmp_path / "whole" / file).read_text()
+
+
+def test_an_incomplete_checkpoint_is_left_aside(tmp_path, capsys):
+    assert last_checkpoint(tmp_path) is None
+    for step, text in ((5, '{"global_step": 5}'), (10, '{"global_step": 10}'), (15, '{"global_')):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
+    (tmp_path / "checkpoint-20").mkdir()
+    (tmp_path / "checkpoint-10" / "rng_state_1.pth").write_bytes(b"half")
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-5")
+    assert "checkpoint-15 is incomplete" in capsys.readouterr().err
+
+
+def test_other_settings_in_the_same_directory_are_refused(tmp_path):
+    check_settings(tmp_path, {"gamma": 2.0, "logging_steps": 1}, write=True)
+    check_settings(tmp_path, {"gamma": 3.0}, write=True)  # nothing was trained yet
+    (tmp_path / "checkpoint-5").mkdir()
+    (tmp_path / "checkpoint-5" / "trainer_state.json").write_text("{}")
+    check_settings(tmp_path, {"gamma": 3.0, "logging_steps": 5}, write=True)
+    with pytest.raises(ValueError, match=r"gamma is 3.0 there and 2.0 here"):
+        check_settings(tmp_path, {"gamma": 2.0}, write=True)
+
+
+SOURCES = {
+    "parquet": lambda rows, path: rows.to_parquet(path / "rows.parquet"),
+    "lines": lambda rows, path: rows.remove_columns("images").to_json(path / "rows.jsonl"),
+    "saved": lambda rows, path: DatasetDict({"train": rows}).save_to_disk(path / "rows"),
+    "saved split": lambda rows, path: rows.save_to_disk(path / "rows"),
+}
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_data_sets_of_all_kinds_are_read(tmp_path, kind):
+    SOURCES[kind](Dataset.from_list(make_rows()), tmp_path)
+    (source,) = tmp_path.iterdir()
+    train, held_out = load(DataArguments(dataset_name=str(source), held_out=4))
+    assert (len(train), len(held_out)) == (11, 1)
+    assert {row["row"] for part in (train, held_out) for row in part} == {*range(12)}
+    everything, none = load(DataArguments(dataset_name=str(source), held_out=0))
+    assert (len(everything), none) == (12, None)
+
+
+def test_a_stream_is_trained_on(folder, tmp_path):
+    out = tmp_path / "run"
+    assert main(arguments(folder, out, dataset_streaming=True)) == 0
+    assert len((out / "answers.jsonl").read_text().splitlines()) == 3
+
+
+def test_measuring_trains_nothing_and_advises(folder, tmp_path, capsys):
+    assert main([*arguments(folder, tmp_path / "run"), "--measure_only"]) == 0
+    text = capsys.readouterr().out
+    assert "angles between gradients: std, vis" in text
+    assert "Advice: --decomposition" in text
+    assert not [*(tmp_path / "run").glob("*.*")]
+
+
+def test_the_advice_is_that_of_the_page():
+    rest = {"angles": {}, "dose": 20.0, "norms": {}, "losses": {"std": 0.3, "lang": 0.1}, "visual": 0.9}
+    for language, choice in (
+        ((0.5, 0.1), "vgs-frozen"),
+        ((0.1, 0.1), "standard"),
+        ((-0.5, 0.1), "standard"),
+        (None, "standard"),
+    ):
+        assert f"Advice: --decomposition {choice}." in advise(Findings(language=language, **rest))
+
+
+WRONG = {
+    "no student": ({"model_name_or_path": None}, "--model_name_or_path is needed"),
+    "no teacher": ({"teacher_model_name_or_path": None}, "--teacher_model_name_or_path is needed"),
+    "no data": ({"dataset_name": None}, "--dataset_name is needed"),
+    "no such split": ({"dataset_train_split": "trian"}, "has the splits train, test"),
+    "no such option": ({"gama": 1}, "gama"),
+    "no such file": ({"dataset_name": "rows.csv"}, "rows.csv"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_command_says_what_to_change(folder, tmp_path, capsys, name):
+    options, said = WRONG[name]
+    given = arguments(folder, tmp_path, **options)
+    while "None" in given:
+        del given[given.index("None") - 1 : given.index("None") + 1]
+    assert main(given) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_configurations_of_accelerate_are_found():
+    def run(*names):
+        command = [sys.executable, "-m", "steer_optim.vlm.configs", *names]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    import yaml
+
+    paths = run().stdout.split()
+    assert len(paths) == 3
+    for path in paths:
+        with open(path) as file:
+            assert yaml.safe_load(file)["mixed_precision"] == "bf16"
+    assert run("fsdp2").stdout.strip() == next(path for path in paths if "fsdp2" in path)
+    assert "choose from" in run("zero3").stderr

@@ -1,0 +1,304 @@
+"""The trainer on TRL: equal to a plain loop on the same responses, in one process and in two; and resumed."""
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from preloaded import preloaded, two_processes
+from toys import assert_equal
+
+pytest.importorskip("trl")
+
+import tiny_trainer
+from PIL import Image
+from tiny_trainer import make_model, make_rows, make_trainer, plain_loop, recorded
+
+from steer_optim.vlm.trainer import MicroBatch, SteeredDistillationConfig
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*(gradient|activation)_checkpointing.* is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate(monkeypatch):
+    """Accelerate keeps its state in singletons, and refuses another configuration in the same process."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def losses_of(trainer):
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("decomposition", ["vgs", "vgs-frozen"])
+def test_training_equals_a_plain_loop_on_the_same_responses(tmp_path, decomposition, lora):
+    trainer = make_trainer(tmp_path, decomposition=decomposition, lora=lora)
+    batches = recorded(trainer)
+    trainer.train()
+    steps = list(zip(batches[::2], batches[1::2], strict=True))
+    student, log = plain_loop(steps, decomposition, lora=lora)
+    for name, parameter in student.named_parameters():  # the trainer's optimizer has two groups, and sums over them
+        torch.testing.assert_close(trainer.model.get_parameter(name), parameter, rtol=1e-5, atol=2e-7)
+    for entry, (norm, trained) in zip(losses_of(trainer), log, strict=True):
+        assert entry["grad_norm"] == pytest.approx(norm, rel=1e-6)
+        # The loss that is shown is the one that is trained.
+        assert entry["loss"] == pytest.approx(trained, rel=1e-6)
+        weighted = [entry[f"steer/weight/{name}"] * entry[f"steer/loss/{name}"] for name in ("std", "vis")]
+        lp = entry.get("steer/weight/lp", 0.0) * entry.get("steer/loss/lp", 0.0)
+        assert entry["loss"] == pytest.approx(sum(weighted) + lp, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def train_in_two_processes(tmp_path_factory):
+    here = Path(tiny_trainer.__file__).parent
+    with preloaded(here, "tiny_trainer", ACCELERATE_USE_CPU="true") as server:
+
+        def run(*arguments):
+            out = tmp_path_factory.mktemp("two")
+            code = "import tiny_trainer, warnings; warnings.simplefilter('ignore'); tiny_trainer.main()"
+            done = server.run(code, [str(out), *arguments], each=two_processes())
+            assert [process.returncode for process in done] == [0, 0], done[0].stderr + done[1].stderr
+            return [torch.load(out / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+
+        yield run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@pytest.mark.parametrize(("adapters", "decomposition"), [("whole", "vgs"), ("whole", "vgs-frozen"), ("lora", "vgs")])
+def test_two_processes_equal_one_on_the_same_responses(train_in_two_processes, way, adapters, decomposition):
+    """The rows of a step lie on both; one has no image, one has two."""
+    (kept, whole, log), (others, other_whole, _) = train_in_two_processes(way, adapters, decomposition)
+    assert_equal(whole, other_whole)
+    parts = [[MicroBatch(*a, count=None), MicroBatch(*b, count=None)] for a, b in zip(kept, others, strict=True)]
+    steps = [first + second for first, second in zip(parts[::2], parts[1::2], strict=True)]
+    student, expected = plain_loop(steps, decomposition, lora=adapters == "lora")
+    for name, parameter in student.named_parameters():
+        torch.testing.assert_close(whole[name], parameter.detach(), rtol=1e-5, atol=2e-7)
+    for entry, (norm, trained) in zip(log, expected, strict=True):
+        assert (entry["grad_norm"], entry["loss"]) == pytest.approx((norm, trained), rel=1e-5)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, lora):
+    """It goes on in the middle of the second epoch, and between two Gramians."""
+    options = {"max_steps": 8, "save_steps": 5, "lora": lora, "optim": "adamw_torch", "decomposition": "vgs-frozen"}
+    whole = make_trainer(tmp_path / "whole", **options)
+    whole.train()
+    resumed = make_trainer(tmp_path / "resumed", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
+    assert_equal(resumed.model.state_dict(), whole.model.state_dict())
+    for found, expected in zip(losses_of(resumed)[-3:], losses_of(whole)[-3:], strict=True):
+        found, expected = ({k: v for k, v in x.items() if k != "step_time"} for x in (found, expected))
+        assert found == expected
+
+
+def test_a_step_asks_the_teacher_twice_per_micro_batch(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1, decomposition="vgs")
+    passes = []
+    trainer.teacher_model.register_forward_hook(lambda *_: passes.append(1))
+    trainer.train()
+    assert len(passes) == 2 * 2
+
+
+def test_bfloat16_is_in_the_products_not_in_the_weights(tmp_path):
+    from transformers import LlavaForConditionalGeneration
+
+    make_model(seed=1, hidden_size=32).save_pretrained(tmp_path / "teacher")
+    trainer = make_trainer(tmp_path, bf16=True, teacher=str(tmp_path / "teacher"), decomposition="vgs-frozen")
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert {p.dtype for x in (trainer.teacher_model, trainer.prior) for p in x.parameters()} == {torch.bfloat16}
+    seen = []
+    trainer.model.model.language_model.layers[0].mlp.register_forward_hook(lambda m, a, y: seen.append(y.dtype))
+    trainer.train()
+    assert set(seen) == {torch.bfloat16}
+    in_32 = make_trainer(tmp_path / "32", decomposition="vgs-frozen")
+    in_32.train()
+    assert losses_of(trainer)[0]["loss"] == pytest.approx(losses_of(in_32)[0]["loss"], rel=0.3)
+    assert type(trainer.model) is LlavaForConditionalGeneration
+
+
+def test_a_student_that_rounds_its_updates_away_is_warned_of(tmp_path):
+    with pytest.warns(UserWarning, match=r"cannot move by a learning rate of 1e-06.*--dtype float32"):
+        make_trainer(tmp_path, student=make_model(seed=0).bfloat16(), learning_rate=1e-6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        make_trainer(tmp_path, learning_rate=1e-6)
+
+
+def test_evaluation_shows_the_components(tmp_path):
+    from datasets import Dataset
+
+    trainer = make_trainer(tmp_path, held_out=Dataset.from_list(make_rows()[:4]), decomposition="vgs")
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(metrics["eval_steer/loss/std"])
+    assert metrics["eval_steer/loss/vis"] > 0
+
+
+def png(path):
+    Image.new("RGB", (8, 8), "red").save(path)
+    return path
+
+
+BAD = {
+    "no prompt": ({"answer": "red"}, "needs a column messages, or prompt.*has the columns answer"),
+    "more images than places": (
+        {
+            "messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what"}]}],
+            "images": [],
+        },
+        "Number of images provided",
+    ),
+    "no such file": ({"prompt": "what", "images": ["nowhere.png"]}, "nowhere.png"),
+    "no image": ({"prompt": "what", "images": [b"not a picture"]}, "cannot identify image"),
+    "no user": ({"messages": [{"role": "assistant", "content": "it"}]}, "no user message"),
+    "text that stands for an image": ({"prompt": "what <image> is it", "images": []}, "no images were passed"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_row_is_named_by_its_number(tmp_path, name):
+    bad, match = BAD[name]
+    rows = make_rows()[:8]
+    rows = [{"prompt": row["messages"], "images": row["images"]} for row in rows[:7]] + [bad]
+    trainer = make_trainer(tmp_path, rows=[{}], per_device_train_batch_size=8, gradient_accumulation_steps=1)
+    trainer.train_dataset = [{**row, "row": number} for number, row in enumerate(rows)]
+    with pytest.raises(ValueError, match=f"(?s)row 7 of the data set: .*{match}"):
+        trainer.train()
+
+
+def test_images_are_pil_bytes_paths_or_in_the_messages(tmp_path):
+    from steer_optim.vlm.data import ROW, Rows, answer, conversation
+
+    path = png(tmp_path / "red.png")
+    forms = [Image.open(path), path.read_bytes(), str(path), path, {"bytes": None, "path": str(path)}]
+    forms += [{"bytes": path.read_bytes(), "path": "elsewhere.png"}, Image.new("L", (8, 8))]
+    rows = [{"prompt": "what is it", "images": [form]} for form in forms]
+    rows += [{"prompt": "what is it", "image": form} for form in forms]
+    part = {"type": "image", "text": None, "image": str(path)}
+    rows.append(
+        {"messages": [{"role": "user", "content": [part, {"type": "text", "text": "what is it", "image": None}]}]}
+    )
+    rows.append(
+        {"prompt": [{"role": "user", "content": "what"}, {"role": "assistant", "content": "red"}], "image": path}
+    )
+    for row in Rows(rows):
+        (message,) = conversation(row)
+        image, text = message["content"]
+        assert image["image"].mode == "RGB"
+        assert text["text"].startswith("what")
+        assert row[ROW] == rows.index({k: v for k, v in row.items() if k != ROW})
+    assert answer(rows[-1]) == "red"
+    assert [part["type"] for part in conversation({"prompt": "what", "images": []})[0]["content"]] == ["text"]
+
+
+REFUSED = {
+    "deepspeed": ({"deepspeed": "zero3.json"}, "DeepSpeed is not supported"),
+    "compile": ({"torch_compile": True}, "torch.compile is not supported"),
+    "float16": ({"fp16": True}, "float16 is not supported"),
+    "beta": ({"beta": 0.5}, "take --decomposition forward"),
+    "rule": ({"rule": "Best()"}, "rule must be one of"),
+    "code": ({"rule": "Steer(__import__('os'))"}, "rule must be one of"),
+    "decomposition": ({"decomposition": "vgz"}, "decomposition must be one of"),
+    "unread": ({"decomposition": "standard", "lam": 0.1}, "no component of 'standard' reads lam"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_work_is_refused_at_the_start(tmp_path, name):
+    options, match = REFUSED[name]
+    with pytest.raises(ValueError, match=match):
+        make_trainer(tmp_path, **options)
+
+
+def test_fsdp1_and_other_parallelism_are_refused(tmp_path, monkeypatch):
+    from accelerate.parallelism_config import ParallelismConfig
+
+    from steer_optim.vlm.trainer import refuse
+
+    config = SteeredDistillationConfig(str(tmp_path), use_cpu=True)
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=r"FSDP1 is not supported.*fsdp_version: 2"):
+        refuse(config)
+    monkeypatch.undo()
+    config.parallelism_config = ParallelismConfig(tp_size=2)
+    with pytest.raises(ValueError, match="tp_size=2 is not supported"):
+        refuse(config)
+
+
+def test_another_version_of_trl_is_refused(monkeypatch):
+    import importlib
+
+    import trl
+
+    from steer_optim.vlm import trainer
+
+    monkeypatch.setattr(trl, "__version__", "1.17.0")
+    with pytest.raises(ImportError, match=r"found 1\.17\.0: pip install 'trl==1\.16"):
+        importlib.reload(trainer)
+
+
+def test_a_teacher_with_other_tokens_or_none_is_refused(tmp_path):
+    other = make_model(seed=1)
+    other.resize_token_embeddings(7)
+    with pytest.raises(ValueError, match="both must have one vocabulary"):
+        make_trainer(tmp_path, teacher=other)
+
+
+def test_a_rule_is_written_as_in_python(tmp_path):
+    def rule(text):
+        return repr(
+            SteeredDistillationConfig(str(tmp_path), use_cpu=True, decomposition="exact", rule=text).make_rule()
+        )
+
+    assert rule("PCGrad") == rule("PCGrad(seed=0)") == "PCGrad(seed=0)"
+    assert "gain=2.0, project='never'" in rule("Steer('vis', gain=2.0, project='never')")
+
+
+def test_a_response_with_a_placeholder_is_dropped(tmp_path):
+    """vLLM suppresses no tokens."""
+    trainer = make_trainer(tmp_path, max_steps=1)
+    place = trainer.model.config.image_token_id
+    generate = trainer._generate_single_turn
+    trainer._generate_single_turn = lambda ids, *args: [[place], *generate(ids, *args)[1:]]
+    batches = recorded(trainer)
+    trainer.train()
+    assert losses_of(trainer)[0]["steer/dropped"] == 0.25
+    assert sum(int(b.response.mask_BT.any(dim=1).sum()) for b in batches) == 3
+
+
+class Engine:
+    """What TRL asks of vLLM, answered by `generate`."""
+
+    def __init__(self, trainer):
+        self.trainer, self.asked, self.synced = trainer, [], 0
+
+    def sync_weights(self):
+        self.synced += 1
+
+    def generate(self, prompts, images, num_generations, profiler):
+        self.asked.append((prompts, images))
+        return None, [[5, 1]] * len(prompts), None, None
+
+
+@pytest.mark.parametrize(("mode", "per_image"), [("colocate", 1), ("server", 4)])
+def test_vllm_gets_the_prompts_with_their_images(tmp_path, mode, per_image):
+    """Colocated it expands the placeholder of an image itself; TRL places features in the expanded ids for a server."""
+    trainer = make_trainer(tmp_path, max_steps=2, vllm_mode=mode)
+    engine = trainer.vllm_generation = Engine(trainer)
+    trainer.use_vllm, trainer._last_loaded_step = True, -1
+    trainer.train()
+    assert engine.synced == 2
+    place = trainer.model.config.image_token_id
+    for prompts, images in engine.asked:
+        for ids, own in zip(prompts, images, strict=True):
+            assert ids.count(place) == per_image * len(own or [])
