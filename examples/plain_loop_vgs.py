@@ -1,7 +1,6 @@
 """Visual Gradient Steering in a training loop of your own: `python -m steer_optim.vlm.train` without TRL's trainer.
 
-python examples/distill_digits.py --rule    # makes the checkpoints and the data that are the default here
-python examples/plain_loop_vgs.py
+The defaults are what `python examples/distill_digits.py` has made.
 """
 
 import argparse
