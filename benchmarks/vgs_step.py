@@ -3,7 +3,7 @@
     python -m benchmarks.vgs_step                      # some minutes
     python -m benchmarks.vgs_step --settings digits    # seconds
 
-Both are the loop of the main job, ``Job.distill`` in examples/distill_digits.py: the same code, the same prompts.
+Both are the loop of the README: the same code, the same prompts.
 A step whose weights are known from an earlier one (``refresh_every``) is measured by itself, and a step every ``N`` of
 which is exact is the mean over ``N`` steps.
 """

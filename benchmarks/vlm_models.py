@@ -1,4 +1,4 @@
-"""Untrained Qwen3-VLs to distil in benchmarks: as small as the main job's, and large enough that arithmetic decides.
+"""Untrained Qwen3-VLs to distil in benchmarks: as small as the evidence's, and large enough that arithmetic decides.
 
 What a step costs depends on shapes and lengths only, so nothing is trained here. Needs the extra ``examples``.
 
@@ -8,18 +8,14 @@ Dimensions: B prompts, L prompt tokens.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from digits import ANSWER_LENGTH, DigitProblems, make_tokenizer
-from digits_models import make_model
+from benchmarks.evidence.digits import ANSWER_LENGTH, DigitProblems, make_model, make_tokenizer
 
 PAD, EOS, IMAGE, VISION_START, VISION_END, VIDEO, SPECIAL = 0, 1, 2, 3, 4, 5, 6
 VOCABULARY = 32_768
@@ -50,7 +46,7 @@ class Setting:
 
 
 def digits() -> Setting:
-    """The main job's: what is cheap to compute, so that the overhead of operations decides."""
+    """The evidence's on digits: what is cheap to compute, so that the overhead of operations decides."""
     tokenizer = make_tokenizer()
     task = DigitProblems(tokenizer, held_out=False)
     teacher, student = (make_model(tokenizer, hidden_size=size) for size in (64, 32))

@@ -4,11 +4,3 @@
 
 ``python -m benchmarks.evidence run`` and ``... report``; docs/evidence.md says what came out.
 """
-
-import sys
-from pathlib import Path
-
-# The digits, their problems and their models are those of the example.
-_EXAMPLES = str(Path(__file__).parents[2] / "examples")
-if _EXAMPLES not in sys.path:
-    sys.path.insert(0, _EXAMPLES)

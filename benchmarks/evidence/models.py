@@ -12,18 +12,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import digits
 import torch
-from digits_models import HEADS, make_model
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from benchmarks.evidence.digits import HEADS, make_model, make_tokenizer
 from benchmarks.evidence.questions import Prompt, Questions
 
 
 def qwen(questions: Questions, hidden_size: int) -> nn.Module:
-    """The tiny Qwen3-VL of the example."""
-    model: nn.Module = make_model(digits.make_tokenizer(), hidden_size=hidden_size)
+    """A tiny Qwen3-VL."""
+    model: nn.Module = make_model(make_tokenizer(), hidden_size=hidden_size)
     return model
 
 

@@ -13,10 +13,10 @@ import abc
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
-import digits
 import torch
 from torch import Generator, Tensor
 
+from benchmarks.evidence import digits
 from benchmarks.evidence.shapes import SIDES, polygons
 
 Prompt = dict[str, Tensor]
@@ -76,7 +76,7 @@ class Questions(abc.ABC):
 
 
 class Digits(Questions):
-    """The task of the example: the sum or the maximum of two of four real handwritten digits."""
+    """The sum or the maximum of two of four real handwritten digits."""
 
     length = digits.ANSWER_LENGTH
     seen = (1, 3)
@@ -137,7 +137,7 @@ class Digits3x3(_Grid):
     texts = (*texts, "+", "=")
 
     def bank(self) -> tuple[Tensor, Tensor]:
-        # The split of the example: no digit that is tested on was trained on.
+        # The split of `Digits`: no digit that is tested on was trained on.
         problems = digits.DigitProblems(digits.make_tokenizer(), held_out=self.held_out)
         return problems.pixels, problems.digits
 

@@ -85,7 +85,6 @@ TASKS = {
             "digits",
             Digits,
             models.qwen,
-            # The models of the example.
             Settings(steps=400, lr=3e-4, teacher_size=64, student_size=32, teacher_steps=700, reader_steps=500),
         ),
         Task("digits-3x3", Digits3x3, models.llava, Settings(steps=600, lr=3e-4, teacher_steps=1000, reader_steps=600)),

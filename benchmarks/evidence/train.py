@@ -15,13 +15,12 @@ from statistics import median
 from typing import Any
 
 import torch
-from digits_run import seed_step
 from torch import Tensor, nn
 
 from benchmarks.common import machine
 from benchmarks.evidence import models
 from benchmarks.evidence.methods import Method, parse
-from benchmarks.evidence.prepare import CACHE, Examination, move, prepare
+from benchmarks.evidence.prepare import CACHE, Examination, move, prepare, seed_step
 from benchmarks.evidence.records import Series, rounded
 from benchmarks.evidence.tasks import Settings, Task
 from steer_optim import Geometry, SteeredOptimizer, measure

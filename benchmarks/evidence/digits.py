@@ -1,4 +1,4 @@
-"""The task of the example: questions about four real handwritten digits, answered with a short chain of thought.
+"""The task ``digits`` and its models: questions about four real handwritten digits, put to tiny Qwen3-VLs.
 
 Four 8x8 digits of scikit-learn's set stand in a 2x2 grid, one 16x16 image. A question asks for the sum or the
 maximum of a row or a column, and the answer names what was seen before it concludes::
@@ -21,7 +21,7 @@ import torch
 from sklearn.datasets import load_digits
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Generator, Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 SPECIAL = ("<pad>", "<eos>", "<image_pad>", "<vision_start>", "<vision_end>", "<unk>")
 NUMBERS = tuple(str(n) for n in range(19))
@@ -32,6 +32,7 @@ CHAIN = ("<reason>", "</reason>", "=", *OPERATIONS.values())
 
 PATCH, MERGE, DIGITS = 4, 2, 4  # a patch is 4x4 pixels, and 2x2 merged patches are one digit: one visual token
 ANSWER_LENGTH = 9
+HEADS = 4
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -126,17 +127,51 @@ def patches(digits: Tensor) -> Tensor:
     return rows.transpose(-3, -2).reshape(-1, PATCH * PATCH)
 
 
-def grade(responses: list[str], answers: list[str]) -> tuple[float, float]:
-    """Answer accuracy and perception accuracy, both in [0, 1].
-
-    Args:
-        responses: what a model wrote, decoded with special tokens.
-        answers: the right answers, as :class:`Problems` has them.
-
-    Returns:
-        The share of responses that close the chain of thought with the right answer and end, and the share whose
-        chain of thought opens with the two digits of the image and the operation that was asked for.
-    """
-    conclusions = [(f"</reason> {answer.split()[-1]} <eos>" in r) for r, answer in zip(responses, answers, strict=True)]
-    operands = [r.split()[:4] == answer.split()[:4] for r, answer in zip(responses, answers, strict=True)]
-    return sum(conclusions) / len(answers), sum(operands) / len(answers)
+def make_model(tokenizer: PreTrainedTokenizerFast, *, hidden_size: int) -> Qwen3VLForConditionalGeneration:
+    """An untrained Qwen3-VL for the task: two decoder layers, one vision layer, four visual tokens per image."""
+    token = tokenizer.convert_tokens_to_ids
+    head = hidden_size // HEADS
+    # The usual initializer range of 0.02 is for layers a hundred times as wide: here nothing is learned for long.
+    shared = {"hidden_size": hidden_size, "intermediate_size": 2 * hidden_size, "initializer_range": 0.1}
+    # Rotary frequencies are shared out among time, height and width.
+    sections = [head // 2 - 2 * (head // 8), head // 8, head // 8]
+    config = Qwen3VLConfig(
+        text_config={
+            **shared,
+            "vocab_size": len(tokenizer),
+            "num_hidden_layers": 2,
+            "num_attention_heads": HEADS,
+            "num_key_value_heads": HEADS,
+            "head_dim": head,
+            "max_position_embeddings": 64,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10_000.0,
+                "mrope_section": sections,
+                "mrope_interleaved": True,
+            },
+            "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        },
+        vision_config={
+            **shared,
+            "out_hidden_size": hidden_size,
+            "depth": 1,
+            "num_heads": HEADS,
+            "in_channels": 1,
+            "patch_size": PATCH,
+            "spatial_merge_size": MERGE,
+            "temporal_patch_size": 1,
+            "num_position_embeddings": DIGITS * MERGE**2,
+            "deepstack_visual_indexes": [],
+        },
+        image_token_id=token("<image_pad>"),
+        vision_start_token_id=token("<vision_start>"),
+        vision_end_token_id=token("<vision_end>"),
+        tie_word_embeddings=True,
+    )
+    model = Qwen3VLForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, max_new_tokens=ANSWER_LENGTH
+    )
+    return model
