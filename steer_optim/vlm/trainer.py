@@ -111,7 +111,9 @@ class SteeredDistillationConfig(DistillationConfig):  # type: ignore[misc]  # tr
     def __post_init__(self) -> None:
         if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
             raise ValueError("DeepSpeed is not supported, whose engine takes one loss: use FSDP2")
-        super().__post_init__()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of transformers, about the names that TRL uses
+            super().__post_init__()
         if self.beta != 1.0:
             raise ValueError(
                 f"beta={self.beta} is not read here: take --decomposition forward, jsd, or standard (reverse KL)"
