@@ -14,7 +14,8 @@ from torch.nn.utils import clip_grad_norm_
 from torchrun import EXAMPLES, run_two_processes
 from toys import assert_equal, memory
 
-from steer_optim import SteeredOptimizer
+from steer_optim import SteeredOptimizer, callbacks
+from steer_optim.monitor import Monitor, scalars
 
 sys.path.insert(0, str(EXAMPLES))
 
@@ -61,9 +62,19 @@ def weights(model):
 
 
 def assert_same(found, expected):
-    """Weights and the memory of the rule, of pairs of a model and its steered optimizer."""
+    """Weights, the memory of the rule, and what was recorded: of models, steered optimizers and monitors."""
     assert_equal(weights(found[0]), weights(expected[0]))
     assert memory(found[1]) == memory(expected[1])
+    assert_recorded(found[2], expected[2])
+
+
+def assert_recorded(found, expected):
+    """All but the losses: those of the plain loop are divided by the number of micro-batches first."""
+    found, expected = found.history(), expected.history()
+    assert found.pop("step").tolist() == (expected.pop("step") + 1).tolist()
+    assert found.keys() == expected.keys()
+    shared = [key for key in expected if not key.startswith("steer/loss/")]
+    assert_equal([found[key] for key in shared], [expected[key] for key in shared])
 
 
 def assert_close_to(state_dict, expected):
@@ -111,7 +122,7 @@ def test_a_resumed_run_without_the_memory_of_the_rule_ends_elsewhere(accelerate_
     state_dict = torch.load(file, weights_only=True)
     del state_dict["param_groups"][0]["steer_optim"]
     torch.save(state_dict, file)
-    model, _ = accelerate_loop.train(tmp_path, first_epoch=1)
+    model, *_ = accelerate_loop.train(tmp_path, first_epoch=1)
     assert not all(map(torch.equal, weights(model), weights(expected[0])))
 
 
@@ -137,13 +148,13 @@ def transformers_trainer(_fresh_accelerate):
 @pytest.mark.parametrize("checkpoint", [2, 3], ids=["within an epoch", "between epochs"])
 def test_trainer_reaches_the_plain_loop_and_resumes(transformers_trainer, tmp_path, checkpoint):
     expected = plain_loop.train(left_over="actual")
-    trainer, steered = transformers_trainer.make_trainer(tmp_path)
+    trainer, steered, monitor = transformers_trainer.make_trainer(tmp_path)
     trainer.train()
-    assert_same((trainer.model, steered), expected)
+    assert_same((trainer.model, steered, monitor), expected)
 
-    trainer, steered = transformers_trainer.make_trainer(tmp_path)
+    trainer, steered, monitor = transformers_trainer.make_trainer(tmp_path)
     trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{checkpoint}"))
-    assert_same((trainer.model, steered), expected)
+    assert_same((trainer.model, steered, monitor), expected)
 
 
 def test_a_trainer_with_a_compute_loss_of_its_own_reaches_the_plain_loop(transformers_trainer, tmp_path, monkeypatch):
@@ -155,19 +166,18 @@ def test_a_trainer_with_a_compute_loss_of_its_own_reaches_the_plain_loop(transfo
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             outputs = model(inputs["x"])
-            losses = plain_loop.components(outputs, inputs["labels"])
             steered = self.optimizer.optimizer  # within Accelerate's
-            loss = steered.join(losses, accumulate=not self.accelerator.sync_gradients)
+            loss = steered.join(plain_loop.components(outputs, inputs["labels"]))
             return (loss, outputs) if return_outputs else loss
 
     monkeypatch.setattr(transformers_trainer, "Trainer", Steering)
-    trainer, steered = transformers_trainer.make_trainer(tmp_path)
+    trainer, steered, monitor = transformers_trainer.make_trainer(tmp_path)
     trainer.train()
-    assert_same((trainer.model, steered), plain_loop.train(left_over="actual"))
+    assert_same((trainer.model, steered, monitor), plain_loop.train(left_over="actual"))
 
 
 def test_trainer_logs_the_sum_of_the_components_and_evaluates(transformers_trainer, tmp_path):
-    trainer, steered = transformers_trainer.make_trainer(tmp_path)
+    trainer, steered, _ = transformers_trainer.make_trainer(tmp_path)
     samples = torch.utils.data.default_collate(plain_loop.make_dataset())
     step = 2 * plain_loop.BATCH
     with torch.no_grad():
@@ -198,7 +208,7 @@ def test_trainer_in_two_processes_reaches_the_plain_loop(run_two_forks, tmp_path
 
 @pytest.fixture(params=["automatic", "manual"])
 def lightning_fit(request):
-    """Fits a new module, in automatic or manual optimization; returns it and its trainer."""
+    """Fits a new module, in automatic or manual optimization; returns it, its trainer, and the record."""
     pytest.importorskip("lightning")
     import lightning_automatic
     import lightning_manual
@@ -206,12 +216,12 @@ def lightning_fit(request):
     def fit(directory, *, checkpoint=None, **options):
         if request.param == "automatic":
             module = lightning_automatic.Module()
-            trainer = lightning_automatic.make_trainer(directory, **options)
+            trainer, monitor = lightning_automatic.make_trainer(directory, **options)
         else:
             module = lightning_manual.ManualModule()
-            trainer = lightning_manual.make_manual_trainer(directory, **options)
+            trainer, monitor = lightning_manual.make_manual_trainer(directory, **options)
         trainer.fit(module, ckpt_path=checkpoint)
-        return module, trainer
+        return module, trainer, monitor
 
     return fit
 
@@ -225,15 +235,15 @@ def steered_of(trainer):
 def test_lightning_reaches_the_plain_loop_and_resumes(lightning_fit, tmp_path):
     expected = plain_loop.train()
     for checkpoint in (None, tmp_path / "epoch=0.ckpt"):
-        module, trainer = lightning_fit(tmp_path, checkpoint=checkpoint)
-        assert_same((module.model, steered_of(trainer)), expected)
+        module, trainer, monitor = lightning_fit(tmp_path, checkpoint=checkpoint)
+        assert_same((module.model, steered_of(trainer), monitor), expected)
 
 
 def test_lightning_steps_at_the_end_of_a_shortened_epoch(lightning_fit, tmp_path, monkeypatch):
     samples = plain_loop.make_dataset()[: 3 * plain_loop.BATCH]
-    module, trainer = lightning_fit(tmp_path, limit_train_batches=3)
+    module, trainer, monitor = lightning_fit(tmp_path, limit_train_batches=3)
     monkeypatch.setattr(plain_loop, "make_dataset", lambda: samples)
-    assert_same((module.model, steered_of(trainer)), plain_loop.train())
+    assert_same((module.model, steered_of(trainer), monitor), plain_loop.train())
 
 
 @pytest.mark.slow
@@ -255,7 +265,7 @@ def test_lightning_refuses_a_step_without_the_micro_batch_left_over(lightning_fi
 
 
 def test_lightnings_stand_in_steers_as_the_optimizer_itself(lightning_fit, tmp_path):
-    module, trainer = lightning_fit(tmp_path)
+    module, trainer, _ = lightning_fit(tmp_path)
     stand_in, steered = module.optimizers(), steered_of(trainer)
 
     def losses():
