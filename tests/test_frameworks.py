@@ -15,7 +15,7 @@ from torchrun import EXAMPLES, run_two_processes
 from toys import assert_equal, memory
 
 from steer_optim import SteeredOptimizer, callbacks
-from steer_optim.monitor import Monitor, scalars
+from steer_optim.monitor import scalars
 
 sys.path.insert(0, str(EXAMPLES))
 
@@ -126,6 +126,50 @@ def test_a_resumed_run_without_the_memory_of_the_rule_ends_elsewhere(accelerate_
     assert not all(map(torch.equal, weights(model), weights(expected[0])))
 
 
+def test_accelerate_logs_the_means_since_the_last_line(_fresh_accelerate):
+    from accelerate import Accelerator
+    from accelerate.tracking import GeneralTracker
+
+    class Log(GeneralTracker):
+        name, requires_logging_directory, tracker = "log", False, None
+
+        def __init__(self):
+            super().__init__()
+            self.lines = {}
+
+        def log(self, values, step=None, **options):
+            self.lines[step] = values
+
+    log = Log()
+    accelerator = Accelerator(log_with=log)
+    accelerator.init_trackers("run")
+    model = plain_loop.Regression()
+    optimizer = accelerator.prepare(plain_loop.make_optimizer(model)[0])
+    monitor = callbacks.watch_accelerator(accelerator, optimizer, log_every=2)
+    numbers = []
+    for batch in torch.utils.data.DataLoader(plain_loop.make_dataset(), plain_loop.BATCH):
+        optimizer.zero_grad()
+        accelerator.backward(optimizer.optimizer.join(plain_loop.components(model(batch["x"]), batch["labels"])))
+        optimizer.step()
+        numbers.append(scalars(optimizer.optimizer.geometry))
+    assert log.lines == {n: mean_of(numbers[n - 2 : n]) for n in (2, 4)}
+    assert len(monitor) == 5
+
+
+def mean_of(steps):
+    """Of two steps: halves are exact, and a sum of two has no order."""
+    assert len(steps) == 2
+    return {key: (steps[0][key] + steps[1][key]) / 2 for key in steps[0]}
+
+
+def test_watching_needs_one_steered_optimizer(_fresh_accelerate):
+    from accelerate import Accelerator
+
+    plain = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    with pytest.raises(TypeError, match="one SteeredOptimizer is needed, and 0 were found"):
+        callbacks.watch_accelerator(Accelerator(), plain)
+
+
 @pytest.mark.slow
 def test_accelerate_in_two_processes_reaches_the_plain_loop(tmp_path):
     pytest.importorskip("accelerate")
@@ -194,6 +238,54 @@ def test_trainer_logs_the_sum_of_the_components_and_evaluates(transformers_train
     assert logged == pytest.approx(expected[0], rel=1e-6)
 
 
+def test_every_logger_of_the_trainer_gets_the_means_since_the_last_line(transformers_trainer, tmp_path, monkeypatch):
+    from transformers import TrainerCallback
+
+    class Log(TrainerCallback):
+        lines = []
+
+        def on_log(self, args, state, control, logs, **options):
+            self.lines.append(dict(logs))
+
+    def watch_late(trainer):  # as those that the trainer makes for TensorBoard and W&B
+        trainer.add_callback(Log())
+        return callbacks.watch_trainer(trainer)
+
+    monkeypatch.setattr(transformers_trainer, "watch_trainer", watch_late)
+    trainer, steered, monitor = transformers_trainer.make_trainer(tmp_path)
+    trainer.args.logging_steps = 2
+    steered.refresh_every = 2
+    trainer.train()
+    history = monitor.history()
+    *training, end = trainer.state.log_history
+    assert "steer/loss/fit" not in end
+    assert [line["step"] for line in training] == [2, 4, 6]
+    for i, (line, logged) in enumerate(zip(training, Log.lines, strict=False)):
+        found = {key: value for key, value in line.items() if key.startswith("steer/")}
+        assert found == {key: value for key, value in logged.items() if key.startswith("steer/")}
+        expected = {key: column[2 * i : 2 * i + 2].nanmean().item() for key, column in history.items() if key != "step"}
+        assert found == expected
+        assert found["steer/angle/fit~total"] == history["steer/angle/fit~total"][2 * i]  # none of the step between
+
+
+@pytest.mark.parametrize("watched", [True, False], ids=["restoring all callbacks", "from a run that was not watched"])
+def test_trainer_resumes_its_record(transformers_trainer, tmp_path, monkeypatch, watched):
+    with monkeypatch.context() as patch:
+        if not watched:
+            patch.setattr(transformers_trainer, "watch_trainer", by_hand)
+        transformers_trainer.make_trainer(tmp_path)[0].train()
+    trainer, _, monitor = transformers_trainer.make_trainer(tmp_path)
+    trainer.args.restore_callback_states_from_checkpoint = watched
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert monitor.history()["step"].tolist() == ([1, 2, 3, 4, 5, 6] if watched else [5, 6])
+    assert sum("steer/loss/fit" in line for line in trainer.state.log_history) == (6 if watched else 2)
+
+
+def by_hand(trainer):
+    """Says which micro-batch is the last, and no more."""
+    trainer.optimizer.steering.accumulating = lambda: not trainer.accelerator.sync_gradients
+
+
 @pytest.mark.slow
 def test_trainer_in_two_processes_reaches_the_plain_loop(run_two_forks, tmp_path):
     pytest.importorskip("accelerate")
@@ -244,6 +336,23 @@ def test_lightning_steps_at_the_end_of_a_shortened_epoch(lightning_fit, tmp_path
     module, trainer, monitor = lightning_fit(tmp_path, limit_train_batches=3)
     monkeypatch.setattr(plain_loop, "make_dataset", lambda: samples)
     assert_same((module.model, steered_of(trainer), monitor), plain_loop.train())
+
+
+def test_the_loggers_of_lightning_get_the_means_since_the_last_line(lightning_fit, tmp_path):
+    from lightning.pytorch.loggers import CSVLogger
+
+    class Log(CSVLogger):
+        lines = {}
+
+        def log_metrics(self, metrics, step=None):
+            self.lines[step] = metrics
+
+    _, _, monitor = lightning_fit(tmp_path, logger=Log(tmp_path), log_every_n_steps=4)
+    history = monitor.history()
+    del history["step"]
+    assert {step: {k: v for k, v in line.items() if "steer" in k} for step, line in Log.lines.items()} == {
+        3: {key: column[:4].mean().item() for key, column in history.items()}
+    }
 
 
 @pytest.mark.slow
