@@ -126,7 +126,8 @@ def test_a_resumed_run_without_the_memory_of_the_rule_ends_elsewhere(accelerate_
     assert not all(map(torch.equal, weights(model), weights(expected[0])))
 
 
-def test_accelerate_logs_the_means_since_the_last_line(_fresh_accelerate):
+@pytest.mark.usefixtures("_fresh_accelerate")
+def test_accelerate_logs_the_means_since_the_last_line():
     from accelerate import Accelerator
     from accelerate.tracking import GeneralTracker
 
@@ -162,7 +163,8 @@ def mean_of(steps):
     return {key: (steps[0][key] + steps[1][key]) / 2 for key in steps[0]}
 
 
-def test_watching_needs_one_steered_optimizer(_fresh_accelerate):
+@pytest.mark.usefixtures("_fresh_accelerate")
+def test_watching_needs_one_steered_optimizer():
     from accelerate import Accelerator
 
     plain = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
@@ -241,11 +243,11 @@ def test_trainer_logs_the_sum_of_the_components_and_evaluates(transformers_train
 def test_every_logger_of_the_trainer_gets_the_means_since_the_last_line(transformers_trainer, tmp_path, monkeypatch):
     from transformers import TrainerCallback
 
-    class Log(TrainerCallback):
-        lines = []
+    lines = []
 
+    class Log(TrainerCallback):
         def on_log(self, args, state, control, logs, **options):
-            self.lines.append(dict(logs))
+            lines.append(dict(logs))
 
     def watch_late(trainer):  # as those that the trainer makes for TensorBoard and W&B
         trainer.add_callback(Log())
@@ -260,7 +262,7 @@ def test_every_logger_of_the_trainer_gets_the_means_since_the_last_line(transfor
     *training, end = trainer.state.log_history
     assert "steer/loss/fit" not in end
     assert [line["step"] for line in training] == [2, 4, 6]
-    for i, (line, logged) in enumerate(zip(training, Log.lines, strict=False)):
+    for i, (line, logged) in enumerate(zip(training, lines, strict=False)):
         found = {key: value for key, value in line.items() if key.startswith("steer/")}
         assert found == {key: value for key, value in logged.items() if key.startswith("steer/")}
         expected = {key: column[2 * i : 2 * i + 2].nanmean().item() for key, column in history.items() if key != "step"}
@@ -341,16 +343,16 @@ def test_lightning_steps_at_the_end_of_a_shortened_epoch(lightning_fit, tmp_path
 def test_the_loggers_of_lightning_get_the_means_since_the_last_line(lightning_fit, tmp_path):
     from lightning.pytorch.loggers import CSVLogger
 
-    class Log(CSVLogger):
-        lines = {}
+    lines = {}
 
+    class Log(CSVLogger):
         def log_metrics(self, metrics, step=None):
-            self.lines[step] = metrics
+            lines[step] = metrics
 
     _, _, monitor = lightning_fit(tmp_path, logger=Log(tmp_path), log_every_n_steps=4)
     history = monitor.history()
     del history["step"]
-    assert {step: {k: v for k, v in line.items() if "steer" in k} for step, line in Log.lines.items()} == {
+    assert {step: {k: v for k, v in line.items() if "steer" in k} for step, line in lines.items()} == {
         3: {key: column[:4].mean().item() for key, column in history.items()}
     }
 

@@ -1,8 +1,8 @@
 """Steering under Hugging Face Accelerate: `plain_loop.py` with an `Accelerator`.
 
 `accelerator.backward` wants one scalar, which is what `join` gives. `watch_accelerator` logs and saves what steering
-does, and tells `join` which micro-batch is the last of a step. `prepare` hides the optimizer in a wrapper of its own, so
-keep the name of the steered one.
+does, and tells `join` which micro-batch is the last of a step. `prepare` hides the optimizer in a wrapper of its own,
+so keep the name of the steered one.
 
     python examples/frameworks/accelerate_loop.py
     accelerate launch --cpu --num_processes 2 examples/frameworks/accelerate_loop.py
