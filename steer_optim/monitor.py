@@ -124,8 +124,7 @@ class Monitor:
             last: how many steps.
 
         Returns:
-            Python floats by name. NaN is left out of the means, and kept only if a loss, norm or weight has nothing
-            else.
+            Python floats by name. NaN, what a step does not have, is left out.
 
         Example:
             >>> import torch
@@ -140,7 +139,7 @@ class Monitor:
         """
         self._move_to_host()
         means = {key: column[max(0, len(self) - last) :].nanmean().item() for key, column in self._columns.items()}
-        return {key: mean for key, mean in means.items() if key.startswith(_ALWAYS) or not math.isnan(mean)}
+        return {key: mean for key, mean in means.items() if not math.isnan(mean)}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the record so far, the tensors of :meth:`history`: fit for any checkpoint."""
