@@ -301,6 +301,10 @@ class Steering:
         self._memory, self._names, self._agreement = memory, memory.names, Agreement()
         self.drop_pending()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy trains in another loop.
+        return {key: value for key, value in vars(self).items() if key != "accumulating"}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         _ALIVE.add(self)

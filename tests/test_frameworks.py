@@ -14,7 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 from torchrun import EXAMPLES, run_two_processes
 from toys import assert_equal, memory
 
-from steer_optim import SteeredOptimizer, callbacks
+from steer_optim import SteeredOptimizer, Steering, callbacks
 from steer_optim.monitor import scalars
 
 sys.path.insert(0, str(EXAMPLES))
@@ -355,6 +355,39 @@ def test_the_loggers_of_lightning_get_the_means_since_the_last_line(lightning_fi
     assert {step: {k: v for k, v in line.items() if "steer" in k} for step, line in lines.items()} == {
         3: {key: column[:4].mean().item() for key, column in history.items()}
     }
+
+
+def test_lightning_watches_a_steering_of_several_optimizers(tmp_path):
+    pytest.importorskip("lightning")
+    from lightning_automatic import Module, lightning
+
+    class TwoOptimizers(Module):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+            self.steering = Steering(self.parameters(), plain_loop.GradVac())
+
+        def configure_optimizers(self):
+            weights, biases = ([p for p in self.parameters() if p.ndim == n] for n in (2, 1))
+            return [torch.optim.SGD(weights, 0.1), torch.optim.AdamW(biases)]
+
+        def training_step(self, batch, batch_idx):
+            self.steering.zero_grad()
+            self.manual_backward(self.steering.join(plain_loop.components(self.model(batch["x"]), batch["labels"])))
+            for optimizer in self.optimizers():
+                optimizer.step()
+
+    module = TwoOptimizers()
+    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = lightning.Trainer(default_root_dir=tmp_path, accelerator="cpu", max_epochs=1, **options)
+    monitor = callbacks.watch_lightning(trainer, module.steering)
+    trainer.fit(module)
+    assert monitor.history()["step"].tolist() == [2, 4, 6, 8, 10]  # Lightning counts the steps of both optimizers
+
+    trainer = lightning.Trainer(default_root_dir=tmp_path, accelerator="cpu", max_epochs=1, **options)
+    callbacks.watch_lightning(trainer)
+    with pytest.raises(TypeError, match="one SteeredOptimizer is needed, and 0 were found"):
+        trainer.fit(module)
 
 
 @pytest.mark.slow
