@@ -67,11 +67,11 @@ def watch_trainer(trainer: Any, steering: Steering | None = None) -> Monitor:
             handler.callbacks.insert(0, self)
             watch.steering = steering or _steering_of([kwargs["optimizer"]])
             watch.steering.accumulating = _accelerate_accumulates
+            watch.steering.drop_pending()  # of a step that an exception cut short
             # A checkpoint of a run that was not watched has none, and the trainer writes only over what is there.
             saved = state.stateful_callbacks.setdefault("SteeringCallback", self.state())
-            if state.global_step:
-                record = json.loads(saved["attributes"]["record"])
-                watch.monitor.load_state_dict({name: _column(name, values) for name, values in record.items()})
+            record = json.loads(saved["attributes"]["record"]) if state.global_step else {"step": []}
+            watch.monitor.load_state_dict({name: _column(name, values) for name, values in record.items()})
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             watch.record(state.global_step)

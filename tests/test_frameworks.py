@@ -283,6 +283,24 @@ def test_trainer_resumes_its_record(transformers_trainer, tmp_path, monkeypatch,
     assert sum("steer/loss/fit" in line for line in trainer.state.log_history) == (6 if watched else 2)
 
 
+def test_a_step_that_an_exception_cut_short_is_forgotten(transformers_trainer, tmp_path):
+    """As with `auto_find_batch_size`, which trains anew with smaller batches when memory runs out."""
+    trainer, _, monitor = transformers_trainer.make_trainer(tmp_path)
+    steered_loss, calls = trainer.compute_loss_func, []
+
+    def interrupted(*args, **options):
+        calls.append(args)
+        if len(calls) == 4:  # in the second step
+            raise RuntimeError("CUDA out of memory.")
+        return steered_loss(*args, **options)
+
+    trainer.compute_loss_func = interrupted
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.train()
+    trainer.train()
+    assert monitor.history()["step"].tolist() == [1, 2, 3, 4, 5, 6]
+
+
 def by_hand(trainer):
     """Says which micro-batch is the last, and no more."""
     trainer.optimizer.steering.accumulating = lambda: not trainer.accelerator.sync_gradients
