@@ -42,6 +42,7 @@ def train(method, *, steps):
     everything = [*trunk.parameters(), *heads.parameters(), *log_variances.parameters()]
     optimizer = torch.optim.Adam(everything, lr=2e-3)
     steering = Steering(trunk.parameters() if steered == "trunk" else everything, rule)
+    angles = []
     for _ in range(steps):
         x, targets = pairs(128, held_out=False)
         features = trunk(x)
@@ -49,14 +50,16 @@ def train(method, *, steps):
         if uncertain:
             losses = {name: loss * (-log_variances[name]).exp() + log_variances[name] for name, loss in losses.items()}
         optimizer.zero_grad()
-        steering.backward_components(losses)
+        geometry = steering.backward_components(losses)
+        angles.append(geometry.angle("left", "right"))
         optimizer.step()
     torch.manual_seed(0)
     x, targets = pairs(5000, held_out=True)
     with torch.no_grad():
         features = trunk(x)
     right = {name: (heads[name](features).argmax(1) == target).float() for name, target in targets.items()}
-    return {f"{name}, %": 100 * hits.mean().item() for name, hits in right.items()}
+    scores = {f"{name}, %": 100 * hits.mean().item() for name, hits in right.items()}
+    return {**scores, "mean angle, °": torch.stack(angles).mean().item()}
 
 
 if __name__ == "__main__":
