@@ -208,3 +208,14 @@ def test_the_accuracies_of_the_main_job_are_those_of_the_committed_results():
         for score in ("answer", "perception"):
             cells = " | ".join(f"{100 * row[score]:.1f}" for row in rows.values())
             assert f"| {score}, {file.stem.replace('digits-seed', 'seed ')} | {cells} |" in page
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_notebook_runs(path, capsys):
+    pytest.importorskip("matplotlib")
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    namespace = {}
+    for cell in cells:
+        exec("".join(line for line in cell["source"] if not line.startswith("%")), namespace)
+    printed = "".join("".join(out["text"]) for cell in cells for out in cell["outputs"] if "text" in out)
+    assert capsys.readouterr().out == printed  # what the page shows
