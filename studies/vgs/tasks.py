@@ -1,0 +1,96 @@
+"""The tasks of the grid, and the settings that the numbers of a run depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from torch import nn
+
+from studies.vgs import models
+from studies.vgs.questions import (
+    Digits,
+    Digits3x3,
+    Questions,
+    Shapes,
+    ShapesMiscountingStudent,
+    ShapesMiscountingTeacher,
+    ShapesVoices,
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that the numbers of a run depend on beside its task, its method and its seed.
+
+    Attributes:
+        steps: of distillation.
+        batch_size: responses in a step.
+        lr: of AdamW, constant.
+        weight_decay: of AdamW.
+        teacher_size: hidden size of the teacher.
+        student_size: hidden size of the student.
+        teacher_steps: supervised steps of the teacher, on 64 right answers each.
+        reader_steps: likewise of the student, which make its language.
+        eye_steps: supervised steps of its fresh tower alone: its perception before distillation.
+        examined: held-out problems at the end; a quarter of them at the checkpoints before.
+        device: where it runs.
+    """
+
+    steps: int
+    batch_size: int = 32
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    teacher_size: int = 96
+    student_size: int = 48
+    teacher_steps: int = 1500
+    reader_steps: int = 1000
+    eye_steps: int = 60
+    examined: int = 2000
+    device: str = "cpu"
+
+    @property
+    def preparation(self) -> dict[str, Any]:
+        """What teacher and initial student depend on."""
+        names = ("teacher_size", "student_size", "teacher_steps", "reader_steps", "eye_steps", "examined", "device")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task: its questions, its family of models, and its settings where nothing else is asked for."""
+
+    name: str
+    questions: type[Questions]
+    model: Callable[[Any, int], nn.Module]
+    settings: Settings
+
+    def settled(self, **changes: Any) -> tuple[Settings, str]:
+        """Settings with changes, and a name for them that a file can have: ``default``, or what is different."""
+        settings = replace(self.settings, **changes)
+        differences = [
+            f"{field.name}={getattr(settings, field.name)}"
+            for field in fields(Settings)
+            if getattr(settings, field.name) != getattr(self.settings, field.name)
+        ]
+        return settings, ",".join(differences) or "default"
+
+
+_SHAPES = Settings(steps=500, lr=3e-4, teacher_steps=700, reader_steps=500, eye_steps=30)
+TASKS = {
+    task.name: task
+    for task in (
+        Task(
+            "digits",
+            Digits,
+            models.qwen,
+            Settings(steps=400, lr=3e-4, teacher_size=64, student_size=32, teacher_steps=700, reader_steps=500),
+        ),
+        Task("digits-3x3", Digits3x3, models.llava, Settings(steps=600, lr=3e-4, teacher_steps=1000, reader_steps=600)),
+        Task("shapes", Shapes, models.llava, _SHAPES),
+        Task("shapes-miscounting-teacher", ShapesMiscountingTeacher, models.llava, _SHAPES),
+        Task("shapes-miscounting-student", ShapesMiscountingStudent, models.llava, _SHAPES),
+        Task("shapes-voices", ShapesVoices, models.llava, _SHAPES),
+    )
+}
