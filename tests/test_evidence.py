@@ -44,7 +44,8 @@ class Here:
 
 
 def test_runs_become_rows_and_rows_a_page(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "DECILE_BATCHES", 1)
+    for name in ("DECILE_BATCHES", "OBSERVATIONS", "CHECKPOINTS"):
+        monkeypatch.setattr(train, name, 1)
     monkeypatch.setattr(grid, "ProcessPoolExecutor", Here)
     runs, docs = tmp_path / "runs.csv", tmp_path / "docs"
     tables = [f"--runs={runs}", f"--curves={tmp_path / 'curves.json.gz'}"]

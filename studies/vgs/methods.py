@@ -13,10 +13,11 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from steer_optim import PCGrad, Steer
+from steer_optim import VGS, PCGrad, Steer
 from steer_optim.rules import PCD, Rule
 from steer_optim.steering import Scope
 from steer_optim.vlm import DecomposedDistillation, token_losses
+from steer_optim.vlm.distillation import Component, Decomposition
 from steer_optim.vlm.divergences import TERMS
 
 FOREVER = 10**9
@@ -74,6 +75,11 @@ class Method:
         return self.losses if self.prior == "live" else replace(self.losses, prior="frozen")
 
 
+# The most visual tokens once more, towards the teacher's gain on the prior of a frozen copy.
+_visual_frozen = Decomposition(
+    {"std": Component(TERMS["std"]), "vis": Component(TERMS["vis"], "visual")}, VGS, prior="frozen", floor=1e-3
+)
+_tokens = DecomposedDistillation("tokens")
 _exact = DecomposedDistillation("exact", gamma=0.0)
 BASES = {
     "standard": Method(DecomposedDistillation("standard")),
@@ -81,6 +87,10 @@ BASES = {
     "vgs-frozen": Method(DecomposedDistillation("vgs-frozen"), prior="frozen"),
     "language": Method(DecomposedDistillation("language")),
     "fixed": Method(DecomposedDistillation("vgs"), refresh_every=FOREVER),
+    # std weighted by 1 + gamma on the most visual tokens: neither q* nor a text-only view of the student.
+    "reweighting": Method(_tokens, lambda losses: Steer("vis", gain=losses.gamma, project="never")),
+    "tokens": Method(_tokens, lambda losses: Steer("vis", gain=losses.gamma)),
+    "reweighting-frozen": Method(DecomposedDistillation(_visual_frozen), prior="frozen"),
     # On the exact split std = lang + vis; gamma is the gain here.
     "steer": Method(_exact, lambda losses: Steer("vis", gain=losses.gamma)),
     "pcd": Method(_exact, lambda losses: PCD("vis")),

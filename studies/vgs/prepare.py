@@ -44,18 +44,17 @@ def move(prompt: Prompt, answer_BT: Tensor, device: str) -> tuple[Prompt, Tensor
 
 def prepare(task: Task, settings: Settings, seed: int, *, cache: Path = CACHE) -> tuple[Any, Any, dict[str, Any]]:
     """The teacher, the initial student and how they do on held-out problems; from the cache where it has them."""
-    slug = ",".join(f"{value}" for value in settings.preparation.values())
-    file = cache / task.name / slug / f"seed{seed}.pt"
     questions, own = task.questions(held_out=False), task.questions(held_out=False, speaker="student")
-    sizes = {"teacher": settings.teacher_size, "student": settings.student_size}
     seed_step(seed, "teacher")
-    teacher = task.model(questions, sizes["teacher"]).to(settings.device).eval()
+    teacher = task.model(questions, settings.teacher_size).to(settings.device).eval()
     seed_step(seed, "student")
-    student = task.model(questions, sizes["student"]).to(settings.device).eval()
-    fresh = task.model(questions, sizes["student"]).to(settings.device)
+    student = task.model(questions, settings.student_size).to(settings.device).eval()
+    fresh = task.model(questions, settings.student_size).to(settings.device)
 
-    if not file.exists():
+    def teach() -> None:
         _supervise(teacher, questions, settings, seed, "teacher", settings.teacher_steps)
+
+    def read() -> None:
         _supervise(student, own, settings, seed, "reader", settings.reader_steps)
         for old, new in zip(models.eye(student), models.eye(fresh), strict=True):
             old.load_state_dict(new.state_dict())
@@ -63,17 +62,23 @@ def prepare(task: Task, settings: Settings, seed: int, *, cache: Path = CACHE) -
         for module in models.eye(student):
             module.requires_grad_(True)
         _supervise(student, own, settings, seed, "eye", settings.eye_steps)
-        examined = Examination(task, settings, settings.examined)
-        made = {"teacher": teacher.state_dict(), "student": student.state_dict()}
-        record = {"teacher": examined(teacher), "initial": examined(student)}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}.partial")  # it appears under its name when it is whole
-        torch.save({**made, "record": record}, partial)
-        os.replace(partial, file)
-    made = torch.load(file, weights_only=True, map_location=settings.device)
-    teacher.load_state_dict(made["teacher"])
-    student.load_state_dict(made["student"])
-    return teacher.requires_grad_(False), student.requires_grad_(True), made["record"]
+
+    scores = {}
+    made = (("teacher", "teacher", teacher, teach), ("student", "initial", student, read))
+    for who, when, model, make in made:
+        slug = ",".join(str(value) for value in settings.preparation(who))
+        file = cache / task.name / f"{who},{slug},seed{seed}.pt"
+        if not file.exists():
+            make()
+            record = Examination(task, settings, settings.examined)(model)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial = file.with_suffix(f".{os.getpid()}.partial")  # it appears under its name when it is whole
+            torch.save({"model": model.state_dict(), "record": record}, partial)
+            os.replace(partial, file)
+        found = torch.load(file, weights_only=True, map_location=settings.device)
+        model.load_state_dict(found["model"])
+        scores[when] = found["record"]
+    return teacher.requires_grad_(False), student.requires_grad_(True), scores
 
 
 def _supervise(model: Any, questions: Questions, settings: Settings, seed: int, phase: str, steps: int) -> None:
@@ -102,10 +107,10 @@ class Examination:
 
     Returns:
         ``answer`` and ``perception``, the shares of responses with the right result and with everything named that was
-        to be seen; without the image ``text_loss``, the cross-entropy of right answers in nats per token, and
-        ``language``, the share of right answers whose every word that follows from those before it is the most likely
-        one there: questions that need no image. Right answers are those of the reliable speakers in turn, and how
-        they are worded counts in neither.
+        to be seen; ``named``, the share of things named right. Without the image: ``text_loss``, the cross-entropy of
+        right answers in nats per token, and ``language``, the share of right answers whose every word that follows from
+        those before it is the most likely one there: questions that need no image. Right answers are those of the
+        reliable speakers in turn, and how they are worded counts in neither.
     """
 
     def __init__(self, task: Task, settings: Settings, count: int) -> None:
@@ -127,7 +132,10 @@ class Examination:
             text_loss = cross_entropy(logits_BTV[:, asked].flatten(0, 1), answer_BT[:, asked].flatten())
             right_B = questions.right(response_BT, answer_BT)
             perceived_B = questions.perceived(response_BT, answer_BT)
-            shares = [share.double().mean() for share in (right_B, perceived_B, said_BT[:, follows].all(dim=1))]
+            seen = list(questions.seen)
+            named_BT = response_BT[:, seen] == answer_BT[:, seen]
+            counted = (right_B, perceived_B, named_BT, said_BT[:, follows].all(dim=1))
+            shares = [share.double().mean() for share in counted]
             scores.append(torch.stack([*shares, text_loss.double()]))
-        names = ("answer", "perception", "language", "text_loss")
+        names = ("answer", "perception", "named", "language", "text_loss")
         return dict(zip(names, torch.stack(scores).mean(0).tolist(), strict=True))

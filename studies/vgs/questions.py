@@ -232,3 +232,42 @@ class ShapesMiscountingStudent(Shapes):
     """The same problems; the student has learnt to count so."""
 
     reliable: ClassVar[tuple[Speaker, ...]] = ("teacher",)
+
+
+class ShapesTopics(Shapes):
+    """The same problems, wrapped in more language than a small student can learn.
+
+    The prompt names one of 40 topics. Before each thing seen come words of talk, drawn from a table of their own for
+    every topic and place: nothing to derive, everything to remember. Both speakers have learnt the same tables.
+    """
+
+    topics, talk = 40, 2
+    small = ShapesVoices.small
+    texts = (*Shapes.texts, *small, *(f"topic{i}" for i in range(40)))
+    length, seen = 17, (2, 6, 10, 14)  # talk, talk, thing, total; four times, and the end
+    said = (0, 1, 4, 5, 8, 9, 12, 13)
+    seeds: ClassVar[dict[Speaker, int]] = {"teacher": 0, "student": 0}
+
+    def __init__(self, *, held_out: bool, speaker: Speaker = "teacher") -> None:
+        super().__init__(held_out=held_out, speaker=speaker)
+        generator = Generator().manual_seed(self.seeds[speaker])
+        places = 4 * self.talk
+        self.tables = torch.randn(self.topics, places, len(self.small), generator=generator).mul(2).softmax(-1)
+
+    def draw(self, count: int, *, generator: Generator | None = None) -> tuple[Prompt, Tensor]:
+        prompt, answer_BT = super().draw(count, generator=generator)
+        topic_B = torch.randint(self.topics, (count,), generator=generator)
+        ids_BL = prompt["input_ids"]
+        topics = self.sentence(count, topic_B + self.ids["topic0"])
+        prompt = {**prompt, "input_ids": torch.cat([ids_BL, topics], dim=1)}
+        prompt["attention_mask"] = torch.ones_like(prompt["input_ids"])
+        probabilities = self.tables[topic_B].flatten(0, 1)
+        words = torch.multinomial(probabilities, 1, generator=generator).view(count, 4, self.talk)
+        chain = torch.cat([words + self.ids[self.small[0]], answer_BT[:, :-1].view(count, 4, 2)], dim=2)
+        return prompt, torch.cat([chain.flatten(1), answer_BT[:, -1:]], dim=1)
+
+
+class ShapesTopicsVoices(ShapesTopics):
+    """The same, and teacher and student have learnt tables of their own."""
+
+    seeds: ClassVar[dict[Speaker, int]] = {"teacher": 0, "student": 1}

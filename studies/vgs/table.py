@@ -29,10 +29,25 @@ SCORES = ("answer", "perception", "named", "language", "text_loss")
 PREPARED = ("teacher answer", "teacher text_loss", "initial answer", "initial perception", "initial text_loss")
 PAIRS = ("lang, vis", "std, vis", "std, lang")
 DECILES = tuple(f"{pair} {decile}" for pair in PAIRS for decile in (0, 9))
-TRAINING = ("answer mean", "eta", "eta first", "eta last", "std~vis", "dose first", "dose", "lang growth")
+TRAINING = (
+    "answer mean",
+    "perception mean",
+    "named mean",
+    "eta",
+    "eta first",
+    "eta last",
+    "std~vis",
+    "dose first",
+    "dose",
+    "lang growth",
+    "lang first",
+    "lang",
+    "gain first",
+    "gain",
+)
 STALE = ("cosine", "cosine lowest", "length")
 # Numbers at the checkpoints, separated by spaces.
-SERIES = ("step", "perception", "named", "answer", "text_loss", "dose", "gain")
+SERIES = ("step", "perception", "named", "answer", "text_loss", "lang", "dose", "gain")
 COLUMNS = (
     *KEY,
     *SCORES,
@@ -60,7 +75,9 @@ def row(record: dict[str, Any], setting: str) -> Row:
     for name in PREPARED:
         who, _, what = name.partition(" ")
         found[name] = scores[who].get(what)
-    found["answer mean"] = fmean(examined["answer"])
+    for name in ("answer", "perception", "named"):
+        if name in examined:
+            found[f"{name} mean"] = fmean(examined[name])
     if etas := steps.get("weight std"):
         quarter = max(1, len(etas) // 4)
         found |= {"eta": fmean(etas), "eta first": fmean(etas[:quarter]), "eta last": fmean(etas[-quarter:])}
@@ -81,9 +98,14 @@ def row(record: dict[str, Any], setting: str) -> Row:
     for pair in PAIRS:
         of_pair = angles[pair] if pair in angles else angles[", ".join(reversed(pair.split(", ")))]
         found |= {f"{pair} {decile}": of_pair[decile] for decile in (0, 9)}
-    if "gain" in examined:
+    if ahead := record.get("ahead"):
+        language = [*ahead["lang"], *ahead["lang end"]]
+        found |= {"lang first": language[0], "lang": language[-1]}
+        found |= {"gain first": ahead["gain"][0], "gain": fmean(ahead["gain"])}
+        every = len(doses) // len(ahead["gain"]) or 1
+        series = {**examined, "lang": language, "gain": ahead["gain"], "dose": doses[::every]}
         for name in SERIES:
-            found[f"{name} at"] = " ".join(f"{value:.3g}" for value in examined[name][::2])
+            found[f"{name} at"] = " ".join(f"{value:.3g}" for value in series[name][::2])
     return {name: _text(found.get(name)) for name in COLUMNS}
 
 

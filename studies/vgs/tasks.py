@@ -16,6 +16,8 @@ from studies.vgs.questions import (
     Shapes,
     ShapesMiscountingStudent,
     ShapesMiscountingTeacher,
+    ShapesTopics,
+    ShapesTopicsVoices,
     ShapesVoices,
 )
 
@@ -50,11 +52,12 @@ class Settings:
     examined: int = 2000
     device: str = "cpu"
 
-    @property
-    def preparation(self) -> dict[str, Any]:
-        """What teacher and initial student depend on."""
-        names = ("teacher_size", "student_size", "teacher_steps", "reader_steps", "eye_steps", "examined", "device")
-        return {name: getattr(self, name) for name in names}
+    def preparation(self, who: str) -> tuple[Any, ...]:
+        """What the teacher or the initial student depends on."""
+        own = (self.teacher_size, self.teacher_steps)
+        if who == "student":
+            own = (self.student_size, self.reader_steps, self.eye_steps)
+        return (*own, self.examined, self.device)
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class Task:
         return settings, ",".join(differences) or "default"
 
 
+_TOPICS = Settings(steps=400, lr=1e-3, teacher_steps=1500, reader_steps=500, eye_steps=30, examined=1000)
 _SHAPES = Settings(steps=500, lr=3e-4, teacher_steps=700, reader_steps=500, eye_steps=30)
 TASKS = {
     task.name: task
@@ -92,5 +96,7 @@ TASKS = {
         Task("shapes-miscounting-teacher", ShapesMiscountingTeacher, models.llava, _SHAPES),
         Task("shapes-miscounting-student", ShapesMiscountingStudent, models.llava, _SHAPES),
         Task("shapes-voices", ShapesVoices, models.llava, _SHAPES),
+        Task("shapes-topics", ShapesTopics, models.llava, _TOPICS),
+        Task("shapes-topics-voices", ShapesTopicsVoices, models.llava, _TOPICS),
     )
 }

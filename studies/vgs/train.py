@@ -31,6 +31,7 @@ FOUR_VIEWS = ("student", "student_text", "teacher", "teacher_text")
 OBSERVATIONS, CHECKPOINTS, DECILE_BATCHES = 40, 10, 4
 GROUP = 8  # responses to one prompt, for GRPO
 EMA = 0.99
+HELD_OUT = 250
 
 
 class Run:
@@ -60,12 +61,14 @@ class Run:
         examine = Examination(self.task, settings, settings.examined // 4)
         every = max(1, settings.steps // OBSERVATIONS)
         checkpoints = {round(settings.steps * i / CHECKPOINTS) for i in range(CHECKPOINTS)}
-        steps, observed, examined = (Series() for _ in range(3))
+        steps, observed, examined, ahead = (Series() for _ in range(4))
         seconds, diverged = [], None
         deciles = {"initial": self.deciles()}
+        held_out = HeldOut(self)
         for step in range(settings.steps):
             if step in checkpoints:
                 examined.add(step, examine(self.student))
+                gradient, before = held_out.gradient(), self.weights()
             if step % every == 0:
                 observed.add(step, self.observe(step))
             start = time.perf_counter()
@@ -77,10 +80,11 @@ class Run:
                 diverged = step
                 break
             seconds.append(time.perf_counter() - start)
+            if step in checkpoints:
+                gain = torch.cosine_similarity(self.weights() - before, gradient, dim=0)
+                ahead.add(step, {"gain": float(gain), "lang": held_out.language()})
         final = Examination(self.task, settings, settings.examined)(self.student)
         examined.add(settings.steps, final)
-        if diverged is None:
-            deciles["final"] = self.deciles()
         return {
             "seconds": rounded(median(seconds)) if seconds else None,
             "diverged": diverged,
@@ -89,11 +93,19 @@ class Run:
             "losses": repr(self.method.losses),
             "scores": rounded({**self.prepared, "final": final}),
             "examined": examined.history(),
+            "ahead": {**ahead.history(), "lang end": [rounded(held_out.language())]},
             "observed": observed.history(),
             "steps": steps.history(points=OBSERVATIONS),
             "deciles": deciles,
             "machine": machine(),
         }
+
+    def weights(self) -> Tensor:
+        """All weights that are trained, as one vector, a copy."""
+        return torch.cat([p.detach().flatten() for p in self.trained()])
+
+    def trained(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def step(self, step: int) -> dict[str, float]:
         """One step of training; returns the weights of the components and the like."""
@@ -114,7 +126,7 @@ class Run:
             record |= {f"weight {name}": float(geometry.weight(name).mean()) for name in geometry.names}
             if exact is not None:
                 record["cosine to exact"], record["length to exact"] = self.compare(geometry, exact)
-        nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+        nn.utils.clip_grad_norm_(self.trained(), 1.0)
         optimizer.step()
         if self.prior is not None and method.prior == "ema":
             with torch.no_grad():
@@ -220,6 +232,38 @@ class Run:
         for p in self.student.parameters():
             split[id(p) not in seeing].append(p)
         return list(split)
+
+
+class HeldOut:
+    """Held-out answers, worded as the teacher does: how the student would read them on."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, task = run, run.task
+        self.questions = task.questions(held_out=True, speaker="teacher")
+        drawn = self.questions.draw(HELD_OUT, generator=torch.Generator().manual_seed(1))
+        self.prompt, self.answer_BT = move(*drawn, run.settings.device)
+        self.told = [column for column in range(self.questions.length) if column not in self.questions.seen]
+        self.teacher_BTV = self._text(run.teacher)
+
+    def gradient(self) -> Tensor:
+        """Of the mean log-probability of what is to be seen, by all weights that are trained, as one vector."""
+        student, seen = self.run.student, list(self.questions.seen)
+        logits_BTV = models.response_logits(student, models.with_image(student, self.prompt), self.answer_BT)
+        log_p = logits_BTV[:, seen].log_softmax(-1).gather(2, self.answer_BT[:, seen, None]).mean()
+        trained = self.run.trained()
+        gradients = torch.autograd.grad(log_p, trained, allow_unused=True)
+        parts = [torch.zeros_like(p) if g is None else g for p, g in zip(trained, gradients, strict=True)]
+        return torch.cat([part.flatten() for part in parts])
+
+    def language(self) -> float:
+        """What is left of the teacher's language to be learnt: KL(q_tx || p_tx) of a word that is not to be seen."""
+        p_BTV, q_BTV = self._text(self.run.student), self.teacher_BTV
+        return float((q_BTV.exp() * (q_BTV - p_BTV)).sum(-1)[:, self.told].mean())
+
+    @torch.no_grad()
+    def _text(self, model: Any) -> Tensor:
+        prefix = models.without_image(model, self.prompt)
+        return models.response_logits(model, prefix, self.answer_BT).log_softmax(-1)
 
 
 def _size(model: Any) -> int:
