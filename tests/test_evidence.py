@@ -74,7 +74,8 @@ def test_runs_become_rows_and_rows_a_page(tmp_path, monkeypatch, capsys):
 
 
 def test_the_numbers_of_the_pages_are_those_of_the_table():
-    bodies = report.pages(table.settings(table.read()))
+    settings, rows = report.split(table.read())
+    bodies = report.pages(settings, rows)
     for name, body in bodies.items():
         page = (ROOT / "docs" / name).read_text()
         assert f"{report.BEGIN}\n\n{body}\n\n{report.END}" in page, "make the report again"
@@ -84,4 +85,4 @@ def test_the_numbers_of_the_pages_are_those_of_the_table():
         for shown in re.findall(r"[+-]\d+\.\d ± \d+\.\d", prose):
             assert shown in tables, f"{name}: {shown}"
     images = {file.stem for file in (ROOT / "docs" / "images").glob("evidence-*.png")}
-    assert images == set(report.drawn(table.settings(table.read()), table.curves()))
+    assert images == set(report.drawn(settings, table.curves(), rows))

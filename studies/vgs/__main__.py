@@ -2,6 +2,7 @@
 
     python -m studies.vgs run --task digits --methods standard vgs --seeds 0 1 2 3 4 --jobs 2
     python -m studies.vgs run --task shapes --methods vgs,floor=1e-3 --lr 1e-3 --steps 2000
+    python -m studies.vgs capacity --jobs 2
     python -m studies.vgs report
 
 What is finished is found again: the same command goes on where it was interrupted.
@@ -15,6 +16,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from studies.vgs import table
+from studies.vgs.capacity import SEEDS, places
 from studies.vgs.grid import Place, work
 from studies.vgs.methods import BASES
 from studies.vgs.prepare import CACHE
@@ -35,7 +37,11 @@ def main(arguments: list[str] | None = None) -> int:
         run.add_argument(f"--{field.name.replace('_', '-')}", type=types[str(field.type)], help="as of the task")
     report = commands.add_parser("report", help="write tables and figures from what has been run")
     report.add_argument("--docs", type=Path, default=Path("docs"))
-    for command in (run, report):
+    capacity = commands.add_parser("capacity", help="do the missing runs of the experiment on capacity and language")
+    capacity.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    capacity.add_argument("--jobs", type=int, default=1, help="processes of one thread each")
+    capacity.add_argument("--cache", type=Path, default=CACHE, help="where teachers and initial students are kept")
+    for command in (run, report, capacity):
         command.add_argument("--runs", type=Path, default=table.RUNS, help="the table")
         command.add_argument("--curves", type=Path, default=table.CURVES, help="checkpoints of the runs that are shown")
     options = parser.parse_args(arguments)
@@ -45,17 +51,21 @@ def main(arguments: list[str] | None = None) -> int:
 
         write(options.runs, options.curves, options.docs)
         return 0
+    if options.command == "capacity":
+        tables = {"runs": options.runs, "curves": options.curves, "cache": options.cache}
+        work(places(options.seeds), jobs=options.jobs, **tables)
+        return 0
     changes = tuple(
         (field.name, value) for field in fields(Settings) if (value := getattr(options, field.name)) is not None
     )
-    places = [
+    wanted = [
         Place(task, changes, method, seed)
         for task in options.task
         for seed in options.seeds
         for method in options.methods
     ]
     try:
-        work(places, jobs=options.jobs, runs=options.runs, curves=options.curves, cache=options.cache)
+        work(wanted, jobs=options.jobs, runs=options.runs, curves=options.curves, cache=options.cache)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

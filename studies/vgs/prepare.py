@@ -45,14 +45,15 @@ def move(prompt: Prompt, answer_BT: Tensor, device: str) -> tuple[Prompt, Tensor
 def prepare(task: Task, settings: Settings, seed: int, *, cache: Path = CACHE) -> tuple[Any, Any, dict[str, Any]]:
     """The teacher, the initial student and how they do on held-out problems; from the cache where it has them."""
     questions, own = task.questions(held_out=False), task.questions(held_out=False, speaker="student")
-    seed_step(seed, "teacher")
+    place, first = (task.taught_by, 0) if task.taught_by else (task.name, seed)
+    seed_step(first, "teacher")
     teacher = task.model(questions, settings.teacher_size).to(settings.device).eval()
     seed_step(seed, "student")
     student = task.model(questions, settings.student_size).to(settings.device).eval()
     fresh = task.model(questions, settings.student_size).to(settings.device)
 
     def teach() -> None:
-        _supervise(teacher, questions, settings, seed, "teacher", settings.teacher_steps)
+        _supervise(teacher, questions, settings, first, "teacher", settings.teacher_steps)
 
     def read() -> None:
         _supervise(student, own, settings, seed, "reader", settings.reader_steps)
@@ -64,10 +65,13 @@ def prepare(task: Task, settings: Settings, seed: int, *, cache: Path = CACHE) -
         _supervise(student, own, settings, seed, "eye", settings.eye_steps)
 
     scores = {}
-    made = (("teacher", "teacher", teacher, teach), ("student", "initial", student, read))
-    for who, when, model, make in made:
+    made = (
+        ("teacher", "teacher", place, first, teacher, teach),
+        ("student", "initial", task.name, seed, student, read),
+    )
+    for who, when, folder, of_seed, model, make in made:
         slug = ",".join(str(value) for value in settings.preparation(who))
-        file = cache / task.name / f"{who},{slug},seed{seed}.pt"
+        file = cache / folder / f"{who},{slug},seed{of_seed}.pt"
         if not file.exists():
             make()
             record = Examination(task, settings, settings.examined)(model)

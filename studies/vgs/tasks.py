@@ -62,12 +62,17 @@ class Settings:
 
 @dataclass(frozen=True)
 class Task:
-    """A task: its questions, its family of models, and its settings where nothing else is asked for."""
+    """A task: its questions, its family of models, and its settings where nothing else is asked for.
+
+    Attributes:
+        taught_by: the task whose teacher of seed 0 teaches here under every seed; by default its own, of that seed.
+    """
 
     name: str
     questions: type[Questions]
     model: Callable[[Any, int], nn.Module]
     settings: Settings
+    taught_by: str = ""
 
     def settled(self, **changes: Any) -> tuple[Settings, str]:
         """Settings with changes, and a name for them that a file can have: ``default``, or what is different."""
@@ -96,7 +101,7 @@ TASKS = {
         Task("shapes-miscounting-teacher", ShapesMiscountingTeacher, models.llava, _SHAPES),
         Task("shapes-miscounting-student", ShapesMiscountingStudent, models.llava, _SHAPES),
         Task("shapes-voices", ShapesVoices, models.llava, _SHAPES),
-        Task("shapes-topics", ShapesTopics, models.llava, _TOPICS),
-        Task("shapes-topics-voices", ShapesTopicsVoices, models.llava, _TOPICS),
+        Task("shapes-topics", ShapesTopics, models.llava, _TOPICS, taught_by="shapes-topics"),
+        Task("shapes-topics-voices", ShapesTopicsVoices, models.llava, _TOPICS, taught_by="shapes-topics"),
     )
 }
