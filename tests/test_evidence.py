@@ -10,11 +10,11 @@ for needed in ("sklearn", "scipy", "tokenizers", "tqdm", "transformers", "matplo
     pytest.importorskip(needed)
 
 from studies.vgs import __main__ as study  # noqa: E402
-from studies.vgs import grid, report, table, train  # noqa: E402
+from studies.vgs import grid, report, shapes, table, train  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--steps=2", "--batch-size=4", "--teacher-size=16", "--student-size=16", "--teacher-steps=1"]
-TINY += ["--reader-steps=1", "--eye-steps=1", "--examined=8"]
+TINY += ["--reader-steps=1", "--eye-steps=1", "--examined=8", "--observations=1", "--decile-batches=1"]
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +23,7 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+    shapes.polygons.cache_clear()  # ten megabytes, which tests of memory would find in this process
 
 
 class Here:
@@ -44,8 +45,7 @@ class Here:
 
 
 def test_runs_become_rows_and_rows_a_page(tmp_path, monkeypatch, capsys):
-    for name in ("DECILE_BATCHES", "OBSERVATIONS", "CHECKPOINTS"):
-        monkeypatch.setattr(train, name, 1)
+    monkeypatch.setattr(train, "CHECKPOINTS", 1)
     monkeypatch.setattr(grid, "ProcessPoolExecutor", Here)
     runs, docs = tmp_path / "runs.csv", tmp_path / "docs"
     tables = [f"--runs={runs}", f"--curves={tmp_path / 'curves.json.gz'}"]

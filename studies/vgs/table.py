@@ -94,8 +94,8 @@ def row(record: dict[str, Any], setting: str) -> Row:
         found |= {"cosine": fmean(cosines), "cosine lowest": min(cosines)}
     if lengths := steps.get("length to exact"):
         found["length"] = fmean(lengths)
-    angles = record["deciles"]["initial"]
-    for pair in PAIRS:
+    angles = record["deciles"].get("initial")
+    for pair in PAIRS if angles else ():
         of_pair = angles[pair] if pair in angles else angles[", ".join(reversed(pair.split(", ")))]
         found |= {f"{pair} {decile}": of_pair[decile] for decile in (0, 9)}
     if ahead := record.get("ahead"):

@@ -37,6 +37,8 @@ class Settings:
         reader_steps: likewise of the student, which make its language.
         eye_steps: supervised steps of its fresh tower alone: its perception before distillation.
         examined: held-out problems at the end; a quarter of them at the checkpoints before.
+        observations: of losses and angles over training, each as dear as five steps.
+        decile_batches: over which angles by decile are averaged, before training; none where it is 0.
         device: where it runs.
     """
 
@@ -50,6 +52,8 @@ class Settings:
     reader_steps: int = 1000
     eye_steps: int = 60
     examined: int = 2000
+    observations: int = 40
+    decile_batches: int = 4
     device: str = "cpu"
 
     def preparation(self, who: str) -> tuple[Any, ...]:
@@ -85,7 +89,16 @@ class Task:
         return settings, ",".join(differences) or "default"
 
 
-_TOPICS = Settings(steps=400, lr=1e-3, teacher_steps=1500, reader_steps=500, eye_steps=30, examined=1000)
+_TOPICS = Settings(
+    steps=400,
+    lr=1e-3,
+    teacher_steps=1500,
+    reader_steps=500,
+    eye_steps=30,
+    examined=1000,
+    observations=10,
+    decile_batches=0,
+)
 _SHAPES = Settings(steps=500, lr=3e-4, teacher_steps=700, reader_steps=500, eye_steps=30)
 TASKS = {
     task.name: task

@@ -28,7 +28,7 @@ from studies.vgs.tasks import Settings, Task
 
 COMPONENTS = ("std", "vis", "lang")  # observed under every method, whatever it trains on
 FOUR_VIEWS = ("student", "student_text", "teacher", "teacher_text")
-OBSERVATIONS, CHECKPOINTS, DECILE_BATCHES = 40, 10, 4
+WINDOWS, CHECKPOINTS = 40, 10
 GROUP = 8  # responses to one prompt, for GRPO
 EMA = 0.99
 HELD_OUT = 250
@@ -59,11 +59,11 @@ class Run:
     def work(self) -> dict[str, Any]:
         settings = self.settings
         examine = Examination(self.task, settings, settings.examined // 4)
-        every = max(1, settings.steps // OBSERVATIONS)
+        every = max(1, settings.steps // settings.observations)
         checkpoints = {round(settings.steps * i / CHECKPOINTS) for i in range(CHECKPOINTS)}
         steps, observed, examined, ahead = (Series() for _ in range(4))
         seconds, diverged = [], None
-        deciles = {"initial": self.deciles()}
+        deciles = {"initial": self.deciles()} if settings.decile_batches else {}
         held_out = HeldOut(self)
         for step in range(settings.steps):
             if step in checkpoints:
@@ -95,7 +95,7 @@ class Run:
             "examined": examined.history(),
             "ahead": {**ahead.history(), "lang end": [rounded(held_out.language())]},
             "observed": observed.history(),
-            "steps": steps.history(points=OBSERVATIONS),
+            "steps": steps.history(points=WINDOWS),
             "deciles": deciles,
             "machine": machine(),
         }
@@ -213,11 +213,12 @@ class Run:
     def deciles(self) -> dict[str, list[float]]:
         """The angles between the components by decile of visual dependency, mean over some batches."""
         angles = dict.fromkeys(combinations(COMPONENTS, 2), torch.zeros(10, dtype=torch.float64))
-        for batch in range(DECILE_BATCHES):
+        batches = self.settings.decile_batches
+        for batch in range(batches):
             losses, mask_BT = self.sampled_losses("deciles", batch)
             parts = {name: losses[name] for name in COMPONENTS}
             geometry = angles_by_decile(parts, losses["vds"], mask_BT, self.student.parameters())
-            angles = {pair: total + geometry.angle(*pair).cpu() / DECILE_BATCHES for pair, total in angles.items()}
+            angles = {pair: total + geometry.angle(*pair).cpu() / batches for pair, total in angles.items()}
         return {", ".join(pair): rounded(mean.tolist()) for pair, mean in angles.items()}
 
     def sampled_losses(self, *key: object) -> tuple[dict[str, Tensor], Tensor]:

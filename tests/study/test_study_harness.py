@@ -25,6 +25,8 @@ TINY = {
     "reader_steps": 2,
     "eye_steps": 1,
     "examined": 16,
+    "observations": 4,
+    "decile_batches": 1,
 }
 pytestmark = pytest.mark.study
 
@@ -132,7 +134,6 @@ def test_a_stale_update_is_compared_with_the_exact_one_as_gradients_are(make_run
 
 
 def test_what_is_observed_changes_nothing(make_run, monkeypatch):
-    monkeypatch.setattr(train, "DECILE_BATCHES", 1)
 
     def trained():
         run = make_run("pcgrad,refresh_every=2")
@@ -142,7 +143,6 @@ def test_what_is_observed_changes_nothing(make_run, monkeypatch):
     often, record = trained()
     assert record["steps"]["cosine to exact"][0] == pytest.approx(1)
     assert len(record["observed"]["step"]) == 4
-    monkeypatch.setattr(train, "OBSERVATIONS", 1)
     monkeypatch.setattr(train, "CHECKPOINTS", 1)
     monkeypatch.setattr(train.Run, "observe", lambda self, step: {})
     monkeypatch.setattr(train.Run, "compare", lambda self, taken, exact: (0.0, 0.0))
