@@ -116,6 +116,27 @@ def test_small_talk_comes_before_the_same_answers():
     assert not torch.equal(teacher.following, student.following)
 
 
+def test_talk_depends_on_topic_and_place():
+    task = TASKS["shapes-topics"]
+    teacher, student = (task.questions(held_out=True, speaker=speaker) for speaker in ("teacher", "student"))
+    other = TASKS["shapes-topics-voices"].questions(held_out=True, speaker="student")
+    assert torch.equal(teacher.tables, student.tables)
+    assert not torch.equal(teacher.tables, other.tables)
+    prompt, answer_BT = teacher.draw(20_000, generator=torch.Generator().manual_seed(0))
+    for answer in sentences(teacher, answer_BT[:20]):
+        words = answer.split()
+        assert {words[column] for column in teacher.said} <= set(teacher.small)
+        assert {words[column] for column in teacher.seen} <= set(teacher.names)
+        assert_counted(teacher, [word for column, word in enumerate(words) if column not in teacher.said])
+    topic = 7
+    mine = prompt["input_ids"][:, -1] == teacher.ids[f"topic{topic}"]
+    for place, column in enumerate(teacher.said):
+        said = answer_BT[mine, column] - teacher.ids[teacher.small[0]]
+        shares = said.bincount(minlength=len(teacher.small)) / mine.sum()
+        error = 4 * (0.25 / mine.sum()) ** 0.5  # four standard errors at most
+        assert (shares - teacher.tables[topic, place]).abs().max() < error
+
+
 def test_how_answers_are_worded_counts_neither_as_language_nor_as_loss(monkeypatch):
     task = TASKS["shapes-voices"]
     settings, _ = task.settled(examined=20)
