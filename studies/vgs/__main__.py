@@ -2,7 +2,8 @@
 
     python -m studies.vgs run --task digits --methods standard vgs --seeds 0 1 2 3 4 --jobs 2
     python -m studies.vgs run --task shapes --methods vgs,floor=1e-3 --lr 1e-3 --steps 2000
-    python -m studies.vgs capacity --jobs 2
+    python -m studies.vgs capacity --jobs 2     appends to studies/vgs/pending.csv
+    python -m studies.vgs merge                 adds its rows to runs.csv
     python -m studies.vgs report
 
 What is finished is found again: the same command goes on where it was interrupted.
@@ -41,8 +42,10 @@ def main(arguments: list[str] | None = None) -> int:
     capacity.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     capacity.add_argument("--jobs", type=int, default=1, help="processes of one thread each")
     capacity.add_argument("--cache", type=Path, default=CACHE, help="where teachers and initial students are kept")
+    commands.add_parser("merge", help="add the rows of studies/vgs/pending.csv to runs.csv")
     for command in (run, report, capacity):
-        command.add_argument("--runs", type=Path, default=table.RUNS, help="the table")
+        file = table.PENDING if command is capacity else table.RUNS
+        command.add_argument("--runs", type=Path, default=file, help="the table")
         command.add_argument("--curves", type=Path, default=table.CURVES, help="checkpoints of the runs that are shown")
     options = parser.parse_args(arguments)
 
@@ -50,6 +53,9 @@ def main(arguments: list[str] | None = None) -> int:
         from studies.vgs.report import write
 
         write(options.runs, options.curves, options.docs)
+        return 0
+    if options.command == "merge":
+        print(f"{table.merge()} new rows in {table.RUNS}")
         return 0
     if options.command == "capacity":
         tables = {"runs": options.runs, "curves": options.curves, "cache": options.cache}

@@ -8,6 +8,7 @@ The page says beforehand which outcome would mean what.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -16,7 +17,7 @@ from matplotlib.figure import Figure
 from benchmarks.common import table as as_table
 from steer_optim.plots import COLOURS
 from studies.vgs.grid import Place
-from studies.vgs.intervals import Interval, cell, paired, points
+from studies.vgs.intervals import Interval, cell, interval, paired, points
 from studies.vgs.table import Row
 
 TASKS = ("shapes-topics", "shapes-topics-voices")  # both speak alike; each has a language of its own
@@ -24,58 +25,61 @@ WIDTHS = (16, 32, 64, 96)
 MAIN = ("standard", "vgs", "reweighting", "vgs-frozen")
 METHODS = (*MAIN, "tokens", "vgs,detach_prior=False", "reweighting-frozen")
 SEEDS = (1, 2, 3, 4, 5)  # seed 0 was the pilot's
+RATE, SLOW = 1e-3, 3e-4  # of learning: the task's own, and one at which less can go wrong
 OUTCOMES = {"named": "things named right, %", "perception": "all seen, %", "answer": "right, %"}
 
 
 def places(seeds: Sequence[int] = SEEDS) -> list[Place]:
-    """All runs: first the main comparison at the extreme widths, then everything, each seed before the next."""
-    first = [_place(TASKS[0], width, method, s) for s in seeds for width in (WIDTHS[0], WIDTHS[-1]) for method in MAIN]
-    rest = [_place(t, width, m, s) for s in seeds for t in TASKS for width in WIDTHS for m in METHODS]
-    return list(dict.fromkeys([*first, *rest]))
+    """All runs: first the main comparison at the extreme widths, then the same slower, then all, seed by seed."""
+    ends = (WIDTHS[0], WIDTHS[-1])
+    wanted = [_place(TASKS[0], w, m, s, r) for r in (RATE, SLOW) for s in seeds for w in ends for m in MAIN]
+    wanted += [_place(task, w, m, s) for s in seeds for task in TASKS for w in WIDTHS for m in METHODS]
+    return list(dict.fromkeys(wanted))
 
 
-def _place(task: str, width: int, method: str, seed: int) -> Place:
-    return Place(task, (("student_size", width),), method, seed)
+def _place(task: str, width: int, method: str, seed: int, rate: float = RATE) -> Place:
+    return Place(task, (("student_size", width), ("lr", rate)), method, seed)
 
 
-def values(rows: Sequence[Row], task: str, width: int, method: str, column: str) -> dict[int, float]:
+def values(
+    rows: Sequence[Row], task: str, width: int, method: str, column: str, rate: float = RATE
+) -> dict[int, float]:
     """A number by seed."""
-    key = (task, _place(task, width, method, 0).setting, method)
+    key = _place(task, width, method, 0, rate).key[:-1]
     mine = (row for row in rows if (row["task"], row["setting"], row["method"]) == key)
     return {int(row["seed"]): float(row[column]) for row in mine if row[column]}
 
 
-def gain(rows: Sequence[Row], task: str, width: int, method: str, column: str) -> Interval | None:
+def gain(rows: Sequence[Row], task: str, width: int, method: str, column: str, rate: float = RATE) -> Interval | None:
     """Over standard distillation, paired by seed."""
-    return paired(values(rows, task, width, method, column), values(rows, task, width, "standard", column))
+    own, standard = (values(rows, task, width, m, column, rate) for m in (method, "standard"))
+    return paired(own, standard)
+
+
+def trial(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """The rows of the seed with which the task was tried out, and those of the study."""
+    return [row for row in rows if row["seed"] == "0"], [row for row in rows if row["seed"] != "0"]
 
 
 def results(rows: Sequence[Row]) -> str:
-    """A row for each task, width and method of which there are runs."""
-    head = ["task", "width", "method", "seeds", *OUTCOMES.values(), "language left, nats, first → last"]
+    """A row for each task, rate, width and method of which there are runs."""
+    head = ["task", "lr", "width", "method", "seeds", *OUTCOMES.values(), "language left, nats, first → last"]
     head += ["dose at the start", "first-order gain, first step", "over training"]
     lines = []
-    for task in TASKS:
-        for width in WIDTHS:
-            for method in METHODS:
-                seeds = len(values(rows, task, width, method, "named"))
-                if not seeds:
-                    continue
+    for task, rate, width, method in itertools.product(TASKS, (RATE, SLOW), WIDTHS, METHODS):
 
-                def shown(column: str, digits: int, key: tuple[str, int, str] = (task, width, method)) -> str:
-                    found = values(rows, *key, column)
-                    return cell(paired(found, dict.fromkeys(found, 0.0)), digits=digits)
+        def mean(column: str, of: tuple[str, int, str, float] = (task, width, method, rate)) -> Interval:
+            return interval([*values(rows, *of[:3], column, of[3]).values()])
 
-                line = [f"`{task}`", str(width), f"`{method}`", str(seeds)]
-                for column in OUTCOMES:
-                    if method == "standard":
-                        found = values(rows, task, width, method, column)
-                        line.append(cell(paired(found, dict.fromkeys(found, 0.0)), scale=100))
-                    else:
-                        line.append(points(gain(rows, task, width, method, column)))
-                line.append(f"{shown('lang first', 2)} → {shown('lang', 2)}")
-                line += [f"{shown('dose first', 0)}°", shown("gain first", 3), shown("gain", 3)]
-                lines.append(line)
+        seeds = len(values(rows, task, width, method, "named", rate))
+        if seeds:
+            line = [f"`{task}`", f"{rate:g}", str(width), f"`{method}`", str(seeds)]
+            for column in OUTCOMES:
+                to_standard = points(gain(rows, task, width, method, column, rate))
+                line.append(cell(mean(column), scale=100) if method == "standard" else to_standard)
+            line.append(f"{cell(mean('lang first'), digits=2)} → {cell(mean('lang'), digits=2)}")
+            line.append(f"{cell(mean('dose first'), digits=0)}°")
+            lines.append([*line, *(cell(mean(column), digits=3) for column in ("gain first", "gain"))])
     return as_table(head, lines)
 
 

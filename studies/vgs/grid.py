@@ -69,10 +69,10 @@ def work(
     curves: Path = table.CURVES,
     cache: Path = CACHE,
 ) -> None:
-    """Does the runs that are missing, in order, ``jobs`` processes of one thread each, and says how it goes."""
+    """Does the runs that are missing here and in the table of all, in order, ``jobs`` processes of one thread each, and says how it goes."""
     for place in places:
         parse(place.method)
-    there = {tuple(row[name] for name in table.KEY) for row in table.read(runs)}
+    there = {tuple(row[name] for name in table.KEY) for file in {runs, table.RUNS} for row in table.read(file)}
     missing = [place for place in places if place.key not in there]
     print(f"{len(places)} runs, {len(places) - len(missing)} of them found in {runs}", flush=True)
     # A new interpreter, not a fork: torch's threads do not survive one.

@@ -51,10 +51,10 @@ def pages(settings: Sequence[Setting], rows: Sequence[Row] = ()) -> dict[str, st
     parts = ["### Claim by claim", rerun, claims(settings)]
     if other := elsewhere(settings):
         parts += ["### In other settings", other]
-    if rows:
-        how = "Points to standard distillation, paired by seed; of standard distillation the share itself."
-        parts += ["### Capacity and language, by width and method", how, capacity.results(rows)]
-        parts.append("```sh\npython -m studies.vgs capacity\n```")
+    for title, some in zip(("the trial, seed 0", "the study"), capacity.trial(rows), strict=True):
+        if some:
+            how = "Points to standard distillation, paired by seed; of standard distillation the share itself."
+            parts += [f"### Capacity and language, {title}", how, capacity.results(some)]
     parts += [section(setting) for setting in settings]
     return {"evidence.md": "\n\n".join(parts), "how-to-choose.md": by_task(settings)}
 
@@ -85,7 +85,8 @@ def drawn(
         if one.task == VARIED and (varied := figures.varied(one)):
             found["evidence-sensitivity"] = partial(figures.sensitivity, one, varied)
     if rows:
-        found["evidence-capacity"] = partial(capacity.figure, rows)
+        first, study = capacity.trial(rows)
+        found["evidence-capacity"] = partial(capacity.figure, study or first)
     return found
 
 

@@ -21,6 +21,7 @@ from studies.vgs.records import rounded
 
 RUNS = Path(__file__).parent / "runs.csv"
 CURVES = Path(__file__).parent / "curves.json.gz"
+PENDING = Path(__file__).parent / "pending.csv"  # of runs in the background, until they are merged
 GAMMA = 2.0  # of the dose, whatever the method trains with
 
 KEY = ("task", "setting", "method", "seed")
@@ -137,6 +138,15 @@ def append(file: Path, new: Row) -> None:
         if not opened.tell():
             writer.writeheader()
         writer.writerow(new)
+
+
+def merge(pending: Path = PENDING, runs: Path = RUNS) -> int:
+    """Moves the rows of runs in the background to the table of all; returns how many are new there."""
+    there = {tuple(row[name] for name in KEY) for row in read(runs)}
+    new = [row for row in read(pending) if tuple(row[name] for name in KEY) not in there]
+    for row in new:
+        append(runs, row)
+    return len(new)
 
 
 def curves(file: Path = CURVES) -> dict[str, dict[str, list[float]]]:
