@@ -90,6 +90,8 @@ def figure(rows: Sequence[Row]) -> Figure:
     for axes, task in zip(drawing.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         for i, method in enumerate(METHODS[1:]):
             found = [(x, gain(rows, task, width, method, "named")) for x, width in enumerate(WIDTHS)]
+            if not any(d for _, d in found):
+                continue
             there = [(x + 0.1 * (i - 2.5), d) for x, d in found if d is not None]
             axes.errorbar(
                 [x for x, _ in there],
@@ -102,7 +104,12 @@ def figure(rows: Sequence[Row]) -> Figure:
             )
         axes.axhline(0, color="0.6", linewidth=0.8, zorder=0)
         axes.set_xticks(range(len(WIDTHS)), [str(width) for width in WIDTHS])
-        axes.set(title=task, xlabel="width of the student", ylabel="things named right, points to standard")
+        axes.set(
+            title=task,
+            xlim=(-0.5, len(WIDTHS) - 0.5),
+            xlabel="width of the student",
+            ylabel="things named right, points to standard",
+        )
     handles = drawing.axes[0].get_legend_handles_labels()
     drawing.legend(*handles, loc="outside lower center", ncols=3, frameon=False)
     return drawing

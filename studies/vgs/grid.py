@@ -69,7 +69,15 @@ def work(
     curves: Path = table.CURVES,
     cache: Path = CACHE,
 ) -> None:
-    """Does the runs that are missing here and in the table of all, in order, ``jobs`` processes of one thread each, and says how it goes."""
+    """Does the runs that are missing here and in the table of all, in order, and says how it goes.
+
+    Args:
+        places: which runs.
+        jobs: processes of one thread each.
+        runs: the table that gets a row for each.
+        curves: where checkpoints are kept of the runs that the page shows.
+        cache: where teachers and initial students are kept.
+    """
     for place in places:
         parse(place.method)
     there = {tuple(row[name] for name in table.KEY) for file in {runs, table.RUNS} for row in table.read(file)}
