@@ -12,7 +12,7 @@ BENCHMARKS ?= steering_cost steering_growth steering_memory replica_memory step_
 INPUTS := pyproject.toml constraints.txt
 HAS_CUDA := import torch, transformers, peft, pytest, hypothesis; assert torch.cuda.is_available()
 
-.PHONY: demo test check docs fmt bench gpu parity third-party families clean
+.PHONY: demo test check docs fmt bench gpu parity third-party families study clean
 
 demo: .venv/examples.stamp
 	$(BIN)/python examples/distill_digits.py $(ARGS)
@@ -54,6 +54,11 @@ third-party: .venv/dev.stamp
 families: .venv/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_PROCESSES) -m "families or not families" tests/vlm/test_families.py $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.families
+
+# The tests of the study's harness, then its page from its table.
+study: .venv/dev.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_PROCESSES) -m "study or not study" tests/study tests/test_evidence.py $(ARGS)
+	$(BIN)/python -m studies.vgs report
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
