@@ -1,7 +1,7 @@
 # Two commands do everything on a fresh machine with Python and make:
 #   make demo   installs into .venv and runs the main job, examples/distill_digits.py
 #   make test   installs into .venv and runs all checks that gate a change
-# A contributor's day: make fmt, make check (format, lint, types), make bench, make parity, make clean.
+# A contributor's day: make fmt, make check (format, lint, types), make docs (build/site), make bench, make parity, make clean.
 # On a machine with a GPU: make gpu.
 
 PYTHON ?= python3
@@ -12,18 +12,21 @@ BENCHMARKS ?= steering_cost steering_growth steering_memory replica_memory step_
 INPUTS := pyproject.toml constraints.txt
 HAS_CUDA := import torch, transformers, peft, pytest, hypothesis; assert torch.cuda.is_available()
 
-.PHONY: demo test check fmt bench gpu parity third-party families clean
+.PHONY: demo test check docs fmt bench gpu parity third-party families study clean
 
 demo: .venv/examples.stamp
 	$(BIN)/python examples/distill_digits.py $(ARGS)
 
-test: check
+test: check docs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_PROCESSES) --dist worksteal $(ARGS)
 
 check: .venv/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: .venv/dev.stamp
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/site
 
 fmt: .venv/dev.stamp
 	$(BIN)/ruff format .
@@ -51,6 +54,11 @@ third-party: .venv/dev.stamp
 families: .venv/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_PROCESSES) -m "families or not families" tests/vlm/test_families.py $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.families
+
+# The tests of the study's harness, then its page from its table.
+study: .venv/dev.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_PROCESSES) -m "study or not study" tests/study tests/test_evidence.py $(ARGS)
+	$(BIN)/python -m studies.vgs report
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -24,11 +24,11 @@ from benchmarks import (
     steering_growth,
     steering_memory,
 )
-from benchmarks.evidence.grid import EVIDENCE
-from benchmarks.evidence.report import command, refreshed
-from benchmarks.evidence.results import load
 from benchmarks.variants import AUTOGRAM, BARE, EVERY, FLATTENED, STEER, TORCHJD
 from steer_optim.plots import COLOURS
+from studies.vgs import table as study
+from studies.vgs.report import command, refreshed
+from studies.vgs.tasks import TASKS
 
 PAGE = common.ROOT / "docs" / "performance.md"
 PAGES = (PAGE, common.ROOT / "docs" / "scale.md")
@@ -93,14 +93,14 @@ def _cost(result: dict[str, Any], part: str) -> str:
 
 
 def _refresh() -> str:
-    """How far known weights lead away from exact ones, from the runs of the main job that the evidence rests on."""
+    """How far known weights lead away from exact ones, from the runs of the study on VGS."""
     parts = [
-        f"`{setting.task}`, {setting.any_run['settings']['steps']} steps:\n\n{cosines}\n\n"
-        f"```sh\n{command(setting)}\n```"
-        for setting in load(EVIDENCE)
+        f"`{setting.task}`, {study.changes(setting).get('steps', TASKS[setting.task].settings.steps)} steps:\n\n"
+        f"{cosines}\n\n```sh\n{command(setting)}\n```"
+        for setting in study.settings(study.read())
         if any("refresh_every=" in method for method in setting.runs) and (cosines := refreshed(setting))
     ]
-    return "\n\n".join(parts) or "Not measured yet: `python -m benchmarks.evidence`."
+    return "\n\n".join(parts) or "Not measured yet: `python -m studies.vgs`."
 
 
 def _machine() -> str:

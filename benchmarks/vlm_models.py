@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from benchmarks.evidence.digits import ANSWER_LENGTH, DigitProblems, make_model, make_tokenizer
+from studies.vgs.digits import ANSWER_LENGTH, DigitProblems, make_model, make_tokenizer
 
 PAD, EOS, IMAGE, VISION_START, VISION_END, VIDEO, SPECIAL = 0, 1, 2, 3, 4, 5, 6
 VOCABULARY = 32_768

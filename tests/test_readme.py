@@ -11,6 +11,7 @@ from benchmarks import common, steering_cost
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+GUIDE = (ROOT / "docs" / "guide.md").read_text()
 WATCHING = (ROOT / "docs" / "watching.md").read_text()
 CHOOSE = (ROOT / "docs" / "how-to-choose.md").read_text()
 
@@ -19,9 +20,9 @@ def snippets(language, page=README):
     return re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
 
 
-def diff_sides():
+def diff_sides(page=README):
     """The loop before and after the README's diff."""
-    (diff,) = snippets("diff")
+    (diff,) = snippets("diff", page)
     lines = diff.splitlines()
     return ("\n".join(line[1:] for line in lines if line[:1] in ("", " ", sign)) for sign in "-+")
 
@@ -79,12 +80,12 @@ def models(monkeypatch):
 
 # The name that every transformers from 5.0 on has.
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
-def test_the_python_snippets_run(capsys, models):
+def test_the_snippets_of_the_guide_run(capsys, models):
     namespace = setting()
-    _, after = diff_sides()
+    _, after = diff_sides(GUIDE)
     exec(after, namespace)
     namespace["messages"] = models["messages"]
-    blocks = snippets("python")
+    blocks = snippets("python", GUIDE)
     assert len(blocks) >= 6
     for block in blocks:
         exec(block, namespace)
@@ -95,8 +96,19 @@ def test_the_python_snippets_run(capsys, models):
     assert not all(torch.equal(new, old) for new, old in weights)
 
 
+def test_the_first_snippet_runs_as_it_stands(capsys):
+    (block,) = snippets("python")
+    assert len(block.splitlines()) <= 11
+    exec(block, {})
+    assert "degrees between the gradients of main and side" in capsys.readouterr().out
+
+
+def test_the_readme_is_read_in_a_minute():
+    assert len(README.split()) < 900
+
+
 def test_a_step_of_distillation_takes_at_most_ten_lines():
-    (step,) = (block for block in snippets("python") if "score(student" in block)
+    (step,) = (block for block in snippets("python", GUIDE) if "score(student" in block)
     assert len(step.splitlines()) <= 10
 
 
@@ -140,14 +152,26 @@ def test_the_commands_exist():
 
 
 def test_the_links_and_pictures_exist():
-    pages = [ROOT / "README.md", ROOT / "examples" / "README.md", *(ROOT / "docs").glob("*.md")]
+    pages = [ROOT / "README.md", ROOT / "examples" / "README.md", *(ROOT / "docs").rglob("*.md")]
     for page in pages:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
 def test_the_costs_are_those_of_the_newest_result():
-    assert steering_cost.markdown(common.newest("steering_cost")) in README
+    result = common.newest("steering_cost")
+    assert steering_cost.markdown(result) in GUIDE
+    rows = {
+        row["variant"]: row["ratio to plain"]
+        for row in result["rows"]
+        if (row["model"], row["graphs"], row["components"]) == ("transformer", "one", 2)
+    }
+    for said, variant in (
+        ("two backward passes, nothing else", "k backward passes"),
+        ("`Steer`", "steer_optim Steer"),
+        ("`Steer`, `refresh_every=10`", "steer_optim Steer, refresh_every=10"),
+    ):
+        assert f"| {said} | {rows[variant]:.2f} |" in README
 
 
 def test_the_snippets_of_the_documentation_are_lines_of_the_examples():
@@ -169,7 +193,7 @@ def test_the_numbers_beside_the_costs_are_those_of_the_newest_results():
         if (row["tokens"], row["vocabulary"], row["head"]) == (1024, 151_936, head)
     )
     ratios = {row["variant"]: row["ratio"][1] for row in step["rows"] if row["setting"] == "larger"}
-    text = " ".join(README.split())
+    text = " ".join(GUIDE.split())
     assert f"{trained:.1f} times less memory than their eager form, {frozen:.1f} times less with a frozen head" in text
     assert f"takes {ratios['VGS']:.2f} times as long as one of standard distillation" in text
     assert f"and {ratios['VGS, refresh_every=10']:.2f} times with `refresh_every=10`" in text
@@ -184,3 +208,14 @@ def test_the_accuracies_of_the_main_job_are_those_of_the_committed_results():
         for score in ("answer", "perception"):
             cells = " | ".join(f"{100 * row[score]:.1f}" for row in rows.values())
             assert f"| {score}, {file.stem.replace('digits-seed', 'seed ')} | {cells} |" in page
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_notebook_runs(path, capsys):
+    pytest.importorskip("matplotlib")
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    namespace = {}
+    for cell in cells:
+        exec("".join(line for line in cell["source"] if not line.startswith("%")), namespace)
+    printed = "".join("".join(out["text"]) for cell in cells for out in cell["outputs"] if "text" in out)
+    assert capsys.readouterr().out == printed  # what the page shows

@@ -1,10 +1,8 @@
 """`Steering`: one over several optimizers, several over one loss, components that are absent."""
 
 import copy
-import importlib.util
 import pickle
 import re
-from pathlib import Path
 from threading import Thread
 
 import pytest
@@ -280,20 +278,6 @@ def test_another_rule_object_starts_without_memory(name):
     again = fresh.backward_components(conflicting(model(batch(2)), rule))
     assert_equal(geometry.weights, again.weights)
     assert optimizer.state_dict()["param_groups"] == fresh.state_dict()["param_groups"]
-
-
-def test_the_example_trains(capsys):
-    spec = importlib.util.spec_from_file_location(
-        "several", Path(__file__).parents[1] / "examples/several_optimizers.py"
-    )
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    example.main()
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3
-    for line in lines:
-        first, last = map(float, re.search(r"([\d.]+) -> ([\d.]+),", line).groups())
-        assert last < 0.2 * first, line
 
 
 def test_steerings_in_two_threads_train_as_one_after_the_other():
