@@ -47,7 +47,7 @@ def make(
         once(out / name, write)
 
     taught("teacher", lambda: make_model(64), teacher_steps, lr=2e-3)
-    taught("reader", lambda: make_model(32), reader_steps, lr=2e-3)
+    taught("reader", lambda: make_model(48), reader_steps, lr=2e-3)
     taught("student", lambda: with_untrained_eye(out / "reader"), student_steps, lr=3e-4)
 
 
