@@ -117,6 +117,30 @@ class Monitor:
         known = {k: c.clone() for k, c in self._columns.items() if k.startswith(_ALWAYS) or not c.isnan().all()}
         return {"step": torch.tensor(self._steps, dtype=torch.int64), **known}
 
+    def means(self, last: int) -> dict[str, float]:
+        """Return the mean of each number over the last steps, for a logger that writes one line for several steps.
+
+        Args:
+            last: how many steps.
+
+        Returns:
+            Python floats by name. NaN, what a step does not have, is left out.
+
+        Example:
+            >>> import torch
+            >>> from steer_optim import Geometry
+            >>> from steer_optim.monitor import Monitor
+            >>> monitor = Monitor()
+            >>> for norm in 1.0, 2.0, 4.0:
+            ...     G = torch.tensor([[norm**2, 0.0], [0.0, 1.0]], dtype=torch.float64)
+            ...     monitor.record(Geometry(("lang", "vis"), G, weights=torch.ones(2, dtype=torch.float64)))
+            >>> monitor.means(last=2)["steer/norm/lang"]
+            3.0
+        """
+        self._move_to_host()
+        means = {key: column[max(0, len(self) - last) :].nanmean().item() for key, column in self._columns.items()}
+        return {key: mean for key, mean in means.items() if not math.isnan(mean)}
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return the record so far, the tensors of :meth:`history`: fit for any checkpoint."""
         return self.history()

@@ -90,7 +90,7 @@ class SteeredOptimizer(OptimizerFacade):
 
     @overload
     def backward_components(
-        self, losses: Losses, *, accumulate: Literal[False] = False, retain_graph: bool = False
+        self, losses: Losses, *, accumulate: Literal[False] | None = None, retain_graph: bool = False
     ) -> Geometry: ...
 
     @overload
@@ -99,7 +99,7 @@ class SteeredOptimizer(OptimizerFacade):
     ) -> Geometry | None: ...
 
     def backward_components(
-        self, losses: Losses, *, accumulate: bool = False, retain_graph: bool = False
+        self, losses: Losses, *, accumulate: bool | None = None, retain_graph: bool = False
     ) -> Geometry | None:
         """Backpropagate every component, and add the steered update to ``.grad``.
 
@@ -107,7 +107,7 @@ class SteeredOptimizer(OptimizerFacade):
         """
         return self.steering.backward_components(losses, accumulate=accumulate, retain_graph=retain_graph)
 
-    def join(self, losses: Losses, *, accumulate: bool = False) -> Tensor:
+    def join(self, losses: Losses, *, accumulate: bool | None = None) -> Tensor:
         """Return one scalar, the sum of the components, whose backward pass steers; see :meth:`Steering.join`."""
         return self.steering.join(losses, accumulate=accumulate)
 

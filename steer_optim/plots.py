@@ -1,4 +1,4 @@
-"""Figures of what steering did: norms and cosines over training, losses per method, angles by visual dependency.
+"""Figures of what steering did: norms, cosines, weights and losses over training, angles by visual dependency.
 
 Every function takes plain data (``Monitor.history()``, or mappings of names to values), draws on the given axes or
 on a new figure, and returns the figure: ``figure.savefig("x.png")``. Nothing here touches pyplot or its global state.
@@ -11,10 +11,14 @@ from typing import TYPE_CHECKING, TypeAlias, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+# How far the medians of two norms are apart where a linear axis would show the smaller one as zero.
+_APART = 20.0
 
 Values: TypeAlias = "Tensor | Sequence[float]"
 
@@ -22,11 +26,14 @@ Values: TypeAlias = "Tensor | Sequence[float]"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
-def norms(history: Mapping[str, Values], *, axes: Axes | None = None) -> Figure:
+def norms(history: Mapping[str, Values], *, smooth: int = 1, axes: Axes | None = None) -> Figure:
     """Norms of the component gradients over training (upper half of the paper's Fig. 7).
+
+    The axis is logarithmic if one component's median norm is more than twenty times another's.
 
     Args:
         history: of a :class:`steer_optim.monitor.Monitor`: ``"step"`` and ``"steer/norm/..."``, ``(n,)`` each.
+        smooth: draw the mean over the last so many values that are not NaN.
         axes: where to draw; a new figure by default.
 
     Returns:
@@ -47,17 +54,17 @@ def norms(history: Mapping[str, Values], *, axes: Axes | None = None) -> Figure:
         arXiv 2606.00564, Fig. 7.
     """
     axes = _axes(axes)
-    _lines(axes, _columns(history, "norm"))
+    _norms(axes, _columns(history, "norm"), smooth)
     axes.set(xlabel="step", ylabel="gradient norm")
-    axes.set_ylim(bottom=0)
     return _figure_of(axes)
 
 
-def cosines(history: Mapping[str, Values], *, axes: Axes | None = None) -> Figure:
+def cosines(history: Mapping[str, Values], *, smooth: int = 1, axes: Axes | None = None) -> Figure:
     """Cosines between the component gradients over training; below zero they conflict.
 
     Args:
         history: of a :class:`steer_optim.monitor.Monitor`: ``"step"`` and ``"steer/cos/..."``, ``(n,)`` each.
+        smooth: as in :func:`norms`.
         axes: where to draw; a new figure by default.
 
     Returns:
@@ -77,19 +84,20 @@ def cosines(history: Mapping[str, Values], *, axes: Axes | None = None) -> Figur
         arXiv 2606.00564, Fig. 7.
     """
     axes = _axes(axes)
-    _lines(axes, _columns(history, "cos"))
+    _lines(axes, _columns(history, "cos"), smooth=smooth)
     axes.set(xlabel="step", ylabel="cosine between gradients", ylim=(-1.05, 1.05))
     axes.axhline(0, color="0.4", linewidth=0.8, zorder=1)
     return _figure_of(axes)
 
 
-def geometry(history: Mapping[str, Values]) -> Figure:
+def geometry(history: Mapping[str, Values], *, smooth: int = 1) -> Figure:
     """Norms above cosines over training, the paper's Fig. 7.
 
     Where both are stable a constant eta, and so a rarely refreshed Gramian, is as good as an exact one.
 
     Args:
         history: of a :class:`steer_optim.monitor.Monitor`.
+        smooth: as in :func:`norms`.
 
     Returns:
         The figure.
@@ -110,19 +118,58 @@ def geometry(history: Mapping[str, Values]) -> Figure:
     """
     figure = _figure(height=6.0)
     above, below = figure.subplots(2, 1, sharex=True)
-    norms(history, axes=above)
-    cosines(history, axes=below)
+    norms(history, smooth=smooth, axes=above)
+    cosines(history, smooth=smooth, axes=below)
     above.set_xlabel("")
     return figure
 
 
-def losses(histories: Mapping[str, Mapping[str, Values]], *, component: str, axes: Axes | None = None) -> Figure:
+def weights(history: Mapping[str, Values], *, smooth: int = 1) -> Figure:
+    """Weights of the components above the length of the update, over training.
+
+    The length is drawn beside that of the plain sum, which an unsteered step would have. Steps that reused weights
+    have no length.
+
+    Args:
+        history: of a :class:`steer_optim.monitor.Monitor`.
+        smooth: as in :func:`norms`.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: the history has no weights.
+
+    Example:
+        >>> from steer_optim import plots
+        >>> history = {"step": [0, 1], "steer/weight/std": [1.0, 0.9], "steer/weight/vis": [1.0, 2.1]}
+        >>> figure = plots.weights({**history, "steer/update_norm": [3.0, 4.0], "steer/update_norm_ratio": [1.0, 2.0]})
+        >>> [axes.get_ylabel() for axes in figure.axes]
+        ['weight', 'norm of the update']
+    """
+    columns = _columns(history, "weight")
+    figure = _figure(height=6.0)
+    above, below = figure.subplots(2, 1, sharex=True)
+    _lines(above, columns, smooth=smooth)
+    above.set(ylabel="weight")
+    steps, update = _tensor(history["step"]), _tensor(history["steer/update_norm"])
+    plain = update / _tensor(history["steer/update_norm_ratio"])
+    _norms(below, {"steered": (steps, update), "plain sum": (steps, plain)}, smooth)
+    below.set(xlabel="step", ylabel="norm of the update")
+    return figure
+
+
+def losses(
+    histories: Mapping[str, Mapping[str, Values]], *, component: str, smooth: int = 1, axes: Axes | None = None
+) -> Figure:
     """One component's loss over training, a line per method.
 
     Args:
         histories: the history of a :class:`steer_optim.monitor.Monitor` for each method, by the name in the
             legend: ``"step"`` and ``"steer/loss/<component>"``, ``(n,)`` each.
         component: whose loss is drawn.
+        smooth: as in :func:`norms`.
         axes: where to draw; a new figure by default.
 
     Returns:
@@ -147,7 +194,7 @@ def losses(histories: Mapping[str, Mapping[str, Values]], *, component: str, axe
         if component not in columns:
             raise ValueError(f"the history of {method!r} has losses {sorted(columns)}; {component!r} is not one")
         lines[method] = columns[component]
-    _lines(axes, lines)
+    _lines(axes, lines, smooth=smooth)
     axes.set(xlabel="step", ylabel=f"loss {component!r}")
     return _figure_of(axes)
 
@@ -196,11 +243,26 @@ def _columns(history: Mapping[str, Values], kind: str) -> dict[str, tuple[Tensor
     return {name: (steps, values) for name, values in found.items()}
 
 
-def _lines(axes: Axes, lines: Mapping[str, tuple[Tensor, Tensor]], *, marker: str | None = None) -> None:
+def _norms(axes: Axes, lines: Mapping[str, tuple[Tensor, Tensor]], smooth: int) -> None:
+    _lines(axes, lines, smooth=smooth)
+    medians = [y.nanmedian().item() for _, y in lines.values()]
+    positive = [median for median in medians if median > 0]
+    if positive and max(positive) > _APART * min(positive):
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
+
+
+def _lines(
+    axes: Axes, lines: Mapping[str, tuple[Tensor, Tensor]], *, smooth: int = 1, marker: str | None = None
+) -> None:
     for i, (label, (x, y)) in enumerate(lines.items()):
         present = ~y.isnan()  # a component that some steps do not have is joined over the gap
+        x, y = x[present], y[present]
+        if smooth > 1 and len(y):
+            y = pad(y, (smooth - 1, 0), value=torch.nan).unfold(0, smooth, 1).nanmean(1)
         colour = COLOURS[i % len(COLOURS)]
-        axes.plot(x[present].tolist(), y[present].tolist(), color=colour, marker=marker, linewidth=1.6, label=label)
+        axes.plot(x.tolist(), y.tolist(), color=colour, marker=marker, linewidth=1.6, label=label)
     axes.grid(color="0.92")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

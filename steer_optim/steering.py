@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Literal, overload
 
@@ -87,6 +87,10 @@ class Steering:
         ...     optimizer.step()
     """
 
+    accumulating: Callable[[], bool] | None = None
+    """Whether more micro-batches of the step follow, asked where ``accumulate`` is left out; see
+    :mod:`steer_optim.callbacks`. None: every call is the last of its step."""
+
     def __init__(
         self,
         parameters: Iterable[Any] | Optimizer,
@@ -149,7 +153,7 @@ class Steering:
 
     @overload
     def backward_components(
-        self, losses: Losses, *, accumulate: Literal[False] = False, retain_graph: bool = False
+        self, losses: Losses, *, accumulate: Literal[False] | None = None, retain_graph: bool = False
     ) -> Geometry: ...
 
     @overload
@@ -158,7 +162,7 @@ class Steering:
     ) -> Geometry | None: ...
 
     def backward_components(
-        self, losses: Losses, *, accumulate: bool = False, retain_graph: bool = False
+        self, losses: Losses, *, accumulate: bool | None = None, retain_graph: bool = False
     ) -> Geometry | None:
         """Backpropagate every component, and add the steered combination of their gradients to ``.grad``.
 
@@ -172,13 +176,13 @@ class Steering:
                 ``retain_graph=True``. Each callable that runs the model updates the statistics of its BatchNorm layers.
                 None, or a known name left out, counts as a zero gradient: a task without samples. The first step
                 defines the known names, and their order in ``Geometry``.
-            accumulate: add this micro-batch to what is pending and write nothing. The next plain call steers the
-                totals: N micro-batches equal one batch, which steering each by itself does not.
+            accumulate: True adds this micro-batch to what is pending and writes nothing; False steers the totals: N
+                micro-batches equal one batch, which steering each by itself does not. None asks :attr:`accumulating`.
             retain_graph: keep the graph of the components, as ``Tensor.backward`` does.
 
         Returns:
             The geometry of the (accumulated) gradients and the weights used, also kept as ``geometry``; None where
-            ``accumulate`` is true.
+            this micro-batch was only accumulated.
 
         Raises:
             TypeError, ValueError: no components; one that is not a scalar, or that reaches no parameter; a name that is
@@ -200,9 +204,9 @@ class Steering:
             >>> x.grad
             tensor([7.])
         """
-        return self._steer(losses, scale=None, accumulate=accumulate, retain_graph=retain_graph)
+        return self._steer(losses, scale=None, accumulate=self._accumulates(accumulate), retain_graph=retain_graph)
 
-    def join(self, losses: Losses, *, accumulate: bool = False) -> Tensor:
+    def join(self, losses: Losses, *, accumulate: bool | None = None) -> Tensor:
         """Return one scalar, equal to the sum of the components, whose backward pass steers.
 
         Use it in loops that call ``loss.backward()`` themselves. A factor on the scalar, from a gradient scaler or a
@@ -216,7 +220,7 @@ class Steering:
 
         Args:
             losses: as for :meth:`backward_components`; callables are evaluated at once, since the sum is.
-            accumulate: as for :meth:`backward_components`: true for every micro-batch but the last.
+            accumulate: as for :meth:`backward_components`: True for every micro-batch but the last.
 
         Returns:
             A scalar, on the device and in the dtype of the first component that is present; 0 where none is.
@@ -236,6 +240,7 @@ class Steering:
             >>> x.grad
             tensor([1.5000])
         """
+        accumulate = self._accumulates(accumulate)
         if torch.is_grad_enabled():
             check_losses(losses)
             self._check_names(losses, accumulate=accumulate)
@@ -296,12 +301,21 @@ class Steering:
         self._memory, self._names, self._agreement = memory, memory.names, Agreement()
         self.drop_pending()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy trains in another loop.
+        return {key: value for key, value in vars(self).items() if key != "accumulating"}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         _ALIVE.add(self)
 
     def __repr__(self) -> str:
         return f"Steering({self.rule!r}, scope={self.scope!r})"
+
+    def _accumulates(self, accumulate: bool | None) -> bool:
+        if accumulate is None:
+            return self.accumulating is not None and self.accumulating()
+        return accumulate
 
     def _steer(self, losses: Losses, *, scale: Tensor | None, accumulate: bool, retain_graph: bool) -> Geometry | None:
         check_losses(losses)

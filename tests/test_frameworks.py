@@ -14,7 +14,8 @@ from torch.nn.utils import clip_grad_norm_
 from torchrun import EXAMPLES, run_two_processes
 from toys import assert_equal, memory
 
-from steer_optim import SteeredOptimizer
+from steer_optim import SteeredOptimizer, Steering, callbacks
+from steer_optim.monitor import scalars
 
 sys.path.insert(0, str(EXAMPLES))
 
@@ -61,9 +62,19 @@ def weights(model):
 
 
 def assert_same(found, expected):
-    """Weights and the memory of the rule, of pairs of a model and its steered optimizer."""
+    """Weights, the memory of the rule, and what was recorded: of models, steered optimizers and monitors."""
     assert_equal(weights(found[0]), weights(expected[0]))
     assert memory(found[1]) == memory(expected[1])
+    assert_recorded(found[2], expected[2])
+
+
+def assert_recorded(found, expected):
+    """All but the losses: those of the plain loop are divided by the number of micro-batches first."""
+    found, expected = found.history(), expected.history()
+    assert found.pop("step").tolist() == (expected.pop("step") + 1).tolist()
+    assert found.keys() == expected.keys()
+    shared = [key for key in expected if not key.startswith("steer/loss/")]
+    assert_equal([found[key] for key in shared], [expected[key] for key in shared])
 
 
 def assert_close_to(state_dict, expected):
@@ -111,8 +122,54 @@ def test_a_resumed_run_without_the_memory_of_the_rule_ends_elsewhere(accelerate_
     state_dict = torch.load(file, weights_only=True)
     del state_dict["param_groups"][0]["steer_optim"]
     torch.save(state_dict, file)
-    model, _ = accelerate_loop.train(tmp_path, first_epoch=1)
+    model, *_ = accelerate_loop.train(tmp_path, first_epoch=1)
     assert not all(map(torch.equal, weights(model), weights(expected[0])))
+
+
+@pytest.mark.usefixtures("_fresh_accelerate")
+def test_accelerate_logs_the_means_since_the_last_line():
+    from accelerate import Accelerator
+    from accelerate.tracking import GeneralTracker
+
+    class Log(GeneralTracker):
+        name, requires_logging_directory, tracker = "log", False, None
+
+        def __init__(self):
+            super().__init__()
+            self.lines = {}
+
+        def log(self, values, step=None, **options):
+            self.lines[step] = values
+
+    log = Log()
+    accelerator = Accelerator(log_with=log)
+    accelerator.init_trackers("run")
+    model = plain_loop.Regression()
+    optimizer = accelerator.prepare(plain_loop.make_optimizer(model)[0])
+    monitor = callbacks.watch_accelerator(accelerator, optimizer, log_every=2)
+    numbers = []
+    for batch in torch.utils.data.DataLoader(plain_loop.make_dataset(), plain_loop.BATCH):
+        optimizer.zero_grad()
+        accelerator.backward(optimizer.optimizer.join(plain_loop.components(model(batch["x"]), batch["labels"])))
+        optimizer.step()
+        numbers.append(scalars(optimizer.optimizer.geometry))
+    assert log.lines == {n: mean_of(numbers[n - 2 : n]) for n in (2, 4)}
+    assert len(monitor) == 5
+
+
+def mean_of(steps):
+    """Of two steps: halves are exact, and a sum of two has no order."""
+    assert len(steps) == 2
+    return {key: (steps[0][key] + steps[1][key]) / 2 for key in steps[0]}
+
+
+@pytest.mark.usefixtures("_fresh_accelerate")
+def test_watching_needs_one_steered_optimizer():
+    from accelerate import Accelerator
+
+    plain = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    with pytest.raises(TypeError, match="one SteeredOptimizer is needed, and 0 were found"):
+        callbacks.watch_accelerator(Accelerator(), plain)
 
 
 @pytest.mark.slow
@@ -137,13 +194,13 @@ def transformers_trainer(_fresh_accelerate):
 @pytest.mark.parametrize("checkpoint", [2, 3], ids=["within an epoch", "between epochs"])
 def test_trainer_reaches_the_plain_loop_and_resumes(transformers_trainer, tmp_path, checkpoint):
     expected = plain_loop.train(left_over="actual")
-    trainer, steered = transformers_trainer.make_trainer(tmp_path)
+    trainer, steered, monitor = transformers_trainer.make_trainer(tmp_path)
     trainer.train()
-    assert_same((trainer.model, steered), expected)
+    assert_same((trainer.model, steered, monitor), expected)
 
-    trainer, steered = transformers_trainer.make_trainer(tmp_path)
+    trainer, steered, monitor = transformers_trainer.make_trainer(tmp_path)
     trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{checkpoint}"))
-    assert_same((trainer.model, steered), expected)
+    assert_same((trainer.model, steered, monitor), expected)
 
 
 def test_a_trainer_with_a_compute_loss_of_its_own_reaches_the_plain_loop(transformers_trainer, tmp_path, monkeypatch):
@@ -155,19 +212,18 @@ def test_a_trainer_with_a_compute_loss_of_its_own_reaches_the_plain_loop(transfo
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             outputs = model(inputs["x"])
-            losses = plain_loop.components(outputs, inputs["labels"])
             steered = self.optimizer.optimizer  # within Accelerate's
-            loss = steered.join(losses, accumulate=not self.accelerator.sync_gradients)
+            loss = steered.join(plain_loop.components(outputs, inputs["labels"]))
             return (loss, outputs) if return_outputs else loss
 
     monkeypatch.setattr(transformers_trainer, "Trainer", Steering)
-    trainer, steered = transformers_trainer.make_trainer(tmp_path)
+    trainer, steered, monitor = transformers_trainer.make_trainer(tmp_path)
     trainer.train()
-    assert_same((trainer.model, steered), plain_loop.train(left_over="actual"))
+    assert_same((trainer.model, steered, monitor), plain_loop.train(left_over="actual"))
 
 
 def test_trainer_logs_the_sum_of_the_components_and_evaluates(transformers_trainer, tmp_path):
-    trainer, steered = transformers_trainer.make_trainer(tmp_path)
+    trainer, steered, _ = transformers_trainer.make_trainer(tmp_path)
     samples = torch.utils.data.default_collate(plain_loop.make_dataset())
     step = 2 * plain_loop.BATCH
     with torch.no_grad():
@@ -184,6 +240,72 @@ def test_trainer_logs_the_sum_of_the_components_and_evaluates(transformers_train
     assert logged == pytest.approx(expected[0], rel=1e-6)
 
 
+def test_every_logger_of_the_trainer_gets_the_means_since_the_last_line(transformers_trainer, tmp_path, monkeypatch):
+    from transformers import TrainerCallback
+
+    lines = []
+
+    class Log(TrainerCallback):
+        def on_log(self, args, state, control, logs, **options):
+            lines.append(dict(logs))
+
+    def watch_late(trainer):  # as those that the trainer makes for TensorBoard and W&B
+        trainer.add_callback(Log())
+        return callbacks.watch_trainer(trainer)
+
+    monkeypatch.setattr(transformers_trainer, "watch_trainer", watch_late)
+    trainer, steered, monitor = transformers_trainer.make_trainer(tmp_path)
+    trainer.args.logging_steps = 2
+    steered.refresh_every = 2
+    trainer.train()
+    history = monitor.history()
+    *training, end = trainer.state.log_history
+    assert "steer/loss/fit" not in end
+    assert [line["step"] for line in training] == [2, 4, 6]
+    for i, (line, logged) in enumerate(zip(training, lines, strict=False)):
+        found = {key: value for key, value in line.items() if key.startswith("steer/")}
+        assert found == {key: value for key, value in logged.items() if key.startswith("steer/")}
+        expected = {key: column[2 * i : 2 * i + 2].nanmean().item() for key, column in history.items() if key != "step"}
+        assert found == expected
+        assert found["steer/angle/fit~total"] == history["steer/angle/fit~total"][2 * i]  # none of the step between
+
+
+@pytest.mark.parametrize("watched", [True, False], ids=["restoring all callbacks", "from a run that was not watched"])
+def test_trainer_resumes_its_record(transformers_trainer, tmp_path, monkeypatch, watched):
+    with monkeypatch.context() as patch:
+        if not watched:
+            patch.setattr(transformers_trainer, "watch_trainer", by_hand)
+        transformers_trainer.make_trainer(tmp_path)[0].train()
+    trainer, _, monitor = transformers_trainer.make_trainer(tmp_path)
+    trainer.args.restore_callback_states_from_checkpoint = watched
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert monitor.history()["step"].tolist() == ([1, 2, 3, 4, 5, 6] if watched else [5, 6])
+    assert sum("steer/loss/fit" in line for line in trainer.state.log_history) == (6 if watched else 2)
+
+
+def test_a_step_that_an_exception_cut_short_is_forgotten(transformers_trainer, tmp_path):
+    """As with `auto_find_batch_size`, which trains anew with smaller batches when memory runs out."""
+    trainer, _, monitor = transformers_trainer.make_trainer(tmp_path)
+    steered_loss, calls = trainer.compute_loss_func, []
+
+    def interrupted(*args, **options):
+        calls.append(args)
+        if len(calls) == 4:  # in the second step
+            raise RuntimeError("CUDA out of memory.")
+        return steered_loss(*args, **options)
+
+    trainer.compute_loss_func = interrupted
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.train()
+    trainer.train()
+    assert monitor.history()["step"].tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def by_hand(trainer):
+    """Says which micro-batch is the last, and no more."""
+    trainer.optimizer.steering.accumulating = lambda: not trainer.accelerator.sync_gradients
+
+
 @pytest.mark.slow
 def test_trainer_in_two_processes_reaches_the_plain_loop(run_two_forks, tmp_path):
     pytest.importorskip("accelerate")
@@ -198,7 +320,7 @@ def test_trainer_in_two_processes_reaches_the_plain_loop(run_two_forks, tmp_path
 
 @pytest.fixture(params=["automatic", "manual"])
 def lightning_fit(request):
-    """Fits a new module, in automatic or manual optimization; returns it and its trainer."""
+    """Fits a new module, in automatic or manual optimization; returns it, its trainer, and the record."""
     pytest.importorskip("lightning")
     import lightning_automatic
     import lightning_manual
@@ -206,12 +328,12 @@ def lightning_fit(request):
     def fit(directory, *, checkpoint=None, **options):
         if request.param == "automatic":
             module = lightning_automatic.Module()
-            trainer = lightning_automatic.make_trainer(directory, **options)
+            trainer, monitor = lightning_automatic.make_trainer(directory, **options)
         else:
             module = lightning_manual.ManualModule()
-            trainer = lightning_manual.make_manual_trainer(directory, **options)
+            trainer, monitor = lightning_manual.make_manual_trainer(directory, **options)
         trainer.fit(module, ckpt_path=checkpoint)
-        return module, trainer
+        return module, trainer, monitor
 
     return fit
 
@@ -225,15 +347,65 @@ def steered_of(trainer):
 def test_lightning_reaches_the_plain_loop_and_resumes(lightning_fit, tmp_path):
     expected = plain_loop.train()
     for checkpoint in (None, tmp_path / "epoch=0.ckpt"):
-        module, trainer = lightning_fit(tmp_path, checkpoint=checkpoint)
-        assert_same((module.model, steered_of(trainer)), expected)
+        module, trainer, monitor = lightning_fit(tmp_path, checkpoint=checkpoint)
+        assert_same((module.model, steered_of(trainer), monitor), expected)
 
 
 def test_lightning_steps_at_the_end_of_a_shortened_epoch(lightning_fit, tmp_path, monkeypatch):
     samples = plain_loop.make_dataset()[: 3 * plain_loop.BATCH]
-    module, trainer = lightning_fit(tmp_path, limit_train_batches=3)
+    module, trainer, monitor = lightning_fit(tmp_path, limit_train_batches=3)
     monkeypatch.setattr(plain_loop, "make_dataset", lambda: samples)
-    assert_same((module.model, steered_of(trainer)), plain_loop.train())
+    assert_same((module.model, steered_of(trainer), monitor), plain_loop.train())
+
+
+def test_the_loggers_of_lightning_get_the_means_since_the_last_line(lightning_fit, tmp_path):
+    from lightning.pytorch.loggers import CSVLogger
+
+    lines = {}
+
+    class Log(CSVLogger):
+        def log_metrics(self, metrics, step=None):
+            lines[step] = metrics
+
+    _, _, monitor = lightning_fit(tmp_path, logger=Log(tmp_path), log_every_n_steps=4)
+    history = monitor.history()
+    del history["step"]
+    assert {step: {k: v for k, v in line.items() if "steer" in k} for step, line in lines.items()} == {
+        3: {key: column[:4].mean().item() for key, column in history.items()}
+    }
+
+
+def test_lightning_watches_a_steering_of_several_optimizers(tmp_path):
+    pytest.importorskip("lightning")
+    from lightning_automatic import Module, lightning
+
+    class TwoOptimizers(Module):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+            self.steering = Steering(self.parameters(), plain_loop.GradVac())
+
+        def configure_optimizers(self):
+            weights, biases = ([p for p in self.parameters() if p.ndim == n] for n in (2, 1))
+            return [torch.optim.SGD(weights, 0.1), torch.optim.AdamW(biases)]
+
+        def training_step(self, batch, batch_idx):
+            self.steering.zero_grad()
+            self.manual_backward(self.steering.join(plain_loop.components(self.model(batch["x"]), batch["labels"])))
+            for optimizer in self.optimizers():
+                optimizer.step()
+
+    module = TwoOptimizers()
+    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = lightning.Trainer(default_root_dir=tmp_path, accelerator="cpu", max_epochs=1, **options)
+    monitor = callbacks.watch_lightning(trainer, module.steering)
+    trainer.fit(module)
+    assert monitor.history()["step"].tolist() == [2, 4, 6, 8, 10]  # Lightning counts the steps of both optimizers
+
+    trainer = lightning.Trainer(default_root_dir=tmp_path, accelerator="cpu", max_epochs=1, **options)
+    callbacks.watch_lightning(trainer)
+    with pytest.raises(TypeError, match="one SteeredOptimizer is needed, and 0 were found"):
+        trainer.fit(module)
 
 
 @pytest.mark.slow
@@ -255,7 +427,7 @@ def test_lightning_refuses_a_step_without_the_micro_batch_left_over(lightning_fi
 
 
 def test_lightnings_stand_in_steers_as_the_optimizer_itself(lightning_fit, tmp_path):
-    module, trainer = lightning_fit(tmp_path)
+    module, trainer, _ = lightning_fit(tmp_path)
     stand_in, steered = module.optimizers(), steered_of(trainer)
 
     def losses():

@@ -1,5 +1,6 @@
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -118,6 +119,19 @@ def test_absent_components_are_nan(monkeypatch, batch):
         found = {key: float(column[i]) for key, column in history.items() if key != "step" and not column[i].isnan()}
         assert found == values
     assert history["steer/norm/lp"].isnan().tolist() == [True, False, True, False, True, True]
+
+
+def test_means_are_over_what_the_last_steps_have():
+    monitor = Monitor()
+    steps = [geometry(), geometry(seed=1), replace(geometry(seed=2), age=1), geometry(("lang",), seed=3)]
+    for step in steps:
+        monitor.record(step)
+    rows = [scalars(step) for step in steps]
+    for last in (1, 2, 3, 100):
+        present = {key: [row[key] for row in rows[-last:] if key in row] for row in rows[-last:] for key in row}
+        # Sums of at most four float64 values of order 1 (angles: 100), in another order.
+        assert monitor.means(last) == pytest.approx({k: sum(v) / len(v) for k, v in present.items()}, rel=1e-14)
+    assert Monitor().means(last=1) == {}
 
 
 def test_a_micro_batch_has_nothing_to_record():

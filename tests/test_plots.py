@@ -60,6 +60,35 @@ def test_geometry_is_norms_above_cosines(history):
     assert (above.get_xlabel(), below.get_xlabel()) == ("", "step")
 
 
+def test_norms_far_apart_are_on_a_logarithmic_axis():
+    history = {"step": [0, 1, 2], "steer/norm/a": [9.0, 2.0, 1.0], "steer/norm/b": [0.0, 0.1, 0.11]}
+    (axes,) = plots.norms(history).axes
+    assert axes.get_yscale() == "linear"  # not exactly twenty times
+    (axes,) = plots.norms({**history, "steer/norm/b": [0.0, 0.09, 0.1]}).axes
+    assert axes.get_yscale() == "log"
+    (axes,) = plots.norms({**history, "steer/norm/b": [0.0, 0.0, 0.1]}).axes
+    assert axes.get_yscale() == "linear"  # which shows a zero
+
+
+def test_weights_above_the_length_of_the_update(history):
+    above, below = plots.weights(history).axes
+    assert lines(above) == {name: points(history, f"steer/weight/{name}") for name in ("std", "vis", "lp")}
+    found = lines(below)
+    assert found["steered"] == points(history, "steer/update_norm")
+    # The history's weights are 1: the update is the plain sum.
+    assert found["plain sum"] == [[x, pytest.approx(y)] for x, y in found["steered"]]
+    assert (above.get_ylabel(), below.get_ylabel(), below.get_xlabel()) == ("weight", "norm of the update", "step")
+
+
+def test_smoothing_is_the_mean_of_the_last_values(history):
+    (axes,) = plots.losses({"run": history}, component="lp", smooth=2).axes
+    (x, a), (y, b), (z, c) = points(history, "steer/loss/lp")
+    assert lines(axes)["run"] == [[x, a], [y, pytest.approx((a + b) / 2)], [z, pytest.approx((b + c) / 2)]]
+    for figure in (plots.norms, plots.cosines, plots.geometry, plots.weights):
+        smoothed, plain = ([lines(axes) for axes in figure(history, smooth=n).axes] for n in (3, 1))
+        assert smoothed != plain
+
+
 def test_losses(history):
     other = {"step": [0, 1], "steer/loss/vis": [3.0, 2.0]}
     (axes,) = plots.losses({"plain": other, "steered": history}, component="vis").axes

@@ -11,6 +11,7 @@ from benchmarks import common, steering_cost
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+WATCHING = (ROOT / "docs" / "watching.md").read_text()
 CHOOSE = (ROOT / "docs" / "how-to-choose.md").read_text()
 
 
@@ -107,8 +108,29 @@ def test_the_snippets_on_how_to_choose_run(capsys, models):
     for block in snippets("python", CHOOSE):
         exec(block, namespace)
     printed = capsys.readouterr().out.splitlines()
-    assert sum("degrees apart" in line for line in printed) == 3
+    assert "are 1" in printed[0]
+    assert "degrees apart, and conflict in 100% of the batches" in printed[0]
     assert [line.split()[0] for line in printed[-2:]] == ["student", "teacher"]
+
+
+def test_the_snippets_on_watching_run(capsys, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+
+    class Writer:
+        names = []  # noqa: RUF012
+
+        def add_scalar(self, name, value, global_step):
+            self.names.append(name)
+
+    namespace = setting() | {"writer": Writer()}
+    for block in snippets("python", WATCHING):
+        exec(block, namespace)
+    assert "degrees apart, and conflict" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"run.safetensors", "geometry.png", "weights.png", "loss.png"}
+    assert namespace["history"]["step"].tolist() == [0, 1, 2]
+    documented = set(re.findall(r"`(steer/[a-z_/~]+)`", WATCHING))
+    assert documented == {name for name in Writer.names if not re.search(r"(loss|norm|weight)/side", name)}
 
 
 def test_the_commands_exist():

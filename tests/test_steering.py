@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import pickle
 import re
 from pathlib import Path
 from threading import Thread
@@ -220,6 +221,24 @@ def test_micro_batches_of_one_component_each(way, refresh_every):
             expected = expected_update(lambda step=step: conflicting(model(batch(step))), model.parameters(), STEER)
             assert_close(flat_grad(model.parameters()), expected)
     assert optimizer.geometry.age == refresh_every - 1
+
+
+def test_a_framework_says_whether_more_micro_batches_follow():
+    x = nn.Parameter(torch.ones(1))
+    optimizer = steered([x], Sum())
+    more = True
+    optimizer.steering.accumulating = lambda: more
+    copied = pickle.loads(pickle.dumps(optimizer))  # which trains in another loop
+    assert copied.steering.accumulating is None
+    assert optimizer.backward_components({"a": x.sum()}) is None
+    optimizer.join({"a": x.sum()}).backward()
+    assert x.grad is None
+    optimizer.backward_components({"a": x.sum()}, accumulate=False)  # what is passed counts
+    assert x.grad.item() == 3
+    optimizer.join({"a": x.sum()}).backward()
+    more = False
+    optimizer.join({"a": x.sum()}).backward()
+    assert x.grad.item() == 5
 
 
 def test_a_step_without_any_component_writes_nothing():

@@ -1,7 +1,8 @@
 """Steering under Lightning: `plain_loop.py` as a module with automatic optimization.
 
 `training_step` returns the joined loss; Lightning divides it by the number of micro-batches, clips, steps, schedules,
-and saves. What it does not say is which micro-batch is the last of a step, so `is_last` finds out.
+and saves. `watch_lightning` logs and saves what steering does, and tells `join` which micro-batch is the last of a
+step.
 
     python examples/frameworks/lightning_automatic.py
     torchrun --nproc-per-node 2 examples/frameworks/lightning_automatic.py
@@ -16,10 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from plain_loop import ACCUMULATE, BATCH, CLIP, EPOCHS, Regression, components, make_dataset, make_optimizer
 from torch.utils.data import DataLoader, DistributedSampler
 
-
-def is_last(trainer, batch_idx):
-    """Whether Lightning steps after this micro-batch: the window is full, or the epoch is over."""
-    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+from steer_optim.callbacks import watch_lightning
 
 
 class Module(lightning.LightningModule):
@@ -39,29 +37,29 @@ class Module(lightning.LightningModule):
 
     def training_step(self, batch, batch_idx):
         losses = components(self.model(batch["x"]), batch["labels"])
-        optimizer = self.optimizers(use_pl_optimizer=False)
-        return optimizer.join(losses, accumulate=not is_last(self.trainer, batch_idx))
+        return self.optimizers(use_pl_optimizer=False).join(losses)
 
 
 def make_trainer(directory, **options):
-    options = {"accumulate_grad_batches": ACCUMULATE, "gradient_clip_val": CLIP, **options}
+    options = {"accumulate_grad_batches": ACCUMULATE, "gradient_clip_val": CLIP, "logger": False, **options}
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    return lightning.Trainer(
+    trainer = lightning.Trainer(
         accelerator="cpu",
         devices=processes,
         strategy="ddp" if processes > 1 else "auto",
         max_epochs=EPOCHS,
         callbacks=[ModelCheckpoint(directory, filename="{epoch}", save_top_k=-1)],
-        logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         **options,
     )
+    return trainer, watch_lightning(trainer)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Train a small regression with Lightning.")
     parser.add_argument("--out", type=Path, default="runs/lightning", help="where the checkpoints go")
     module = Module()
-    make_trainer(parser.parse_args().out).fit(module)
+    trainer, monitor = make_trainer(parser.parse_args().out)
+    trainer.fit(module)
     print(module.optimizers(use_pl_optimizer=False).geometry)

@@ -39,5 +39,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Train a small regression with Lightning, step by step.")
     parser.add_argument("--out", type=Path, default="runs/lightning_manual", help="where the checkpoints go")
     module = ManualModule()
-    make_manual_trainer(parser.parse_args().out).fit(module)
+    trainer, monitor = make_manual_trainer(parser.parse_args().out)
+    trainer.fit(module)
     print(module.optimizers(use_pl_optimizer=False).geometry)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from steer_optim import GradVac, SteeredOptimizer
+from steer_optim.monitor import Monitor
 
 EPOCHS, BATCH, ACCUMULATE, CLIP = 2, 4, 2, 0.5
 SAMPLES = 5 * BATCH  # three steps an epoch, the last on a single micro-batch
@@ -57,6 +58,7 @@ def train(*, left_over="planned"):
     """
     model = Regression()
     optimizer, scheduler = make_optimizer(model)
+    monitor = Monitor()
     for _ in range(EPOCHS):
         batches = torch.utils.data.DataLoader(make_dataset(), BATCH)
         for i, batch in enumerate(batches):
@@ -66,11 +68,12 @@ def train(*, left_over="planned"):
             losses = components(model(batch["x"]), batch["labels"])
             optimizer.backward_components({name: loss / divisor for name, loss in losses.items()}, accumulate=not last)
             if last:
+                monitor.record(optimizer.geometry)
                 nn.utils.clip_grad_norm_(model.parameters(), CLIP)
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad()
-    return model, optimizer
+    return model, optimizer, monitor
 
 
 if __name__ == "__main__":

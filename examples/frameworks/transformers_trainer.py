@@ -1,8 +1,8 @@
 """Steering under `transformers.Trainer`: `plain_loop.py` with a `compute_loss_func` and no subclass.
 
-The optimizer is made first and handed over; the loss function closes over it and over the trainer, which knows which
-micro-batch is the last of a step. The trainer counts the items of a whole step, over micro-batches and processes, and
-leaves the division by them to the loss function.
+The optimizer is made first and handed over; the loss function closes over it. `watch_trainer` logs and saves what
+steering does, and tells `join` which micro-batch is the last of a step. The trainer counts the items of a whole step,
+over micro-batches and processes, and leaves the division by them to the loss function.
 
     python examples/frameworks/transformers_trainer.py
     torchrun --nproc-per-node 2 examples/frameworks/transformers_trainer.py
@@ -15,6 +15,8 @@ from pathlib import Path
 from plain_loop import ACCUMULATE, BATCH, CLIP, EPOCHS, Regression, components, make_dataset, make_optimizer
 from transformers import Trainer, TrainingArguments
 
+from steer_optim.callbacks import watch_trainer
+
 
 def make_trainer(directory):
     processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -24,7 +26,7 @@ def make_trainer(directory):
     def steered_loss(outputs, labels, num_items_in_batch=None):
         share = 1 if num_items_in_batch is None else labels.numel() / num_items_in_batch  # None in an evaluation
         losses = {name: loss * share for name, loss in components(outputs, labels).items()}
-        return optimizer.join(losses, accumulate=not trainer.accelerator.sync_gradients)
+        return optimizer.join(losses)
 
     arguments = TrainingArguments(
         directory,
@@ -49,13 +51,13 @@ def make_trainer(directory):
         optimizers=(optimizer, scheduler),
         compute_loss_func=steered_loss,
     )
-    return trainer, optimizer
+    return trainer, optimizer, watch_trainer(trainer)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Train a small regression with transformers.Trainer.")
     parser.add_argument("--out", type=Path, default="runs/trainer", help="where the checkpoints go")
-    trainer, optimizer = make_trainer(parser.parse_args().out)
+    trainer, optimizer, monitor = make_trainer(parser.parse_args().out)
     trainer.train()
     if trainer.is_world_process_zero():
         print(optimizer.geometry)

@@ -35,6 +35,7 @@ class Findings:
         visual: the share of the visual dependency that the most visual 30 % of the tokens have.
         language: by how many nats per token the student knows right answers without the image better than the teacher:
             mean and standard error over rows; None without answers.
+        right: the share of rows that the teacher answers right with the image; None without answers.
     """
 
     angles: Mapping[str, float]
@@ -43,6 +44,7 @@ class Findings:
     losses: Mapping[str, float]
     visual: float
     language: tuple[float, float] | None
+    right: float | None = None
 
 
 def investigate(trainer: Any, rows: Any, *, batches: int = 8) -> tuple[Findings, str]:
@@ -88,6 +90,7 @@ def investigate(trainer: Any, rows: Any, *, batches: int = 8) -> tuple[Findings,
         losses={name: _mean(geometries, lambda g, i=i: g.losses[i]) for i, name in ((0, "std"), (2, "lang"))},
         visual=fmean(visual),
         language=language,
+        right=teacher_means["with_image"],
     )
     return found, table({"teacher": teacher_means, "student": student_means}, len(rows))
 
@@ -118,7 +121,10 @@ def advise(found: Findings) -> str:
             f"without the image, right answers cost the student {abs(gain):.3f} ± {error:.3f} nats per token "
             f"{'less' if gain > 0 else 'more'} than the teacher"
         )
-        if gain > max(_ERRORS * error, _LEAST):
+        if found.right == 0:
+            choice = "standard"
+            reason = "The teacher never answers as the column answer does: word it as a response, then measure again."
+        elif gain > max(_ERRORS * error, _LEAST):
             choice, reason = "vgs-frozen", "The student knows the language of the answers better; steering keeps it."
         else:
             choice, reason = "standard", "The teacher knows the language of the answers better, or as well."

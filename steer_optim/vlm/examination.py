@@ -77,6 +77,7 @@ class Examination(TrainerCallback):  # type: ignore[misc]  # transformers is unt
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Examine both models, unless the run goes on from a checkpoint."""
         if state.global_step == 0:
+            self.trainer.accelerator.print(f"examining teacher and student on {len(self.rows)} held-out rows ...")
             student = self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped)
             found = {"teacher": self._means(self.trainer.teacher_model), "student before": self._means(student)}
             self._write("evaluation.json", json.dumps(found, indent=2))

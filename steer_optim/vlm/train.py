@@ -29,7 +29,7 @@ from datasets import DatasetDict, IterableDatasetDict, load_dataset, load_from_d
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from steer_optim.vlm.advice import advise, investigate
-from steer_optim.vlm.data import Rows
+from steer_optim.vlm.data import Rows, conversation
 from steer_optim.vlm.examination import Examination
 from steer_optim.vlm.trainer import SteeredDistillationConfig, SteeredDistillationTrainer
 
@@ -65,6 +65,8 @@ def load(data: DataArguments) -> tuple[Any, Any]:
     if name is None:
         raise ValueError("--dataset_name is needed: a name on the hub, a folder, or a .parquet, .json or .jsonl file")
     path = Path(name)
+    if not path.exists() and (path.suffix in (".parquet", ".json", ".jsonl") or name.startswith((".", "/", "~"))):
+        raise ValueError(f"there is no file or folder {name}")
     if path.is_file():
         kind = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}.get(path.suffix)
         if kind is None:
@@ -79,6 +81,11 @@ def load(data: DataArguments) -> tuple[Any, Any]:
     if data.dataset_train_split not in splits:
         raise ValueError(f"{name} has the splits {', '.join(splits)}: choose one with --dataset_train_split")
     train, root = splits[data.dataset_train_split], path.parent if path.is_file() else path
+
+    if unread := {*(train.column_names or ())} - {"messages", "prompt", "images", "image", "answer"}:
+        print(f"columns that are not read: {', '.join(sorted(unread))}", file=sys.stderr)
+    if not data.dataset_streaming and len(train):
+        conversation(Rows(train, root)[0])  # before any model is loaded
 
     def rows_of(rows: Any) -> Any:
         return rows if data.dataset_streaming else Rows(rows, root)
@@ -115,6 +122,12 @@ def last_checkpoint(path: Path) -> str | None:
     return None
 
 
+def _steps(checkpoint: str) -> tuple[int, int]:
+    """Return how many steps a checkpoint has, and how many its run was to have."""
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
+    return state.get("global_step", 0), state.get("max_steps", 0)
+
+
 def check_settings(path: Path, settings: dict[str, Any], *, trained: bool, write: bool) -> None:
     """Raise ValueError if a directory holds a run with other settings; note them down if it holds none."""
     file = path / "run.json"
@@ -147,9 +160,15 @@ def prepare(data: DataArguments, args: SteeredDistillationConfig, model: ModelCo
     for name, value in given.items():
         if value is None:
             raise ValueError(f"--{name} is needed: a name on the hub, or a folder")
+    if model.dtype == "float16":
+        raise ValueError("--dtype float16 is not supported: keep the student in float32, and compute in bfloat16")
+    if model.use_peft and model.lora_target_modules is None:
+        model.lora_target_modules = "all-linear"  # peft knows the names of few vision-language models
     train, held_out = load(data)
     path = Path(args.output_dir)
     resume = args.resume_from_checkpoint or last_checkpoint(path)
+    if resume and 0 < args.max_steps < _steps(resume)[0]:
+        raise ValueError(f"{resume} has more than --max_steps {args.max_steps}: choose another --output_dir")
     settings = {**asdict(data), **args.to_dict(), **asdict(model)}
     check_settings(path, settings, trained=resume is not None, write=args.should_save and not data.measure_only)
     options = {"revision": model.model_revision, "attn_implementation": model.attn_implementation}
@@ -192,7 +211,14 @@ def main(arguments: list[str] | None = None) -> int:
     examination = None if held_out is None else Examination(trainer, held_out)
     if examination is not None:
         trainer.add_callback(examination)
-    trainer.train(resume_from_checkpoint=resume)
+    if resume and _steps(resume)[0] >= (args.max_steps if args.max_steps > 0 else _steps(resume)[1]) > 0:
+        # Training would go on for a step more.
+        if (Path(args.output_dir) / "answers.jsonl").exists() or trainer.is_fsdp_enabled:
+            trainer.accelerator.print(f"the run in {args.output_dir} is finished")
+            return 0
+        trainer.restore(resume)
+    else:
+        trainer.train(resume_from_checkpoint=resume)
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(args.output_dir)

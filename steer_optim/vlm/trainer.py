@@ -26,7 +26,7 @@ import torch.distributed as dist
 import trl
 from accelerate.utils import broadcast_object_list, gather_object, is_peft_model
 from torch import Tensor
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin, TrainerState
 from trl import DistillationConfig, DistillationTrainer
 from trl.trainer.utils import RepeatSampler, create_model_from_path
 
@@ -111,7 +111,9 @@ class SteeredDistillationConfig(DistillationConfig):  # type: ignore[misc]  # tr
     def __post_init__(self) -> None:
         if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
             raise ValueError("DeepSpeed is not supported, whose engine takes one loss: use FSDP2")
-        super().__post_init__()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of transformers, about the names that TRL uses
+            super().__post_init__()
         if self.beta != 1.0:
             raise ValueError(
                 f"beta={self.beta} is not read here: take --decomposition forward, jsd, or standard (reverse KL)"
@@ -433,6 +435,12 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
     def _load_callback_state(self) -> None:
         super()._load_callback_state()
         self._metrics["train"].update(self.state.stateful_callbacks.get(_METRICS, {}).get("args", {}))
+
+    def restore(self, checkpoint: str) -> None:
+        """Take weights and log from a checkpoint, to train no further."""
+        self._load_from_checkpoint(checkpoint)
+        self.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+        self.model_wrapped = self.accelerator.prepare_model(self.model)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_fsdp_enabled:

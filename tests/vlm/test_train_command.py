@@ -72,7 +72,7 @@ def arguments(folder, out, **options):
 def test_a_student_a_table_and_a_figure_come_out(folder, tmp_path, capsys, lora):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    options = {"use_peft": True, "lora_target_modules": "q_proj v_proj"} if lora else {}
+    options = {"use_peft": True, "lora_r": 2} if lora else {}
     assert main(arguments(folder, tmp_path / "run", **options)) == 0
     out = tmp_path / "run"
     assert "student after" in capsys.readouterr().out
@@ -129,6 +129,28 @@ def test_a_killed_run_goes_on_with_the_same_command(folder, tmp_path):
     assert_equal(found, expected)
     for file in ("evaluation.json", "answers.jsonl"):
         assert (tmp_path / "killed" / file).read_text() == (tmp_path / "whole" / file).read_text()
+
+
+def test_a_finished_run_trains_no_further(folder, tmp_path, capsys):
+    command = arguments(folder, tmp_path / "run", max_steps=1)
+    assert main(command) == 0
+    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+    (tmp_path / "run" / "answers.jsonl").unlink()  # killed after the last step
+    for said in ("student after", "is finished"):
+        assert main(command) == 0
+        assert said in capsys.readouterr().out
+        assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+        assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
+    assert main(arguments(folder, tmp_path / "run", max_steps=3)) == 0
+    assert main(command) == 2
+    assert "has more than --max_steps 1" in capsys.readouterr().err
+
+
+def test_columns_that_are_not_read_are_named(tmp_path, capsys):
+    rows = [{"prompt": "what", "image_path": "red.png"}] * 3
+    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    load(DataArguments(dataset_name=str(tmp_path / "rows.parquet")))
+    assert "columns that are not read: image_path" in capsys.readouterr().err
 
 
 def test_an_incomplete_checkpoint_is_left_aside(tmp_path, capsys):
@@ -230,7 +252,8 @@ WRONG = {
     "no data": ({"dataset_name": None}, "--dataset_name is needed"),
     "no such split": ({"dataset_train_split": "trian"}, "has the splits train, test"),
     "no such option": ({"gama": 1}, "gama"),
-    "no such file": ({"dataset_name": "rows.csv"}, "rows.csv"),
+    "no such file": ({"dataset_name": "rows.jsonl"}, "there is no file or folder rows.jsonl"),
+    "half precision": ({"dtype": "float16"}, "--dtype float16 is not supported"),
 }
 
 

@@ -1,0 +1,228 @@
+"""Connect training frameworks: they log what steering does, save its record, and say which micro-batch is the last.
+
+One function for each framework, called once before training:
+
+- :func:`watch_trainer` for ``transformers.Trainer`` and TRL's trainers,
+- :func:`watch_lightning` for Lightning,
+- :func:`watch_accelerator` for a loop under Accelerate.
+
+Each returns the :class:`~steer_optim.monitor.Monitor` that records every step under its number, from 1 on, and that is
+saved in the framework's checkpoints and restored from them. The log gets the means over the steps since its last line,
+under the names of :mod:`steer_optim.monitor`: with ``refresh_every`` a single step often has no angle. ``join`` and
+``backward_components`` without ``accumulate`` then know from the framework whether more micro-batches follow.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from steer_optim.gramian import Geometry
+from steer_optim.monitor import Monitor
+from steer_optim.optimizer import SteeredOptimizer
+from steer_optim.steering import Steering
+
+_KEY = "steer_optim"  # in the checkpoints of Lightning
+
+
+def watch_trainer(trainer: Any, steering: Steering | None = None) -> Monitor:
+    """Watch the steering of a ``transformers.Trainer``, or of one that inherits from it, as TRL's do.
+
+    Every line of the log with a training loss, and so ``log_history``, TensorBoard and W&B, has the numbers too.
+
+    Args:
+        trainer: before ``train()``.
+        steering: by default that of the trainer's optimizer.
+
+    Returns:
+        The record of every step, kept in ``trainer_state.json`` and restored by ``train(resume_from_checkpoint=...)``.
+
+    Raises:
+        TypeError: in ``train()``, if the trainer's optimizer is not steered and no ``steering`` was given.
+
+    Example::
+
+        trainer = Trainer(model, arguments, ..., optimizers=(optimizer, None), compute_loss_func=steered_loss)
+        monitor = watch_trainer(trainer)
+        trainer.train()
+    """
+    from transformers import TrainerCallback
+    from transformers.trainer_callback import ExportableState
+
+    watch = _Watch()
+
+    class SteeringCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # read as Any
+        def state(self) -> dict[str, Any]:
+            record = {name: column.tolist() for name, column in watch.monitor.state_dict().items()}
+            return {"args": {}, "attributes": {"record": json.dumps(record)}}
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            # Before the callbacks of TensorBoard and W&B, which read the log in their turn.
+            handler = trainer.callback_handler
+            handler.callbacks.remove(self)
+            handler.callbacks.insert(0, self)
+            watch.steering = steering or _steering_of([kwargs["optimizer"]])
+            watch.steering.accumulating = _accelerate_accumulates
+            watch.steering.drop_pending()  # of a step that an exception cut short
+            # A checkpoint of a run that was not watched has none, and the trainer writes only over what is there.
+            saved = state.stateful_callbacks.setdefault("SteeringCallback", self.state())
+            record = json.loads(saved["attributes"]["record"]) if state.global_step else {"step": []}
+            watch.monitor.load_state_dict({name: _column(name, values) for name, values in record.items()})
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            watch.record(state.global_step)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+            if "loss" in logs:  # not an evaluation
+                new = {name: mean for name, mean in watch.means().items() if name not in logs}
+                logs.update(new)
+                state.log_history[-1].update(new)
+
+    trainer.add_callback(SteeringCallback())
+    return watch.monitor
+
+
+def watch_lightning(trainer: Any, steering: Steering | None = None) -> Monitor:
+    """Watch the steering of a ``lightning.Trainer``.
+
+    The trainer's loggers get the numbers every ``log_every_n_steps`` steps.
+
+    Args:
+        trainer: before ``fit``.
+        steering: by default that of the only steered optimizer of ``configure_optimizers``.
+
+    Returns:
+        The record of every step, kept in the checkpoints and restored by ``fit(ckpt_path=...)``.
+
+    Raises:
+        TypeError: in ``fit``, if not exactly one optimizer is steered and no ``steering`` was given.
+
+    With manual optimization the accumulation is that of your own loop: pass ``accumulate`` there.
+
+    Example::
+
+        trainer = lightning.Trainer(accumulate_grad_batches=2)
+        monitor = watch_lightning(trainer)
+        trainer.fit(module)
+    """
+    from lightning.pytorch import Callback
+
+    watch, batch_now = _Watch(), 0
+
+    def accumulating() -> bool:
+        """Whether Lightning makes no step after this micro-batch: the window is not full, and the epoch not over."""
+        full = (batch_now + 1) % trainer.accumulate_grad_batches == 0
+        return bool(trainer.training and not full and not trainer.is_last_batch)
+
+    class SteeringCallback(Callback):  # type: ignore[misc]  # read as Any
+        state_key = _KEY
+
+        def state_dict(self) -> dict[str, Any]:
+            return watch.monitor.state_dict()
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            watch.monitor.load_state_dict(state_dict)
+
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            watch.steering = steering or _steering_of(trainer.optimizers)
+            watch.steering.accumulating = accumulating
+
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            nonlocal batch_now
+            batch_now = batch_idx
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            watch.record(trainer.global_step)
+            if 0 < trainer.log_every_n_steps <= watch.unlogged:
+                means = watch.means()
+                for logger in trainer.loggers:
+                    logger.log_metrics(means, step=trainer.global_step - 1)  # Lightning's log counts from 0
+
+    trainer.callbacks.insert(0, SteeringCallback())  # before those that save
+    return watch.monitor
+
+
+def watch_accelerator(accelerator: Any, optimizer: Any, *, log_every: int = 10) -> Monitor:
+    """Watch a steered optimizer in a loop under Accelerate.
+
+    Args:
+        accelerator: before ``load_state``.
+        optimizer: the :class:`~steer_optim.SteeredOptimizer`, prepared or not.
+        log_every: ``accelerator.log`` gets the numbers once in so many steps; 0 for never.
+
+    Returns:
+        The record of every step, kept by ``accelerator.save_state`` and restored by ``load_state``.
+
+    Raises:
+        TypeError: the optimizer is not steered.
+
+    Example::
+
+        monitor = watch_accelerator(accelerator, optimizer)
+        for batch in loader:
+            with accelerator.accumulate(model):
+                accelerator.backward(optimizer.join(losses(model, batch)))
+                ...
+    """
+    steering = _steering_of([optimizer])
+    steering.accumulating = _accelerate_accumulates
+    watch = _Watch(steering)
+
+    def record(*_: Any) -> None:
+        watch.record(len(watch.monitor) + 1)
+        if 0 < log_every <= watch.unlogged:
+            accelerator.log(watch.means(), step=len(watch.monitor))
+
+    _unwrapped(optimizer).register_step_post_hook(record)
+    accelerator.register_for_checkpointing(watch.monitor)
+    return watch.monitor
+
+
+@dataclass
+class _Watch:
+    """What the three share: the record, and how many of its steps are not in the log yet."""
+
+    steering: Steering | None = None
+    monitor: Monitor = field(default_factory=Monitor)
+    unlogged: int = 0
+    last: Geometry | None = None
+
+    def record(self, step: int) -> None:
+        """Record the last geometry, unless it is recorded already."""
+        geometry = None if self.steering is None else self.steering.geometry
+        if geometry is not None and geometry is not self.last:
+            self.monitor.record(geometry, step=step)
+            self.last, self.unlogged = geometry, self.unlogged + 1
+
+    def means(self) -> dict[str, float]:
+        """Return the means over the steps that are not in the log yet."""
+        last, self.unlogged = self.unlogged, 0
+        return self.monitor.means(last) if last else {}
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    return getattr(optimizer, "optimizer", optimizer)  # of Accelerate's wrapper
+
+
+def _steering_of(optimizers: Iterable[Any]) -> Steering:
+    found = [optimizer for optimizer in map(_unwrapped, optimizers) if isinstance(optimizer, SteeredOptimizer)]
+    if len(found) != 1:
+        raise TypeError(
+            f"one SteeredOptimizer is needed, and {len(found)} were found: wrap the optimizer, or pass the Steering as "
+            "steering="
+        )
+    return found[0].steering
+
+
+def _accelerate_accumulates() -> bool:
+    from accelerate.state import GradientState
+
+    return not GradientState().sync_gradients
+
+
+def _column(name: str, values: list[float]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64 if name == "step" else torch.float64)
