@@ -21,7 +21,6 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 for name, default in DEFAULTS.items():
     parser.add_argument(f"--{name}", type=type(default), default=default, help="default: %(default)s")
 args = parser.parse_args()
-
 torch.manual_seed(0)
 device, load = "cuda" if torch.cuda.is_available() else "cpu", AutoModelForImageTextToText.from_pretrained
 autocast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
@@ -43,6 +42,7 @@ for step, rows in enumerate(islice(loader, args.steps)):
     prompts = prompts_of(rows)
     with autocast:
         response = rollout(student, prompts, max_new_tokens=args.max_new_tokens)
+    with autocast:  # anew: before torch 2.11 it keeps weights that were cast without gradients
         views = score(student, teacher, prompts, response, method=method, prior=prior)
     optimizer.zero_grad()
     geometry = optimizer.backward_components(method(views, response.scored_BT))
