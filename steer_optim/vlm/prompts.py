@@ -51,6 +51,18 @@ class Prompts(NamedTuple):
         return Prompts(image, text, self.blank)
 
 
+class BadConversation(ValueError):
+    """A conversation that cannot be rendered.
+
+    Attributes:
+        number: its index among those that :func:`render` was given.
+    """
+
+    def __init__(self, reason: str, number: int) -> None:
+        super().__init__(reason)
+        self.number = number
+
+
 @dataclass(frozen=True)
 class Rollout:
     """The responses to ``B`` prompts.
@@ -176,7 +188,8 @@ def render(
         Two batches of ``B`` prompts, padded on the left.
 
     Raises:
-        ValueError: there is no conversation, or the processor refuses one, which the message names by its index.
+        BadConversation: the processor refuses a conversation, which the message names by its index, or it has no text.
+        ValueError: there is no conversation.
 
     Example:
         >>> prompts = render(processor, [[{"role": "user", "content": content}]])  # doctest: +SKIP
@@ -195,7 +208,8 @@ def render(
     hint = " without its images; make the text view with text_only"
     text = _rendered(processor, bare, hint, template_kwargs)
     if (empty := ~_real(text).any(dim=1)).any():
-        raise ValueError(f"conversation {_first(empty)} has nothing but images: a text-only view needs some text")
+        number = _first(empty)
+        raise BadConversation(f"conversation {number} has nothing but images: a text-only view needs some text", number)
     return Prompts(image, text, blank)
 
 
@@ -367,7 +381,8 @@ def _rendered(processor: Any, messages: Sequence[Any], hint: str, template_kwarg
             try:
                 apply([row], **options)
             except Exception as error:  # noqa: PERF203
-                raise ValueError(f"the processor cannot render conversation {number}{hint}: {error}") from error
+                reason = f"the processor cannot render conversation {number}{hint}: {error}"
+                raise BadConversation(reason, number) from error
         raise
 
 

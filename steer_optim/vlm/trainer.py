@@ -41,7 +41,7 @@ from steer_optim.vlm.families import image_ids
 from steer_optim.vlm.forward import score
 from steer_optim.vlm.gate import adaptive_strength, sampled_log_probs, visual_dependency, visual_tokens
 from steer_optim.vlm.heads import HiddenStates
-from steer_optim.vlm.prompts import Prompts, Rollout, render
+from steer_optim.vlm.prompts import BadConversation, Prompts, Rollout, render
 from steer_optim.vlm.rollout import evaluating
 
 TESTED = "1.16"
@@ -187,10 +187,7 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         **options: Any,
     ) -> None:
         refuse(args)
-        if args.lr_scheduler_type == "reduce_lr_on_plateau" and eval_dataset is None:
-            raise ValueError("lr_scheduler_type=reduce_lr_on_plateau needs an eval_dataset")
         self.method = args.method()
-        self._totals: dict[str, Tensor] = {}
         self._buffered_inputs: list[MicroBatch] | None = None
         if isinstance(eval_dataset, dict):
             held_out: Any = {name: numbered(dataset) for name, dataset in eval_dataset.items()}
@@ -220,7 +217,7 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         if not (args.generation_kwargs or {}).get("suppress_tokens"):
             self.generation_kwargs["suppress_tokens"] = sorted(suppressed)
             self.generation_config.suppress_tokens = sorted(suppressed)
-        if self.use_vllm and self.vllm_mode == "colocate":
+        if self._colocated:
             never = {"logit_bias": dict.fromkeys(suppressed, -100.0)}
             self.vllm_generation.generation_kwargs = {**never, **self.vllm_generation.generation_kwargs}
         self._check_precision()
@@ -234,6 +231,10 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         if self.is_fsdp_enabled:
             plugin = self.accelerator.state.fsdp_plugin
             plugin.transformer_cls_names_to_wrap = layers or _layers(self.model)
+
+    @property
+    def _colocated(self) -> bool:
+        return bool(self.use_vllm and self.vllm_mode == "colocate")
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Return the optimizer that the arguments ask for, steered."""
@@ -267,8 +268,6 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
                 self._metrics["eval"][f"steer/loss/{name}"].append(number)
             loss = torch.tensor(values.get("std", sum(values.values())))
             return (loss, None) if return_outputs else loss
-        for name, value in losses.items():
-            self._totals[name] = self._totals.get(name, torch.zeros_like(value)) + value.detach()
         if self.method.floor and (self.state.global_step + 1) % max(int(self.state.logging_steps), 1) == 0:
             self._metrics["train"]["steer/floored"].append(self._share_floored(views, response, self.method.floor))
         loss = self.steered.join(losses, accumulate=not self.accelerator.sync_gradients)
@@ -283,12 +282,11 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         geometry = self.steered.geometry
         if not self.accelerator.sync_gradients or geometry is None:
             return torch.zeros_like(loss)
-        totals, self._totals = self._totals, {}
-        numbers = scalars(geometry)
-        numbers |= {f"steer/loss/{name}": value for name, value in self._mean(totals).items()}
+        losses = self._mean(dict(zip(geometry.names, cast(Tensor, geometry.losses), strict=True)))
+        numbers = scalars(geometry) | {f"steer/loss/{name}": value for name, value in losses.items()}
         for name, number in numbers.items():
             self._metrics["train"][name].append(number)
-        trained = sum(numbers[f"steer/weight/{name}"] * numbers[f"steer/loss/{name}"] for name in totals)
+        trained = sum(numbers[f"steer/weight/{name}"] * value for name, value in losses.items())
         self._metrics["train"]["loss"].append(trained)  # in place of the sum of the components, which is `loss`
         return torch.full_like(loss, trained)
 
@@ -306,6 +304,9 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         """Return the rows as ``parts`` micro-batches of one step, each with its responses."""
         messages = [conversation(row) for row in rows]
         self._sources = [row[ROW] for row in rows]
+        size = -(-len(rows) // parts)
+        slices = [slice(i, i + size) for i in range(0, len(rows), size)]
+        self._rendered = [self.render(messages[part], self._sources[part]) for part in slices]
         _, ids, *_ = self._generate(messages)
         forbidden = image_ids(self.model.config)
         dropped = [bool(forbidden & {*response}) for response in ids]
@@ -314,14 +315,18 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         self._metrics["train" if self.model.training else "eval"]["steer/dropped"].append(share.item())
         if self.log_completions:
             said = self.processing_class.batch_decode(ids, skip_special_tokens=True)
-            asked = self.processing_class.batch_decode(self._rendered.text["input_ids"], skip_special_tokens=True)
-            self._logs["prompt"].extend(gather_object(asked[: len(rows)]))
+            texts = [
+                ids
+                for view in self._rendered
+                for ids in view.text["input_ids"][: len(view.text["input_ids"]) - view.blank]
+            ]
+            asked = self.processing_class.batch_decode(texts, skip_special_tokens=True)
+            self._logs["prompt"].extend(gather_object(asked))
             self._logs["completion"].extend(gather_object(said))
         ids = [[] if drop else response for drop, response in zip(dropped, ids, strict=True)]
-        size, batches = -(-len(rows) // parts), []
-        for i in range(0, len(rows), size):
-            prompts = self._rendered if parts == 1 else self.render(messages[i : i + size], self._sources[i:])
-            response = Rollout.of(ids[i : i + size], config=self.model.config, device=self.accelerator.device)
+        batches = []
+        for part, prompts in zip(slices, self._rendered, strict=True):
+            response = Rollout.of(ids[part], config=self.model.config, device=self.accelerator.device)
             batches.append(MicroBatch(prompts.to(self.accelerator.device), response, torch.zeros(())))
         total = torch.stack([self.method.count(batch.response.scored_BT) for batch in batches]).sum()
         total = self.accelerator.gather(total).sum() / self.accelerator.num_processes
@@ -374,27 +379,29 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         options = {**self.chat_template_kwargs, "blank_image": self.is_fsdp_enabled}
         try:
             return render(self.processing_class, messages, **options)
-        except ValueError as error:
-            for message, source in zip(messages, sources, strict=False):
-                try:
-                    render(self.processing_class, [message], **options)
-                except ValueError as why:  # noqa: PERF203
-                    raise ValueError(f"row {source} of the data set: {why}") from error
-            raise
+        except BadConversation as error:
+            if error.number >= len(messages):  # the blank one
+                raise
+            raise ValueError(f"row {sources[error.number]} of the data set: {error}") from error
 
     def _tokenize_prompts(self, prompts: Sequence[Any]) -> tuple[list[list[int]], Any, dict[str, Any]]:
         """Return ids, images and pixels for TRL's sampling, from :func:`render`: rows may have no image."""
-        self._rendered = rendered = self.render(prompts, self._sources)
-        view, rows = dict(rendered.image), len(prompts)
-        ids_BL, real_BL = view.pop("input_ids"), view.pop("attention_mask").bool()
-
-        def lists(x_BL: Tensor) -> list[list[int]]:
-            return [row[real].tolist() for row, real in zip(x_BL, real_BL, strict=True)]
-
-        fields = {k: lists(v) if isinstance(v, Tensor) and v.shape == ids_BL.shape else v for k, v in view.items()}
-        ids = lists(ids_BL)
-        self._blank_ids = ids[rows:]
-        if self.use_vllm:
+        # vLLM reads no pixels, and `generate` all prompts of the step in one batch.
+        views = self._rendered
+        if len(views) > 1 and not self.use_vllm:
+            views = [self.render(prompts, self._sources)]
+        ids: list[list[int]] = []
+        for view in views:
+            batch = dict(view.image)
+            ids_BL, real_BL = batch.pop("input_ids"), batch.pop("attention_mask").bool()
+            fields = {
+                key: _unpadded(x, real_BL) if isinstance(x, Tensor) and x.shape == ids_BL.shape else x
+                for key, x in batch.items()
+            }
+            rows = _unpadded(ids_BL, real_BL)
+            real = len(rows) - view.blank
+            ids, self._blank_ids = ids + rows[:real], rows[real:]
+        if self._colocated:
             texts = self.processing_class.apply_chat_template(
                 prompts, tokenize=False, add_generation_prompt=True, **self.chat_template_kwargs
             )
@@ -402,13 +409,13 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
             special = not texts[0].startswith(self._tokenizer.bos_token or "\0")
             self._bare_ids = self._tokenizer(texts, add_special_tokens=special)["input_ids"]
         images = [[part["image"] for m in row for part in m["content"] if part["type"] == "image"] for row in prompts]
-        return ids[:rows], [each or None for each in images] if any(images) else None, fields
+        return ids, [each or None for each in images] if any(images) else None, fields
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], images: Any, fields: Any, **options: Any) -> Any:
         if self.use_vllm:
             # A colocated vLLM expands each placeholder, those that the processor has expanded too (trl#6294).
             ids = prompt_ids
-            if self.vllm_mode == "colocate":
+            if self._colocated:
                 ids = self._bare_ids
                 if self.state.global_step != self._last_loaded_step:
                     # It keeps the features of images over a change of weights (trl#7198).
@@ -516,7 +523,7 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
 
     def _mean(self, losses: dict[str, Tensor]) -> dict[str, float]:
         """Return the components over all processes, read at once."""
-        values = torch.stack([value.detach().double().float() for value in losses.values()])
+        values = torch.stack([value.detach().float() for value in losses.values()])
         values = self.accelerator.reduce(values, reduction="mean")
         return dict(zip(losses, values.tolist(), strict=True))
 
@@ -524,7 +531,8 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         """Return the share of response tokens to which the teacher, in either view, gives less than the floor."""
         low_BT = torch.zeros_like(response.scored_BT)
         for name in ("teacher", "teacher_text"):
-            log_p_BT = sampled_log_probs(cast("HiddenStates", views[name]), response.response_BT, response.scored_BT)
+            view, temperature = cast("HiddenStates", views[name]), self.method.temperature
+            log_p_BT = sampled_log_probs(view, response.response_BT, response.scored_BT, temperature=temperature)
             low_BT |= response.scored_BT & (log_p_BT.exp() < floor)
         counts: Tensor = self.accelerator.reduce(torch.stack([low_BT.sum(), response.scored_BT.sum()]))
         return float(counts[0] / counts[1].clamp(min=1))
@@ -552,6 +560,10 @@ class _EpochSampler(RepeatSampler):  # type: ignore[misc]  # trl is untyped
     def set_epoch(self, epoch: int) -> None:
         if self.shuffle:
             self.generator.manual_seed((self.seed or 0) + epoch)
+
+
+def _unpadded(x_BL: Tensor, real_BL: Tensor) -> list[list[int]]:
+    return [row[real].tolist() for row, real in zip(x_BL, real_BL, strict=True)]
 
 
 def _fill_state(optimizer: torch.optim.Optimizer) -> None:

@@ -19,20 +19,10 @@ from steer_optim.vlm.data import Rows, answer, conversation, picture
 from steer_optim.vlm.trainer import MicroBatch, SteeredDistillationConfig
 
 pytestmark = [
+    pytest.mark.usefixtures("fresh_accelerate"),
     pytest.mark.filterwarnings("ignore:.*(gradient|activation)_checkpointing.* is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate(monkeypatch):
-    """Accelerate keeps its state in singletons, and refuses another configuration in the same process."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def losses_of(trainer):

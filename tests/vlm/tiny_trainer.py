@@ -8,15 +8,12 @@ import os
 import sys
 from pathlib import Path
 
-import torch
-from torch.distributed.tensor import DTensor
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "frameworks"))
-
 import peft
+import torch
 import transformers
 from datasets import Dataset
 from tiny_llava import make_dataset, make_model, make_processor
+from torch.distributed.tensor import DTensor
 
 from steer_optim import SteeredOptimizer
 from steer_optim.vlm import DecomposedDistillation, score, visual_dependency, visual_tokens
