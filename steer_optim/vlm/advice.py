@@ -8,18 +8,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from statistics import fmean, stdev
 from typing import Any
 
 import torch
 
-from steer_optim import Geometry, measure
-from steer_optim.vlm.distillation import DecomposedDistillation
+from steer_optim import Geometry, Sum, measure
+from steer_optim.vlm.distillation import Component, DecomposedDistillation, Decomposition
+from steer_optim.vlm.divergences import TERMS
 from steer_optim.vlm.examination import examine, table
 from steer_optim.vlm.forward import score
 from steer_optim.vlm.gate import top_share, visual_dependency
 
-# Of the two standard errors that a difference must exceed; and the smallest in nats that is worth acting on.
+_NAMES = ("std", "vis", "lang")
+_MEASURED = Decomposition({name: Component(TERMS[name]) for name in _NAMES}, lambda gamma: Sum())
+
+# How many standard errors a difference must exceed, and the smallest in nats that is worth acting on.
 _ERRORS, _LEAST = 2.0, 0.05
 
 
@@ -56,10 +61,7 @@ def investigate(trainer: Any, rows: Any, *, batches: int = 8) -> tuple[Findings,
         batches: of ``per_device_train_batch_size`` rows, sampled and scored; the examination reads all of them.
     """
     trainer.model_wrapped = trainer.accelerator.prepare_model(trainer.model)
-    student, method = (
-        trainer.model.train(),
-        DecomposedDistillation("vgs", lam=1.0, temperature=trainer.args.temperature),
-    )
+    student, method = trainer.model.train(), DecomposedDistillation(_MEASURED, temperature=trainer.args.temperature)
     size, geometries, visual = trainer.args.per_device_train_batch_size, [], []
     for i in range(min(batches, math.ceil(len(rows) / size))):
         (batch,) = trainer.sample([rows[j] for j in range(i * size, min((i + 1) * size, len(rows)))], parts=1)
@@ -67,12 +69,10 @@ def investigate(trainer: Any, rows: Any, *, batches: int = 8) -> tuple[Findings,
         with trainer.accelerator.autocast():
             views = score(student, trainer.teacher_model, batch.prompts, batch.response, method=method)
             losses = method(views, mask_BT)
-            losses["lang"] = DecomposedDistillation("both-views")(views, mask_BT)["lang"]
         vds_BT = visual_dependency(views["teacher"], views["teacher_text"], mask_BT)
         top_BT = top_share(vds_BT, mask_BT, quantile=0.7, share=1.0) > 0
         visual.append(float(vds_BT[top_BT].sum() / vds_BT.sum().clamp(min=1e-12)))
-        chosen = {name: losses[name] for name in ("std", "vis", "lang")}
-        geometries.append(measure(chosen, student.parameters(), retain_graph=False))
+        geometries.append(measure(losses, student.parameters(), retain_graph=False))
     looked = examine(trainer, student, rows), examine(trainer, trainer.teacher_model, rows)
     (student_means, of_student), (teacher_means, of_teacher) = looked
     differences = [
@@ -84,9 +84,9 @@ def investigate(trainer: Any, rows: Any, *, batches: int = 8) -> tuple[Findings,
     if len(differences) > 1:
         language = fmean(differences), stdev(differences) / math.sqrt(len(differences))
     found = Findings(
-        angles={f"{a}, {b}": _mean(geometries, lambda g, a=a, b=b: g.angle(a, b)) for a, b in _PAIRS},
+        angles={f"{a}, {b}": _mean(geometries, lambda g, a=a, b=b: g.angle(a, b)) for a, b in combinations(_NAMES, 2)},
         dose=_mean(geometries, lambda g: _dose(g, trainer.args.gamma)),
-        norms={name: _mean(geometries, lambda g, i=i: g.norms[i]) for i, name in enumerate(("std", "vis", "lang"))},
+        norms={name: _mean(geometries, lambda g, i=i: g.norms[i]) for i, name in enumerate(_NAMES)},
         losses={name: _mean(geometries, lambda g, i=i: g.losses[i]) for i, name in ((0, "std"), (2, "lang"))},
         visual=fmean(visual),
         language=language,
@@ -111,10 +111,8 @@ def advise(found: Findings) -> str:
         f"the most visual 30 % of the tokens have {found.visual:.0%} of the visual dependency",
     ]
     if found.language is None:
-        choice, reason = (
-            "standard",
-            "Without right answers nobody can tell whose language is better: add a column answer.",
-        )
+        choice = "standard"
+        reason = "Without right answers nobody can tell whose language is better: add a column answer."
     else:
         gain, error = found.language
         lines.append(
@@ -129,9 +127,6 @@ def advise(found: Findings) -> str:
         else:
             choice, reason = "standard", "The teacher knows the language of the answers better, or as well."
     return "\n".join([*lines, f"Advice: --decomposition {choice}. {reason}"])
-
-
-_PAIRS = (("std", "vis"), ("std", "lang"), ("vis", "lang"))
 
 
 def _dose(geometry: Geometry, gamma: float) -> float:

@@ -81,27 +81,24 @@ def load(data: DataArguments) -> tuple[Any, Any]:
     if data.dataset_train_split not in splits:
         raise ValueError(f"{name} has the splits {', '.join(splits)}: choose one with --dataset_train_split")
     train, root = splits[data.dataset_train_split], path.parent if path.is_file() else path
-
     if unread := {*(train.column_names or ())} - {"messages", "prompt", "images", "image", "answer"}:
         print(f"columns that are not read: {', '.join(sorted(unread))}", file=sys.stderr)
-    if not data.dataset_streaming and len(train):
-        conversation(Rows(train, root)[0])  # before any model is loaded
-
-    def rows_of(rows: Any) -> Any:
-        return rows if data.dataset_streaming else Rows(rows, root)
-
+    if not data.dataset_streaming:
+        train = Rows(train, root)
+        if len(train):
+            conversation(train[0])  # before any model is loaded
     if data.dataset_test_split in splits:
         rows = splits[data.dataset_test_split]
         count = data.held_out if data.dataset_streaming else min(data.held_out, len(rows))
         rows = list(rows.take(count)) if data.dataset_streaming else rows.select(range(count))
-        return rows_of(train), Rows(rows, root) if count else None
+        return train, Rows(rows, root) if count else None
     if not data.held_out:
-        return rows_of(train), None
+        return train, None
     if data.dataset_streaming:
         raise ValueError(f"{name} has no split {data.dataset_test_split!r}: name one, or pass --held_out 0")
-    everything, count = Rows(train, root), min(data.held_out, max(1, len(train) // 20))
+    count = min(data.held_out, max(1, len(train) // 20))
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
-    return torch.utils.data.Subset(everything, order[count:]), torch.utils.data.Subset(everything, order[:count])
+    return torch.utils.data.Subset(train, order[count:]), torch.utils.data.Subset(train, order[:count])
 
 
 def last_checkpoint(path: Path) -> str | None:
@@ -211,7 +208,8 @@ def main(arguments: list[str] | None = None) -> int:
     examination = None if held_out is None else Examination(trainer, held_out)
     if examination is not None:
         trainer.add_callback(examination)
-    if resume and _steps(resume)[0] >= (args.max_steps if args.max_steps > 0 else _steps(resume)[1]) > 0:
+    done, planned = _steps(resume) if resume else (0, 0)
+    if done >= (args.max_steps if args.max_steps > 0 else planned) > 0:
         # Training would go on for a step more.
         if (Path(args.output_dir) / "answers.jsonl").exists() or trainer.is_fsdp_enabled:
             trainer.accelerator.print(f"the run in {args.output_dir} is finished")

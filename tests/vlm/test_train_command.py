@@ -24,22 +24,12 @@ from steer_optim.vlm.train import DataArguments, check_settings, last_checkpoint
 from tests.vlm.zoo import Zoo
 
 pytestmark = [
+    pytest.mark.usefixtures("fresh_accelerate"),
     pytest.mark.filterwarnings("ignore:.*(gradient|activation)_checkpointing.* is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
 ]
 SHORT = {"max_steps": 2, "per_device_train_batch_size": 2, "max_completion_length": 4, "use_cpu": True}
 SHORT |= {"learning_rate": 0.01, "logging_steps": 1, "disable_tqdm": True, "held_out": 3}
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate(monkeypatch):
-    """Accelerate keeps its state in singletons, and refuses another configuration in the same process."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture(scope="module")
