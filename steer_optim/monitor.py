@@ -21,8 +21,9 @@ Norms, cosines and angles are over all parameters under any scope, so that runs 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,6 +61,24 @@ def scalars(geometry: Geometry) -> dict[str, float]:
     keys, row = _row(geometry)
     numbers = dict(zip(keys, row.tolist(), strict=True))
     return {key: value for key, value in numbers.items() if key.startswith(_ALWAYS) or not math.isnan(value)}
+
+
+def from_log(log: Iterable[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Return the numbers of a training log by name, as :meth:`Monitor.history` does.
+
+    Args:
+        log: of transformers' ``Trainer``, ``state.log_history``; lines without a training loss are passed over.
+
+    Returns:
+        One list for each name, NaN in lines that lack it.
+
+    Example:
+        >>> from steer_optim.monitor import from_log
+        >>> from_log([{"step": 1, "loss": 2.0}, {"step": 1, "eval_loss": 2.5}, {"step": 2, "loss": 1.0}])
+        {'loss': [2.0, 1.0], 'step': [1, 2]}
+    """
+    lines = [line for line in log if "loss" in line]
+    return {name: [line.get(name, math.nan) for line in lines] for name in sorted({key for x in lines for key in x})}
 
 
 class Monitor:

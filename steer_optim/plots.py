@@ -90,6 +90,34 @@ def cosines(history: Mapping[str, Values], *, smooth: int = 1, axes: Axes | None
     return _figure_of(axes)
 
 
+def lines(history: Mapping[str, Values], kind: str, *, smooth: int = 1, axes: Axes | None = None) -> Figure:
+    """Any kind of number over training, a line for each component or pair.
+
+    Args:
+        history: of a :class:`steer_optim.monitor.Monitor`, or :func:`steer_optim.monitor.from_log`.
+        kind: ``"loss"``, ``"weight"``, ``"norm"``, ``"cos"``, ``"angle"`` or ``"conflict"``.
+        smooth: as in :func:`norms`.
+        axes: where to draw; a new figure by default.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: the history has nothing of this kind.
+
+    Example:
+        >>> from steer_optim import plots
+        >>> figure = plots.lines({"step": [0, 1], "steer/angle/std~vis": [40.0, 45.0]}, "angle")
+        >>> figure.axes[0].get_ylabel()
+        'angle'
+    """
+    axes = _axes(axes)
+    _lines(axes, _columns(history, kind), smooth=smooth)
+    axes.set(xlabel="step", ylabel=kind)
+    return _figure_of(axes)
+
+
 def geometry(history: Mapping[str, Values], *, smooth: int = 1) -> Figure:
     """Norms above cosines over training, the paper's Fig. 7.
 
@@ -262,7 +290,8 @@ def _lines(
         if smooth > 1 and len(y):
             y = pad(y, (smooth - 1, 0), value=torch.nan).unfold(0, smooth, 1).nanmean(1)
         colour = COLOURS[i % len(COLOURS)]
-        axes.plot(x.tolist(), y.tolist(), color=colour, marker=marker, linewidth=1.6, label=label)
+        dot = marker or ("." if len(y) == 1 else None)  # a line of one point would not show
+        axes.plot(x.tolist(), y.tolist(), color=colour, marker=dot, linewidth=1.6, label=label)
     axes.grid(color="0.92")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

@@ -11,6 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from steer_optim import plots
+from steer_optim.monitor import from_log
 
 COLUMNS = {
     "answer": "answer, %",
@@ -28,11 +29,8 @@ seconds per step are means over training.
 
 
 def history(run: Path) -> dict[str, list[float]]:
-    """The numbers of each step of a run by name, NaN where a step had none."""
-    log = json.loads((run / "trainer_state.json").read_text())["log_history"]
-    steps = [entry for entry in log if "loss" in entry]
-    names = sorted({name for entry in steps for name in entry})
-    return {name: [entry.get(name, math.nan) for entry in steps] for name in names}
+    """The numbers of each line of a run's log, by name."""
+    return from_log(json.loads((run / "trainer_state.json").read_text())["log_history"])
 
 
 def row(scores: dict[str, float], run: dict[str, list[float]] | None = None) -> dict[str, float | None]:

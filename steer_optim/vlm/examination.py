@@ -16,6 +16,8 @@ import torch
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
+from steer_optim import plots
+from steer_optim.monitor import from_log
 from steer_optim.vlm.data import ROW, answer, conversation
 from steer_optim.vlm.distillation import DecomposedDistillation
 from steer_optim.vlm.families import image_ids
@@ -50,13 +52,13 @@ def examine(trainer: Any, model: Any, rows: Any) -> tuple[dict[str, float | None
         can be compared. And one record per row: ``row``, ``answer``, the responses ``with_image`` and
         ``without_image``, and its ``scores``.
     """
-    args, accelerator, tokenizer = trainer.args, trainer.accelerator, trainer._tokenizer
-    size, rank, world = args.per_device_eval_batch_size, accelerator.process_index, accelerator.num_processes
+    accelerator, size = trainer.accelerator, trainer.args.per_device_eval_batch_size
+    rank, world = accelerator.process_index, accelerator.num_processes
     # All processes run as many batches, or those that shard the model would wait for each other.
     batches, records = math.ceil(len(rows) / (size * world)), []
     for i in range(batches):
         numbers = [((i * world + rank) * size + j) % len(rows) for j in range(size)]
-        records += _examine_batch(trainer, model, [rows[n] for n in numbers], tokenizer)
+        records += _examine_batch(trainer, model, [rows[n] for n in numbers])
     everyone = {record["row"]: record for record in gather_object(records)}
     ordered = [everyone[row] for row in sorted(everyone)]
     means = {name: _mean(record["scores"].get(name) for record in ordered) for name in COLUMNS}
@@ -125,22 +127,18 @@ def draw(log: Sequence[Mapping[str, Any]], file: Path) -> None:
     """Draw losses, angles and weights over training, from the trainer's log."""
     from matplotlib.figure import Figure
 
-    panels = {"loss": "loss", "angle": "angle between gradients, degrees", "weight": "weight in the update"}
+    history = from_log(log)
+    panels = {"loss": "loss", "angle": "angle between gradients (degrees)", "weight": "weight in the update"}
     figure = Figure(figsize=(12, 3.6), dpi=160, layout="constrained")
     for (kind, label), axes in zip(panels.items(), figure.subplots(1, 3), strict=True):
-        prefix = f"steer/{kind}/"
-        for key in sorted({key for entry in log for key in entry if key.startswith(prefix)}):
-            points = [(entry["step"], entry[key]) for entry in log if entry.get(key) is not None]
-            axes.plot(*zip(*points, strict=True), label=key.removeprefix(prefix), marker="." * (len(points) < 2))
-        axes.set_xlabel("step")
-        axes.set_ylabel(label)
-        if axes.lines:
-            axes.legend(frameon=False)
+        if any(key.startswith(f"steer/{kind}/") for key in history):
+            plots.lines(history, kind, axes=axes)
+        axes.set(xlabel="step", ylabel=label)
     figure.savefig(file)
 
 
-def _examine_batch(trainer: Any, model: Any, rows: Sequence[Mapping[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
-    device, teacher = trainer.accelerator.device, trainer.teacher_model
+def _examine_batch(trainer: Any, model: Any, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    device, teacher, tokenizer = trainer.accelerator.device, trainer.teacher_model, trainer._tokenizer
     prompts = trainer.render([conversation(row) for row in rows], [row[ROW] for row in rows]).to(device)
     options = {"max_new_tokens": trainer.args.max_completion_length, "temperature": 0}
     options |= {"eos_ids": trainer.eos_token_ids, "pad_id": tokenizer.pad_token_id}
