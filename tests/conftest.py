@@ -16,6 +16,16 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def fresh_accelerate(monkeypatch):
+    """Accelerate keeps its state in singletons, and refuses another configuration in the same process."""
+    state = pytest.importorskip("accelerate.state")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    yield
+    state.AcceleratorState._reset_state(reset_partial_state=True)
+    state.GradientState._reset_state()
+
+
 def pytest_collection_modifyitems(items):
     # The slow ones first, so that no process is left with one of them when the other has finished.
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)

@@ -30,16 +30,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def _fresh_accelerate(monkeypatch):
-    """Accelerate keeps its state in singletons, and refuses another configuration in the same process."""
-    state = pytest.importorskip("accelerate.state")
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    yield
-    state.AcceleratorState._reset_state(reset_partial_state=True)
-    state.GradientState._reset_state()
-
-
 @pytest.fixture(scope="module")
 def run_two_forks():
     """Runs an example in two processes that find what torchrun tells them; returns their output."""
@@ -103,7 +93,7 @@ def test_the_plain_loop_clips_and_conflicts():
 
 
 @pytest.fixture
-def accelerate_loop(_fresh_accelerate):
+def accelerate_loop(fresh_accelerate):
     import accelerate_loop
 
     return accelerate_loop
@@ -126,7 +116,7 @@ def test_a_resumed_run_without_the_memory_of_the_rule_ends_elsewhere(accelerate_
     assert not all(map(torch.equal, weights(model), weights(expected[0])))
 
 
-@pytest.mark.usefixtures("_fresh_accelerate")
+@pytest.mark.usefixtures("fresh_accelerate")
 def test_accelerate_logs_the_means_since_the_last_line():
     from accelerate import Accelerator
     from accelerate.tracking import GeneralTracker
@@ -163,7 +153,7 @@ def mean_of(steps):
     return {key: (steps[0][key] + steps[1][key]) / 2 for key in steps[0]}
 
 
-@pytest.mark.usefixtures("_fresh_accelerate")
+@pytest.mark.usefixtures("fresh_accelerate")
 def test_watching_needs_one_steered_optimizer():
     from accelerate import Accelerator
 
@@ -184,7 +174,7 @@ def test_accelerate_in_two_processes_reaches_the_plain_loop(tmp_path):
 
 
 @pytest.fixture
-def transformers_trainer(_fresh_accelerate):
+def transformers_trainer(fresh_accelerate):
     pytest.importorskip("transformers", minversion="5.0")
     import transformers_trainer
 

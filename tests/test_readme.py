@@ -60,7 +60,6 @@ def models(monkeypatch):
     """A student, a teacher, their processor and conversations, in place of what transformers would download."""
     for needed in ("transformers", "tokenizers", "PIL"):
         pytest.importorskip(needed)
-    monkeypatch.syspath_prepend(str(ROOT / "examples" / "frameworks"))
     import tiny_llava
     import transformers
 

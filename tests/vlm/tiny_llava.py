@@ -1,7 +1,4 @@
-"""A LLaVA of a few thousand random weights with its processor, and questions about plain images: no download.
-
-It learns nothing worth knowing. What it shows is that the pieces fit: put your model, processor and data in its place.
-"""
+"""A LLaVA of a few thousand random weights with its processor, and questions about plain images: no download."""
 
 import torch
 from PIL import Image
