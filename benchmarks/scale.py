@@ -39,9 +39,9 @@ NODE = 8  # GPUs
 LAYOUTS = {  # GPUs, and whether a model is sharded inside a node only, and replicated over nodes
     "8 GPUs": (8, True),
     "64, sharded over all": (64, False),
-    "64, over a node": (64, True),
+    "64, HSDP": (64, True),
     "512, sharded over all": (512, False),
-    "512, over a node": (512, True),
+    "512, HSDP": (512, True),
 }
 # Nominal rates of an H100: bytes per second and direction of NVLink and of a network of 400 Gb/s for each GPU; 40 % of
 # the dense bfloat16 peak. A hop is from one GPU of a ring to the next.
@@ -412,7 +412,7 @@ def _time(result: Mapping[str, Any]) -> str:
         hops = [mine["hops"] * HOP for mine in columns]
         cells = (f"{x:.2f} / {y:.2f}" for x, y in zip(sent, hops, strict=True))
         lines.append([step, *(f"{x / FLOPS:.2f}" for x in work), *cells])
-    head = ["s", "products, 8 responses a GPU", "1 response a GPU", *(f"{name}: links / hops" for name in LAYOUTS)]
+    head = ["s", "compute, 8 responses a GPU", "1 response a GPU", *(f"{name}: links / hops" for name in LAYOUTS)]
     return common.table(head, lines)
 
 
@@ -442,7 +442,7 @@ def _against(result: Mapping[str, Any]) -> str:
         for step, (name, lora) in steps.items()
     )
     return (
-        f"The same sums over the peaks of {len(found['losses'])} small steps that were measured: {', '.join(ranges)}. "
+        f"The same sums over the measured peaks of {len(found['losses'])} small steps: {', '.join(ranges)}. "
         f"For the step of `make gpu`, 4 responses of 512 tokens, they give {', '.join(gpu)} GiB."
     )
 
