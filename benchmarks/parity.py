@@ -78,7 +78,7 @@ CONFIGURATIONS: dict[str, tuple[Callable[[torch.dtype], nn.Module], bool | None,
     "HSDP, 2 × 2": (lambda d: fsdp(d, replicas=2), None, 4, 1),
     "tensor parallel": (tensor_parallel, False, 1, 1),
     "FSDP2 × tensor parallel, 2 × 2": (both, None, 2, 1),
-    "for contrast: DDP, and told that each trains by itself": (ddp, False, 4, 1),
+    "for contrast: DDP with `data_parallel=False`": (ddp, False, 4, 1),
 }
 
 
@@ -183,34 +183,34 @@ def report(parity: dict[str, list[tuple[float, bool]]], sent: list[tuple[int, fl
 
 TEMPLATE = """# Several processes against one
 
-Written by `python -m benchmarks.parity` with torch {torch}, in {processes} processes on a CPU (gloo). A small model is
-trained for {steps} steps of AdamW and steered by `GradVac`, which remembers: what differs in one step differs more in
-the next. Every configuration sees the same batches as one process that trains by itself.
+Written by `python -m benchmarks.parity` with torch {torch}, in {processes} processes on a CPU (gloo). A small model
+trains for {steps} steps of AdamW, steered by `GradVac`. This rule has state, so a difference in one step grows in the
+next. Every configuration sees the same batches as a single process.
 
 ## The same training
 
-The largest difference of any parameter, in any process, to those of the one process. Parameters are of the order of
-0.1, and one rounding of theirs is 1e-17 in float64 and 1e-8 in float32. Means over processes are summed in another
-order, and Adam enlarges the difference where a gradient is small.
+The largest difference of any parameter in any process from the single process. Parameters are of the order of 0.1,
+where one rounding is 1e-17 in float64 and 1e-8 in float32. Means over processes are summed in a different order, and
+Adam enlarges the difference if a gradient is small.
 
 | configuration | float64 | float32 | all processes hold the same bits |
 | --- | --- | --- | --- |
 {parity}
 
-The last line is the mistake that `SteeredOptimizer` refuses to make unasked: under DDP only the first of several
-backward passes is averaged, and the replicas drift apart without an error.
+The last row shows why `SteeredOptimizer` raises if `data_parallel` is left out: DDP averages only the first of several
+backward passes, and the replicas drift apart without an error.
 
 ## Traffic under DDP
 
-What a process sends in a step, in all-reduces of the gradients, of which a plain step takes one. The pieces of the mean
-of every component stay where they are reduced, and only the update is gathered: (k + 1) / 2. Gloo has no reduce-scatter
-of its own and makes an all-reduce of each: k + 1/2.
+The traffic of a process in a step, in all-reduces of the gradients; a plain step takes one. The gradients of every
+component are reduce-scattered, and only the update is all-gathered: (k + 1) / 2. Gloo has no reduce-scatter of its own
+and uses an all-reduce for each: k + 1/2.
 
 | components k | measured | k all-reduces |
 | --- | --- | --- |
 {traffic}
 
-Sharded parameters (FSDP2, tensor parallel) need nothing but the Gramian on top of their own k backward passes.
+Sharded parameters (FSDP2, tensor parallel) add only the Gramian to their own k backward passes.
 """
 
 
