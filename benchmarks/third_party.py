@@ -258,9 +258,7 @@ def _nested(po: Any, sf: Any, hb: Any) -> list[Case]:
         package, name = cls.__module__.partition(".")[0], cls.__name__
         inside = lambda m, wrap, make=make: make(m, lambda params, **_: wrap(sgd(params)))  # noqa: E731
         outside = lambda m, wrap, make=make: wrap(make(m, sgd))  # noqa: E731
-        more = (
-            {"beside": True, "remark": "its state dict leaves the inner one's out: save both"} if cls is po.SAM else {}
-        )
+        more = {"beside": True, "remark": "its state dict omits the inner one's: save both"} if cls is po.SAM else {}
         found.append(Case(package, f"{name}(SteeredOptimizer(SGD))", inside, loop, **more))
         if issubclass(cls, Optimizer):
             found.append(Case(package, f"SteeredOptimizer({name}(SGD))", outside, loop))
@@ -300,8 +298,8 @@ TEMPLATE = """# Optimizers of other packages
 Written by `python -m benchmarks.third_party` with torch {torch} on a CPU. `make third-party` installs the packages,
 runs the same checks as tests, and writes this page.
 
-Each optimizer trains one small model (two layers, with biases) for {steps} steps by itself, and again in each of the
-ways below. The parameters are compared bit for bit.
+Each optimizer trains a small model (two layers, with biases) for {steps} steps by itself, and again in each way below.
+The parameters are compared bit for bit.
 
 | {number} optimizers | same bits | as bare | no |
 | --- | --- | --- | --- |
@@ -309,21 +307,21 @@ ways below. The parameters are compared bit for bit.
 
 - **plain**: inside `SteeredOptimizer`, with `loss.backward()`, against the bare optimizer.
 - **steered**: inside `SteeredOptimizer`, with the loss as the only component of `Sum()`, against the bare optimizer.
-- **resumed**: with three components and `GradVac`, saved and loaded in the middle, against the same training in one go.
-  "As bare" means that the optimizer by itself does not continue to the same bits either, and the wrapper continues as
-  it does, to the bit.
-- **train/eval**: the wrapper has both methods where the optimizer inside has them, and they reach it; {modes} do.
+- **resumed**: with three components and `GradVac`, saved and loaded in the middle, against the same training without
+  interruption. "As bare" means that the bare optimizer does not resume to the same bits either, and that the wrapper
+  resumes to the bits of the bare one.
+- **train/eval**: the wrapper has both methods if the inner optimizer has them, and calls those; {modes} have them.
 
-Arguments are the defaults, but for those that an optimizer requires and those that make it move this model in {steps}
-steps. The 8-bit optimizers of bitsandbytes keep 8-bit state (`min_8bit_size=1`), and heavyball does not compile. Every
-step begins with the same random seed. Where an optimizer goes around another one, both nestings are listed. The
-`ScheduleFreeWrapper` of schedulefree is no `torch.optim.Optimizer`, so that only what is inside it can be steered.
+Arguments are the defaults, except those that an optimizer requires, or needs to change this model in {steps} steps. The
+8-bit optimizers of bitsandbytes keep 8-bit state (`min_8bit_size=1`), and heavyball does not compile. Each step has the
+same random seed in every run. If an optimizer wraps another one, both nestings are listed. The `ScheduleFreeWrapper` of
+schedulefree is no `torch.optim.Optimizer`, so only the optimizer inside it can be steered.
 
 | package | version | optimizer | plain | steered | resumed | train/eval | remark |
 | --- | --- | --- | --- | --- | --- | --- | --- |
 {rows}
 
-## What does not train this model by itself here
+## Optimizers that do not train this model here
 
 | package | version | optimizer | why |
 | --- | --- | --- | --- |
