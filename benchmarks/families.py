@@ -346,22 +346,21 @@ TEMPLATE = """# Model families
 Written by `python -m benchmarks.families` with transformers {transformers} and torch {torch} on a CPU. `make families`
 runs the same checks as tests, and writes this page.
 
-Of the {number} model types of transformers' image-text-to-text mapping {right} are right, {refusals} are refused by
+The image-text-to-text mapping of transformers has {number} model types: {right} are right, {refusals} are refused by
 name, and {absent} have no model here. Each is a tiny random model of the real class, and its own processor writes the
-prompts. The tokenizer, with one character a token, and a short chat template that puts the family's tokens around an
-image are made for the test: transformers has neither without a download. A name after a slash is another way to write
-an image.
+prompts. The test makes a tokenizer with one character per token, and a short chat template with the family's tokens
+around an image: transformers has neither without a download. A name after a slash is another way to write an image.
 
 - **an image in a prompt**: the processor's text between the letters `a` and `bc`; `\\n` is a newline.
-- **from messages**: `render` gives both views. If the text view of `text_only` differs, the rendered one is right, and
-  the cell gives the text that stays in the other.
-- **from ids**: `text_only` gives the prompt as the processor writes it without an image. *With `tokenizer=`*: the
+- **from messages**: `render` returns both views. If the text-only view of `text_only` differs, the rendered one is
+  right, and the cell shows the text that stays in the other.
+- **from ids**: `text_only` returns the prompt as the processor writes it without an image. *With `tokenizer=`*: the
   configuration does not name the tokens around an image, and `text_only` raises without the tokenizer.
 - **padding**: responses of 1 to 4 tokens follow prompts with no, one and two images in one batch, padded on either
   side. Their logits equal those that `generate` gives for each row alone, in both views. Another image changes them.
 - **future**: a late token of the response changes no earlier logit, in both views.
 - **gradients**: all are finite despite padding, and the response's loss reaches the vision tower.
-- **hidden states**: `response_states` gives the model's logits; otherwise it raises and names the alternative.
+- **hidden states**: `response_states` gives the model's logits, or it raises and names the alternative.
 - **rollout**: no placeholder is sampled, even if the model makes it the most likely token.
 
 {table}
