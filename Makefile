@@ -8,7 +8,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Two processes of one thread each use two cores best, and give the same numbers everywhere.
 PYTEST_PROCESSES ?= 2
-BENCHMARKS ?= steering_cost steering_growth steering_memory replica_memory step_memory host_reads losses_cost vgs_step rollout_speed topk_bias
+BENCHMARKS ?= steering_cost steering_growth steering_memory replica_memory step_memory host_reads losses_cost vgs_step rollout_speed topk_bias scale
 INPUTS := pyproject.toml constraints.txt
 HAS_CUDA := import torch, transformers, peft, pytest, hypothesis; assert torch.cuda.is_available()
 

@@ -105,6 +105,12 @@ def gradvac(J: Tensor, orders: Tensor, targets: Tensor, *, beta: float) -> tuple
     return update, targets
 
 
+def agem(J: Tensor, m: int) -> Tensor:
+    """A-GEM (arXiv 1812.00420), Eq. 11: the sum of all rows but ``m``, projected off row ``m`` in conflict."""
+    g = J.sum(0) - J[m]
+    return project(g, J[m]) if g @ J[m] < 0 else g
+
+
 def pcd(J: Tensor, v: int, sq_norms: Tensor, *, tau: float) -> Tensor:
     """Priority-constrained descent (arXiv 2606.29521) of row ``v``, given the average squared norms ``(k,)``.
 

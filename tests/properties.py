@@ -9,6 +9,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from steer_optim.contrib import AGEM
 from steer_optim.rules import PCD, VGS, GradVac, PCGrad, Rule, Steer, Sum, Weighting
 
 NAMES = ("std", "vis", "lp", "aux", "kl", "reg")
@@ -31,6 +32,7 @@ RULES: dict[str, Rule] = {
     "PCGrad": PCGrad(seed=3),
     "GradVac": GradVac(beta=0.3, seed=4),
     "PCD": PCD("vis", tau=0.1, beta=0.9),
+    "AGEM": AGEM("vis"),
     "Weighting": Weighting(lambda G: torch.rand(len(G), dtype=torch.float64), seed=5),
 }
 

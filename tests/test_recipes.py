@@ -46,8 +46,9 @@ def test_the_program_is_short_and_runs(name, program, tmp_path, monkeypatch, cap
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_snippets_are_lines_of_the_program(name):
-    lines = {line.strip() for line in (PROGRAMS / f"{name}.py").read_text().splitlines()}
+def test_the_snippets_are_lines_of_the_program_or_of_contrib(name):
+    sources = PROGRAMS / f"{name}.py", *(ROOT / "steer_optim" / "contrib").glob("*.py")
+    lines = {line.strip() for path in sources for line in path.read_text().splitlines()}
     for snippet in re.findall(r"```python\n(.*?)```", (PAGES / f"{name}.md").read_text(), flags=re.DOTALL):
         assert {line.strip() for line in snippet.splitlines()} <= {*lines, ""}
 

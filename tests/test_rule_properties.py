@@ -28,6 +28,7 @@ from properties import (
 )
 
 from steer_optim import reference
+from steer_optim.contrib import AGEM
 from steer_optim.rules import PCD, VGS, GradVac, PCGrad, Steer, Weighting
 from steer_optim.rules.orders import draw_orders
 
@@ -38,7 +39,7 @@ DTYPES = st.sampled_from(list(RESIDUAL))
 WHEN = st.sampled_from(["conflict", "always", "never"])
 GAINS = st.sampled_from([0.0, 0.5, 2.0])
 GAMMAS = st.sampled_from([0.0, 0.3, 2.0, 4.0])
-BY_RULE = settings(max_examples=settings().max_examples // 3)  # there are eleven rules in each of these tests
+BY_RULE = settings(max_examples=settings().max_examples // 3)  # there are twelve rules in each of these tests
 
 
 def weigh(rule, J, names, state=None):
@@ -181,6 +182,16 @@ def test_steer_is_its_reference(J, gain, when, preserve_norm):
     expected = reference.steer(J, names.index("vis"), gain=gain, when=when, preserve_norm=preserve_norm)
     size = parts(J, weights) + J.norm(dim=1).sum()
     assert_same_update(combine(J, weights), expected, size, ROUNDING * cond)
+
+
+@given(J=gradients())
+def test_agem_is_its_reference(J):
+    names = names_of(J)
+    m = names.index("vis")
+    weights = weigh(AGEM("vis"), J, names)
+    update, size = combine(J, weights), parts(J, weights) + J.norm(dim=1).sum()
+    assert_same_update(update, reference.agem(J, m), size, ROUNDING)
+    assert_no_conflict(update, J[m], size)
 
 
 @given(J=gradients(k=3, relations=("free", "near parallel", "parallel", "zero")), gamma=GAMMAS, with_lp=st.booleans())

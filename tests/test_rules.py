@@ -7,7 +7,8 @@ import torch
 from properties import NAMES, RULES, names_for
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from steer_optim import rules
+from steer_optim import contrib, rules
+from steer_optim.contrib import AGEM
 from steer_optim.rules import PCD, VGS, GradVac, PCGrad, Rule, Steer, Sum, Weighting
 from steer_optim.rules.orders import _mix, draw_orders
 
@@ -139,6 +140,7 @@ def test_the_guard_against_the_host_can_fail():
     [
         (Steer("vis"), ("lang", "std"), "'vis'; got 'lang', 'std'"),
         (PCD("vis"), ("lang", "std"), "'vis'; got 'lang', 'std'"),
+        (AGEM("vis"), ("lang", "std"), "'vis'; got 'lang', 'std'"),
         (PCD("vis"), ("vis", *"abcdef"), r"at most 6 components; got 7.*PCDWeighting"),
         (VGS(), ("std",), "'std' and 'vis', and may have 'lp'; got 'std'"),
         (VGS(), ("vis", "lp"), "got 'vis', 'lp'"),
@@ -172,7 +174,7 @@ def test_options_out_of_range_are_refused(make, message):
 
 @pytest.mark.parametrize("rule", [rule for rule in RULES.values() if not isinstance(rule, Weighting)], ids=repr)
 def test_repr_rebuilds_the_rule(rule):
-    rebuilt = eval(repr(rule), vars(rules))
+    rebuilt = eval(repr(rule), {**vars(rules), **vars(contrib)})
     assert type(rebuilt) is type(rule)
     assert vars(rebuilt) == vars(rule)
 

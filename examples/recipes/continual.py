@@ -9,19 +9,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from steer_optim import Steer, SteeredOptimizer, Sum, Weighting
-from steer_optim.rules import Rule
-
-
-class AGEM(Rule):
-    """The gradient of the current task, projected off that of the memory where they conflict (Chaudhry et al. 2019)."""
-
-    def update(self, G, names, state):
-        current, memory = names.index("current"), names.index("memory")
-        slope = G[:, current, memory] / G[:, memory, memory]  # not a number while there is no memory
-        weights = torch.zeros_like(G[:, 0])
-        weights[:, current], weights[:, memory] = 1, torch.where(slope < 0, -slope, 0.0)
-        return weights, {}
-
+from steer_optim.contrib import AGEM
 
 METHODS = {
     "plain sum": Sum(),
@@ -29,7 +17,7 @@ METHODS = {
     "`5 * memory + current`": weighted("memory", 5),
     '`Steer("memory")`': Steer("memory"),
     '`Steer("memory", gain=2)`': Steer("memory", gain=2),
-    "`AGEM()`": AGEM(),
+    '`AGEM("memory")`': AGEM("memory"),
     "current task alone": Weighting(lambda G: torch.tensor([1.0, 0.0])),
 }
 

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from steer_optim.rules import VGS, PCGrad, Steer, Sum
 from steer_optim.vlm import DecomposedDistillation, adaptive_strength, token_losses, visual_dependency, visual_tokens
-from steer_optim.vlm.distillation import Component, Decomposition
+from steer_optim.vlm.distillation import DECOMPOSITIONS, Component, Decomposition
 from steer_optim.vlm.divergences import TERMS, Term
 from steer_optim.vlm.gate import sampled_log_probs, top_share
 
@@ -26,6 +26,7 @@ METHODS = [
     DecomposedDistillation("exact", floor=0.05),
     DecomposedDistillation("exact", adaptive=True),
     DecomposedDistillation("language", lam=0.3, quantile=0.5),
+    *(DecomposedDistillation(name, prior="live") for name in DECOMPOSITIONS),
 ]
 METHODS += [dataclasses.replace(method, reduction="sequence") for method in METHODS]
 every_method = pytest.mark.parametrize("method", METHODS, ids=repr)

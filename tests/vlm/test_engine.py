@@ -24,6 +24,7 @@ METHODS = [
     DecomposedDistillation("exact", adaptive=True, detach_prior=False, chunk_size=4),
     DecomposedDistillation("language", lam=0.3, quantile=0.5, chunk_size=4),
     DecomposedDistillation("language", lam=0.3, detach_prior=False, floor=0.1, chunk_size=4),
+    *(DecomposedDistillation(name, prior="live", chunk_size=3) for name in DECOMPOSITIONS),
 ]
 METHODS += [dataclasses.replace(method, reduction="sequence") for method in METHODS]
 every_method = pytest.mark.parametrize("method", METHODS, ids=repr)
