@@ -212,6 +212,7 @@ def test_the_accuracies_of_the_main_job_are_those_of_the_committed_results():
 @pytest.mark.parametrize("path", sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
 def test_a_notebook_runs(path, capsys):
     pytest.importorskip("matplotlib")
+    pytest.importorskip("sklearn")
     cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
     namespace = {}
     for cell in cells:
