@@ -15,6 +15,7 @@ import math
 import os
 import re
 import uuid
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,8 @@ def save(path: str | os.PathLike[str], optimizer: Optimizer, *, extra: Mapping[s
             link is followed.
         optimizer: any torch optimizer; a ``SteeredOptimizer`` saves the memory of its rule, too.
         extra: anything else that training needs to continue, so that all is of one step: the model, the step, random
-            states, a ``Monitor.state_dict()``. Tensors, None, bool, int, float, str, and lists, tuples and dicts of
-            them.
+            states, a ``Monitor.state_dict()``. Tensors, None, bool, int, float, str, and lists, tuples, dicts and
+            OrderedDicts of them.
 
     Raises:
         OSError: the file could not be written: there is no such directory, no right to write there, no space.
@@ -57,7 +58,7 @@ def save(path: str | os.PathLike[str], optimizer: Optimizer, *, extra: Mapping[s
         >>> path = tempfile.mkdtemp() + "/optimizer.safetensors"
         >>> model = torch.nn.Linear(2, 1)
         >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        >>> checkpoint.save(path, optimizer, extra={"model": dict(model.state_dict()), "rng": torch.get_rng_state()})
+        >>> checkpoint.save(path, optimizer, extra={"model": model.state_dict(), "rng": torch.get_rng_state()})
         >>> extra = checkpoint.load(path, optimizer)
         >>> model.load_state_dict(extra["model"])
         <All keys matched successfully>
@@ -196,6 +197,9 @@ def _encode(value: Any, where: str, tensors: dict[str, Tensor]) -> object:
         keys = [_encode(key, f"a key of {where}", tensors) for key in value]
         values = [_encode(item, f"{where}.{key}", tensors) for key, item in value.items()]
         return {"dict": list(zip(keys, values, strict=True))}
+    if kind is OrderedDict:  # a module's state dict, whose attribute _metadata has the versions of its layers
+        parts = _encode(dict(value), where, tensors), _encode(vars(value), f"{where}.__dict__", tensors)
+        return {"OrderedDict": list(parts)}
     if is_dtensor(value):
         raise TypeError(
             f"{where} is a DTensor, of which this process may hold a part only, and a checkpoint is one file: save "
@@ -217,6 +221,10 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return tuple(_decode(content, tensors))
     if kind == "dict":
         return {_decode(key, tensors): _decode(item, tensors) for key, item in content}
+    if kind == "OrderedDict":
+        ordered = OrderedDict(_decode(content[0], tensors))
+        vars(ordered).update(_decode(content[1], tensors))
+        return ordered
     if kind != "tensor":
         raise ValueError(f"{kind!r} is not a known type")
     name, stride = content

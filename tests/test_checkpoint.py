@@ -1,4 +1,4 @@
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 
 import numpy as np
 import pytest
@@ -206,12 +206,24 @@ def test_the_file_is_plain_safetensors(tmp_path):
     assert torch.equal(stored["optimizer.state.0.exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
 
 
+def test_a_modules_state_dict_keeps_its_order_and_its_metadata(tmp_path):
+    state = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 1)).state_dict()
+    state.move_to_end("0.weight")
+    checkpoint.save(tmp_path / "x", trained(), extra={"model": state})
+    loaded = checkpoint.load(tmp_path / "x", trained())["model"]
+    assert type(loaded) is OrderedDict
+    assert list(loaded) == list(state)
+    assert loaded._metadata == state._metadata
+    assert type(loaded._metadata) is OrderedDict
+    assert_identical(dict(loaded), dict(state))
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [
         ({"a": [1, {2}]}, r"extra\.a\.1 is a builtins\.set"),
         ({"a": np.float64(1)}, r"extra\.a is a numpy\.float64"),
-        ({"m": OrderedDict()}, r"extra\.m is a collections\.OrderedDict"),
+        ({"c": Counter()}, r"extra\.c is a collections\.Counter"),
         ({"t": torch.zeros(2).to_sparse()}, r"extra\.t, a torch\.sparse_coo tensor"),
         ({"t": torch.zeros(2, dtype=torch.complex128)}, r"extra\.t, a .* of torch\.complex128"),
         ({"k": {frozenset(): 1}}, r"a key of extra\.k is a builtins\.frozenset"),
