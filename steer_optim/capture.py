@@ -1,8 +1,8 @@
 """One backward pass gives one gradient set: the gradients of a component, by parameter.
 
-In one process and over shards, each ``.grad`` points to the set during the pass, so that autograd accumulates into it:
-no copies, and exact wherever ``backward()`` is, reentrant checkpointing included. Under DDP a step that takes a Gramian
-uses ``torch.autograd.grad``, which bypasses the reducer: that would average only the first of several passes.
+In one process and over shards, each ``.grad`` points to the set during the pass, and autograd accumulates into it. This
+makes no copies and is exact wherever ``backward()`` is, also with reentrant checkpointing. Under DDP a step that takes
+a Gramian uses ``torch.autograd.grad`` to bypass the reducer, which would average only the first of several passes.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ Gradients: TypeAlias = dict[Tensor, Tensor]
 def check_losses(losses: Losses) -> None:
     """Raise, before anything runs, if there are no components, or a name or loss is invalid."""
     if not isinstance(losses, Mapping):
-        raise TypeError(f"components come as a mapping from names to scalar losses; got {type(losses).__name__}")
+        raise TypeError(f"components must be a mapping from names to scalar losses; got {type(losses).__name__}")
     if not losses:
         raise ValueError("there are no components: pass named losses, None for each that this micro-batch lacks")
     for name, loss in losses.items():
         if not isinstance(name, str):
-            raise TypeError(f"the name of a component is a str; got {name!r}")
+            raise TypeError(f"the name of a component must be a str; got {name!r}")
         if isinstance(loss, Tensor):
             check_loss(name, loss)
         elif loss is not None and not callable(loss):
@@ -44,15 +44,15 @@ def check_loss(name: str, loss: Tensor) -> None:
     if not loss.requires_grad:
         raise ValueError(
             f"component {name!r} is detached: it does not require grad. Look for .detach(), no_grad or frozen "
-            "parameters on its way, or pass None where there is no loss"
+            "parameters in its graph, or pass None if there is no loss"
         )
 
 
 def evaluate(losses: Losses, *, retain_graph: bool) -> Iterator[tuple[str, Tensor | None, bool]]:
     """Yield each component's name and loss in turn, and whether its backward pass must keep the graph.
 
-    Tensors may share a graph, which only the last of them frees; a callable has its own. No loss is kept here: its
-    graph is freed before the next callable runs, if the caller deletes the loss by then.
+    Tensors may share a graph, so only the last of them frees it; a callable has its own. This generator keeps no loss:
+    if the caller deletes it, its graph is freed before the next callable runs.
     """
     graphs = [isinstance(loss, Tensor) for loss in losses.values()]
     for i, (name, loss) in enumerate(losses.items()):
@@ -61,7 +61,7 @@ def evaluate(losses: Losses, *, retain_graph: bool) -> Iterator[tuple[str, Tenso
 
 
 def evaluated(name: str, loss: Tensor | Callable[[], Tensor]) -> Tensor:
-    """Return a component as a tensor, called if callable; raise if it is invalid."""
+    """Return a component as a tensor, after calling a callable; raise if it is invalid."""
     with torch.enable_grad():
         value = loss if isinstance(loss, Tensor) else loss()
     check_loss(name, value)
@@ -82,7 +82,7 @@ def grad_tensor(loss: Tensor, factors: Iterable[Tensor | None]) -> Tensor | None
     root = None
     for factor in factors:
         if factor is not None:
-            # Memory of its own: autograd may make a view of it some parameter's gradient.
+            # In its own memory: a view of it may become some parameter's gradient.
             root = torch.empty_like(loss).copy_(factor if root is None else root * factor.to(root))
     return root
 
@@ -102,11 +102,11 @@ def capture(
     Args:
         losses: scalars.
         grad_tensors: the gradient that comes in at each; None for 1.
-        parameters: whose gradients are taken. Their ``.grad`` is as before when this returns or raises. Other leaves
-            of the graph accumulate, as from ``sum(losses).backward()``.
+        parameters: whose gradients are taken. Their ``.grad`` is restored. Other leaves of the graph accumulate the
+            gradients that ``grad_tensors`` give: of the plain sum, or between two refreshes of the weighted sum.
         own: the gradient set that the new gradients are added to, in place.
         retain_graph: whether the graph is kept.
-        others: parameters whose gradients are dropped and whose ``.grad`` is as before, too.
+        others: parameters whose gradients are dropped, and whose ``.grad`` is restored, too.
         reducer: whether DDP's reducer may run, and may write to the memory of an old ``.grad``.
 
     Returns:
@@ -124,7 +124,7 @@ def capture(
         finally:
             put_back(before)
     finally:
-        put_back(before)  # once more, if the first time was interrupted
+        put_back(before)  # again, in case the first call was interrupted
 
 
 def put_back(gradients: Iterable[tuple[Tensor, Tensor | None]]) -> None:
@@ -142,7 +142,7 @@ def capture_isolated(
     retain_graph: bool,
     on_gradient: Callable[[Tensor], None] | None = None,
 ) -> Gradients:
-    """Like :func:`capture`, but nothing is accumulated anywhere, so that no reducer runs; other leaves get nothing.
+    """Capture like :func:`capture`, but accumulate nothing, so that no reducer runs; other leaves get no gradient.
 
     Args:
         losses: as there.
@@ -153,7 +153,7 @@ def capture_isolated(
         on_gradient: called with every gradient as it is computed.
 
     Returns:
-        The gradient set, whose tensors may share memory: they are not to be written to.
+        The gradient set. Its tensors may share memory: do not write to them.
     """
     try:
         try:
@@ -168,9 +168,9 @@ def capture_isolated(
         finally:
             _remove_hooks(parameters, on_gradient)
     finally:
-        _remove_hooks(parameters, on_gradient)  # once more, if the first time was interrupted
+        _remove_hooks(parameters, on_gradient)  # again, in case the first call was interrupted
     if any(g is None for g in taken) and any(map(is_reentrant, graph(losses))):
-        # torch.autograd.grad skips it without an error where no parameter is upstream of it.
+        # torch.autograd.grad skips it without an error if no parameter is upstream of it.
         raise RuntimeError(_REMEDIES["use_reentrant=True"])
     new = {p: g for p, g in zip(parameters, taken, strict=True) if g is not None}
     return own | {p: own[p] + g if p in own else g for p, g in new.items()}
@@ -194,26 +194,26 @@ def graph(losses: Iterable[Tensor]) -> Iterator[Any]:
 
 
 def is_reentrant(node: Any) -> bool:
-    """Return whether a node of a graph is a part that is checkpointed reentrantly."""
+    """Return whether a node of a graph is a reentrant checkpoint."""
     return bool(node.name() == "CheckpointFunctionBackward")
 
 
 _REMEDIES = {
-    "donated buffer": "a compiled graph gave its buffers away after one backward pass, and several components need it. "
+    "donated buffer": "a compiled graph freed its buffers after one backward pass, and several components need them. "
     "Set torch._functorch.config.donated_buffer = False before the first backward pass, or pass the components as "
-    "callables, each with a forward pass of its own",
-    "use_reentrant=True": "the model uses reentrant checkpointing, which does not support torch.autograd.grad, "
+    "callables, each with its own forward pass",
+    "use_reentrant=True": "the model uses reentrant checkpointing. It does not support torch.autograd.grad, "
     "which data_parallel and measure need. Checkpoint with use_reentrant=False (transformers: "
     'gradient_checkpointing_enable({"use_reentrant": False}))',
-    "Untracked tensor": "activations were offloaded, and can be brought back for one backward pass only. Pass the "
-    "components as callables, each with a forward pass of its own, or switch offloading off",
+    "Untracked tensor": "offloaded activations can be restored for one backward pass only. Pass the "
+    "components as callables, each with its own forward pass, or disable offloading",
     "backward an extra time": "selective activation checkpointing recomputes for one backward pass only. Pass the "
-    "components as callables, each with a forward pass of its own, or checkpoint whole layers",
+    "components as callables, each with its own forward pass, or checkpoint entire layers",
 }
 
 
 def _with_remedy(run: Callable[[], Any]) -> Any:
-    """Run a backward pass; replace torch's error by one with the remedy, where there is one."""
+    """Run a backward pass; replace torch's error by one with the remedy, if one is known."""
     try:
         return run()
     except Exception as error:
@@ -224,11 +224,11 @@ def _with_remedy(run: Callable[[], Any]) -> Any:
 
 
 def _unshared(gradients: Gradients) -> Gradients:
-    """Return the same gradients, each in memory of its own.
+    """Return the same gradients, each in its own memory.
 
-    After ``a.view(2, 2) + b.view(2, 2)`` autograd makes two views of one tensor the gradients of ``a`` and ``b``, and
-    what is then done in place to either is done to both; ``b`` need not be ours, nor a parameter. A complex gradient
-    may be a conjugate that is yet to be taken.
+    After ``a.view(2, 2) + b.view(2, 2)`` the gradients of ``a`` and ``b`` are two views of one tensor, so that an
+    in-place operation on either changes both; ``b`` may be another's, or no parameter. A complex gradient may be a lazy
+    conjugate.
     """
     result = {}
     for p, gradient in gradients.items():
@@ -242,7 +242,7 @@ def _unshared(gradients: Gradients) -> Gradients:
 
 def is_dtensor(tensor: Tensor) -> bool:
     """Return whether a tensor is a DTensor: sharded or replicated over a mesh of processes."""
-    # By name: importing DTensor costs half a second, and whoever holds one has imported it.
+    # By name, because importing DTensor takes half a second.
     return type(tensor).__name__ == "DTensor"
 
 
@@ -252,7 +252,7 @@ def check_parameters(parameters: Sequence[Tensor]) -> None:
         if p.layout not in (torch.strided, torch.sparse_coo):
             raise TypeError(
                 f"parameter {i} of the optimizer (shape {tuple(p.shape)}) has layout {p.layout}; only dense and sparse "
-                "COO gradients can be combined. Convert it, or leave it to an optimizer of its own"
+                "COO gradients can be combined. Convert it, or give it its own optimizer"
             )
         if getattr(p, "_post_accumulate_grad_hooks", None):
             raise RuntimeError(

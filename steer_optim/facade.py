@@ -1,9 +1,8 @@
-"""A torch optimizer that behaves as another one: the part of the wrapper that does not know about steering.
+"""A torch optimizer that wraps another and behaves like it: the part of the wrapper that knows nothing of steering.
 
-`param_groups`, `state` and `defaults` are the inner optimizer's own, through properties: aliases of the objects go
-stale when `load_state_dict` rebinds them. `Optimizer.__init__` is not called: it would make new ones. Besides
-these only `train` and `eval` are forwarded: a gradient scaler that sees `_step_supports_amp_scaling` of a fused
-optimizer would step on inf.
+Properties read `param_groups`, `state` and `defaults` from the inner optimizer, because copied references go stale when
+`load_state_dict` rebinds them. `Optimizer.__init__` would make new ones, so it is not called. Only `train` and `eval`
+are forwarded besides: a gradient scaler that sees `_step_supports_amp_scaling` of a fused optimizer would step on inf.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ def forward(owner: str, name: str) -> Any:
 
 
 class OptimizerFacade(Optimizer):
-    """Behave as ``inner`` towards schedulers, gradient scalers, checkpoints and loops, with hooks of its own."""
+    """Behave like ``inner`` for schedulers, gradient scalers, checkpoints and loops, but with separate hooks."""
 
     def __init__(self, inner: Optimizer) -> None:
         self.inner = inner
@@ -41,7 +40,7 @@ class OptimizerFacade(Optimizer):
     eval: Any = forward("inner", "eval")
 
     def _step(self, closure: Callable[[], float] | None) -> float | None:
-        """Step the inner optimizer between this one's step hooks, and return what it returns."""
+        """Step the inner optimizer between this optimizer's step hooks, and return its result."""
         args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
         step: Callable[..., float | None] = self.inner.step
         if not hasattr(type(self.inner).step, "hooked"):  # its step fires no hooks, not even torch's global ones
@@ -51,14 +50,14 @@ class OptimizerFacade(Optimizer):
             return loss
         try:
             try:
-                # On the inner optimizer, so that global hooks run first and last, as around any torch optimizer.
+                # On the inner optimizer, so that global hooks run first and last, as for any torch optimizer.
                 self.inner.register_step_pre_hook(self._pre)
                 self.inner.register_step_post_hook(self._post)
                 return step(*args[1:])
             finally:
                 self._take_hooks_back()
         finally:
-            self._take_hooks_back()  # once more, if the first time was interrupted
+            self._take_hooks_back()  # again, in case the first call was interrupted
 
     def _pre(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         args = (self, *args[1:])
@@ -76,7 +75,7 @@ class OptimizerFacade(Optimizer):
                 del hooks[key]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the inner optimizer; steering reads the groups anew in every call."""
+        """Add a group to the inner optimizer; steering rereads the groups in every call."""
         self.inner.add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -84,7 +83,7 @@ class OptimizerFacade(Optimizer):
         self.inner.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state to save, between this optimizer's state-dict hooks."""
+        """Return the state to save; call this optimizer's state-dict hooks around it."""
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict = self._export_state()
@@ -94,7 +93,7 @@ class OptimizerFacade(Optimizer):
 
     # The argument is named as in torch: torch.distributed.checkpoint passes it by name.
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a saved state, between this optimizer's load-state-dict hooks."""
+        """Load a saved state; call this optimizer's load-state-dict hooks around it."""
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
@@ -109,7 +108,7 @@ class OptimizerFacade(Optimizer):
         self.inner.load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A scheduler patches `step` on the instance with a closure over the original; hooks belong to it too.
+        # A scheduler patches `step` of this instance with a closure over it. Hooks belong to this instance, too.
         return {key: value for key, value in vars(self).items() if key != "step" and not key.endswith("_hooks")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

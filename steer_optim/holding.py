@@ -1,11 +1,11 @@
-"""Where gradient sets are held from the backward passes to the update: here, or 1/R of their mean on each replica.
+"""Hold gradient sets from the backward passes to the update: here, or 1/R of their mean on each of R replicas.
 
-The Gramian under data parallelism must be that of the *averaged* gradients: averaging what every replica steered by
-itself is another update. So a replica keeps one piece of the mean of every component (a reduce-scatter, which runs
+Under data parallelism the Gramian must be that of the *averaged* gradients: to steer on each replica and average the
+updates gives another update. So a replica keeps one piece of the mean of every component (a reduce-scatter, which runs
 during the next backward pass). The inner products of the pieces are all-reduced, every replica combines its pieces with
-the same weights, and only the update is all-gathered. That is ``(k + 1) / 2`` times the traffic of one all-reduce,
-instead of k all-reduces, and it leaves the replicas equal bit for bit. Sharded parameters (FSDP2, tensor parallel) are
-in pieces already.
+the same weights, and only the update is all-gathered. The traffic is ``(k + 1) / 2`` times that of one all-reduce,
+instead of ``k`` times, and the replicas stay equal bit for bit. Sharded parameters (FSDP2, tensor parallel) are already
+in pieces.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from steer_optim.capture import Gradients, is_dtensor, unreached_error
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
-# Elements per message: a 128th of a set, so that packing copies little at once, but not too few and not too many.
+# Elements per message: a 128th of a set, so that packing copies little at once, within these bounds.
 _MESSAGES, _SHORTEST, _LONGEST = 128, 2**15, 2**24
 
 _COPYING = ("gloo",)  # backends whose reduce-scatter is an all-reduce of a copy
 
 Row: TypeAlias = tuple[int, list["Tensor | None"]]
-"""A scope, and what is held here of one parameter's gradient in each of the ``k`` sets."""
+"""A scope, and the part held here of one parameter's gradient in each of the ``k`` sets."""
 
 Groups: TypeAlias = "tuple[dist.ProcessGroup, ...]"
 """The process groups that hold the other shards of a parameter, one per mesh dimension that shards it."""
@@ -53,7 +53,7 @@ class LocalSets:
         self._rows: dict[Groups, list[tuple[Tensor, Row]]] | None = None
 
     def take(self, name: str, gradients: Gradients | None) -> None:
-        """Take over the set of one component; None for one that is absent."""
+        """Keep the set of one component; None if it is absent."""
         self.sets[name] = {} if gradients is None else gradients
 
     def rows(self) -> dict[Groups, list[Row]]:
@@ -76,7 +76,7 @@ class LocalSets:
 class AveragedSets:
     """Hold this process's piece of the mean of each gradient set over data-parallel replicas.
 
-    Collective: every replica takes every component in the same order, whatever its own losses reach.
+    Collective: every replica must take every component in the same order, whatever its losses reach.
 
     Args:
         names: the ``k`` components.
@@ -103,7 +103,7 @@ class AveragedSets:
         self._unpacked = 0  # bytes of gradients that are not packed yet
         # Messages in flight: (message, work handle, this replica's piece of the mean, where it arrives).
         self._in_flight: deque[tuple[Tensor, Any, Tensor, Tensor]] = deque()
-        # gloo's thread may hold a message longer; kept here, it is freed by this thread, where memory profiles see it.
+        # gloo's thread may hold a message longer. Kept here, it is freed by this thread, where memory profiles see it.
         self._recent: deque[Tensor] = deque(maxlen=3)
         self._in_place = dist.get_backend(group) in _COPYING
         self.unsteered: list[Tensor] = []
@@ -128,7 +128,7 @@ class AveragedSets:
         self._recent.append(flat)
 
     def take(self, name: str, gradients: Gradients | None) -> None:
-        """Start to average the set of one component, and empty it; None for one that is absent here."""
+        """Start averaging the set of one component, and empty it; None if it is absent here."""
         here = {} if gradients is None else gradients
         # 0: not reached, 1: dense, 2: sparse; and last, whether the component is present.
         flags = [0 if p not in here else 2 if here[p].is_sparse else 1 for p in self._parameters]
@@ -155,7 +155,7 @@ class AveragedSets:
 
     def _send(self, name: str, parts: Sequence[Tensor]) -> None:
         self._make_room(sum(part.nbytes for part in parts))
-        flat = torch.cat(list(parts)).div_(self._size)  # before the sum, which half precision could overflow
+        flat = torch.cat(list(parts)).div_(self._size)  # before the sum, which could overflow in half precision
         size = len(flat) // self._size
         piece = flat.new_empty(size)
         self._pieces[name].append(piece)
@@ -193,8 +193,8 @@ class AveragedSets:
             if 2 in flags:
                 raise TypeError(
                     f"component {name!r} has a sparse gradient (parameter of shape "
-                    f"{tuple(self._parameters[flags.index(2)].shape)}), and replicas average dense ones. Build the "
-                    "embedding with sparse=False"
+                    f"{tuple(self._parameters[flags.index(2)].shape)}), but replicas average only dense ones. Build "
+                    "the embedding with sparse=False"
                 )
             reached.update(p for p, flag in zip(self._parameters, flags, strict=True) if flag)
         if table[0][-1]:
@@ -203,7 +203,7 @@ class AveragedSets:
         return reached
 
     def gather(self, update: Sequence[Tensor]) -> Gradients:
-        """All-gather the update: each replica combined it in place, on its pieces of the first component."""
+        """All-gather the update, which each replica combined in place of its pieces of the first component."""
         pieces = iter(self._pieces[self.names[0]])
         self._pieces, self._rows = {}, []
         flats: list[Tensor] = []
@@ -219,14 +219,14 @@ class AveragedSets:
             sizes = [p.numel() for p in buffer.parameters]
             for p, segment in zip(buffer.parameters, flat[: sum(sizes)].split(sizes), strict=True):
                 if p in self._reached:
-                    # Fused kernels pair parameter and gradient in the order of memory.
+                    # Fused kernels pair parameter and gradient in memory order.
                     result[p] = segment.as_strided(p.shape, _strides(p))
         return result
 
 
 _UNSTEERED = (
-    "the components reach parameters that the optimizer does not have (shapes {shapes}), and under data_parallel they "
-    "would get no gradient. Give Steering(...) all parameters and step the optimizers plainly, or freeze these"
+    "the components reach parameters that the optimizer does not have (shapes {shapes}); under data_parallel these "
+    "would get no gradient. Give one Steering(...) all parameters and call each optimizer's step(), or freeze these"
 )
 
 
@@ -252,7 +252,7 @@ class _FlatBuffer:
         self._scopes[-1] = (scope, sum(self.messages))  # the padding of the last message is zero
 
     def parts(self, rank: int, replicas: int) -> Iterator[tuple[int, int, int]]:
-        """The scopes within the pieces of one replica, message by message, as ranges within the piece."""
+        """Yield the scopes in each piece of one replica, message by message, as ranges within the piece."""
         scopes, begin = iter(self._scopes), 0
         scope, end = next(scopes)
         for length in self.messages:
@@ -273,13 +273,13 @@ def _strides(p: Tensor) -> tuple[int, ...]:
 
 
 def _in_memory_order(p: Tensor, gradient: Tensor) -> Tensor:
-    """The elements of a gradient in the order in which autograd lays out a gradient of ``p``."""
+    """Return the elements of a gradient in the memory order of autograd's gradients of ``p``."""
     strides = _strides(p)
     return gradient.permute(sorted(range(p.ndim), key=lambda dim: -strides[dim])).reshape(-1)
 
 
 def _shard_groups(p: Any) -> Groups:
-    """The groups over which a DTensor is sharded, one per dimension of its mesh; none for a plain tensor."""
+    """Return the groups that shard a DTensor, one per mesh dimension that does; none for a plain tensor."""
     if not is_dtensor(p):
         return ()
     # Not is_shard(), which is false where FSDP2 shards what tensor parallelism has sharded along the same dimension.
@@ -287,7 +287,7 @@ def _shard_groups(p: Any) -> Groups:
 
 
 def _local(p: Any, gradient: Any) -> Tensor:
-    """What this process holds of a gradient, placed as its parameter is: partial sums are summed first."""
+    """Return this process's part of a gradient, placed like its parameter; partial sums are summed first."""
     local: Tensor = gradient.redistribute(p.device_mesh, p.placements).to_local() if is_dtensor(p) else gradient
     return local
 

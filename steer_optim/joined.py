@@ -1,4 +1,4 @@
-"""One scalar that stands for all components: its backward pass steers, in loops that call ``loss.backward()``."""
+"""One scalar for all components, whose backward pass steers: for loops that call ``loss.backward()``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class _Join(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, losses: Sequence[Tensor], backward: Callable[..., object]) -> Tensor:
-        """The sum; ``anchor`` only makes it require grad."""
+        """Return the sum; ``anchor`` only makes it require grad."""
         ctx.steer = backward
         # Saved only because autograd frees it with the graph, so that a second backward pass raises.
         ctx.save_for_backward(anchor)
@@ -31,7 +31,7 @@ class _Join(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[None, None, None]:
-        """Steers; the anchor gets nothing."""
+        """Steer; the anchor gets no gradient."""
         _ = ctx.saved_tensors
         ctx.steer(scale=scale, retain_graph=torch._C._autograd._get_current_graph_task_keep_graph())
         return None, None, None

@@ -1,8 +1,8 @@
-"""`SteeredOptimizer`: a real torch optimizer around another one, which steers the gradients that it steps on.
+"""`SteeredOptimizer`: a torch optimizer that wraps another one and steers its gradients.
 
     losses -> capture -> holding -> gramian -> rule -> combine -> .grad -> inner.step()
 
-It behaves as the inner optimizer (`facade.py`); the `Steering` that it owns computes ``.grad``.
+It behaves like the inner optimizer (`facade.py`); the `Steering` that it owns computes ``.grad``.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from steer_optim.steering import Scope, Steering
 class SteeredOptimizer(OptimizerFacade):
     """Wrap a torch optimizer, and steer its update by a rule over the gradients of named loss components.
 
-    Call :meth:`backward_components` instead of ``loss.backward()``, or ``backward()`` on what :meth:`join` returns. The
-    rest of the loop stays as it is. For several optimizers over one loss use one :class:`Steering`.
+    Call :meth:`backward_components` instead of ``loss.backward()``, or ``backward()`` on the result of :meth:`join`.
+    The rest of the loop stays the same. For several optimizers over one loss use one :class:`Steering`.
 
     Args:
         optimizer: any ``torch.optim.Optimizer``. It keeps its state, groups and hooks.
@@ -42,8 +42,8 @@ class SteeredOptimizer(OptimizerFacade):
         steering: the :class:`Steering` over the parameters of the inner optimizer.
 
     Raises:
-        TypeError: ``optimizer`` is no torch optimizer or is steered already, or ``rule`` is no rule.
-        ValueError: as :class:`Steering`.
+        TypeError: ``optimizer`` is not a torch optimizer or already steered, or ``rule`` is not a rule.
+        ValueError: as for :class:`Steering`.
 
     Example:
         >>> import torch
@@ -64,7 +64,7 @@ class SteeredOptimizer(OptimizerFacade):
     """The :class:`Geometry` of the last steered backward pass; None before the first."""
 
     rule: Rule = forward("steering", "rule")
-    """The rule; another object starts without memory."""
+    """The rule; a new one starts without memory."""
 
     refresh_every: int = forward("steering", "refresh_every")
     """The number of steps from one Gramian to the next."""
@@ -84,7 +84,7 @@ class SteeredOptimizer(OptimizerFacade):
         if not hasattr(optimizer, "param_groups"):
             raise TypeError(f"{type(optimizer).__name__} has no param_groups: steer the optimizer inside it")
         if isinstance(optimizer, SteeredOptimizer):
-            raise TypeError("optimizer is steered already: wrap optimizer.inner, or give one rule that does both")
+            raise TypeError("optimizer is steered already: wrap optimizer.inner, or combine the rules into one")
         super().__init__(optimizer)
         self.steering = Steering(optimizer, rule, scope=scope, data_parallel=data_parallel, refresh_every=refresh_every)
 
@@ -118,23 +118,23 @@ class SteeredOptimizer(OptimizerFacade):
     def step(self, closure: Callable[[], float]) -> float: ...
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Step the inner optimizer on ``.grad`` as it is; nothing is steered here.
+        """Step the inner optimizer on the current ``.grad``; nothing is steered here.
 
         Args:
             closure: evaluates the model again and returns the loss; it may call :meth:`backward_components`.
 
         Returns:
-            What the inner optimizer returns: the loss of the closure, or None.
+            The result of the inner optimizer: the loss of the closure, or None.
 
         Raises:
-            RuntimeError: micro-batches are pending, so that ``.grad`` lacks them.
+            RuntimeError: micro-batches are pending, and ``.grad`` lacks them.
         """
         if closure is None:
             self.steering.refuse_pending()
             return self._step(None)
         if not isinstance(self.rule, Sum) and any(group.get("line_search_fn") for group in self.param_groups):
             warnings.warn(
-                "a line search needs the gradient of the loss, and a steered gradient is another: it may stall. Use "
+                "a line search needs the gradient of the loss, not a steered one: the search may stall. Use "
                 "LBFGS(line_search_fn=None), or Sum()",
                 stacklevel=2,
             )
@@ -146,7 +146,7 @@ class SteeredOptimizer(OptimizerFacade):
 
         return self._step(evaluate)
 
-    step.__dict__["hooked"] = True  # torch must not wrap it in hooks of its own
+    step.__dict__["hooked"] = True  # so that torch does not wrap it in its own hooks
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear ``.grad`` as the inner optimizer does, and drop pending micro-batches."""
@@ -164,7 +164,7 @@ class SteeredOptimizer(OptimizerFacade):
         return {**state_dict, "param_groups": [{**first, **memory}, *others]}
 
     def _import_state(self, state_dict: dict[str, Any]) -> None:
-        """Load the inner state and the rule's memory, or neither; a plain inner state dict starts the rule afresh."""
+        """Load the inner state and the rule's memory, or neither; a plain inner state dict resets the rule."""
         place = state_dict["param_groups"][0] if _has_groups(state_dict) else state_dict
         memory = self.steering.read({KEY: place[KEY]} if KEY in place else {})
         rest = {key: value for key, value in place.items() if key != KEY}
@@ -175,5 +175,5 @@ class SteeredOptimizer(OptimizerFacade):
 
 
 def _has_groups(state_dict: dict[str, Any]) -> bool:
-    """Whether a state dict has torch's layout; a wrapper around several optimizers may have one of its own."""
+    """Return whether a state dict has torch's layout; a wrapper around several optimizers may use another."""
     return bool(state_dict.get("param_groups"))

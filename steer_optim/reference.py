@@ -1,8 +1,8 @@
-"""The dense float64 oracle: every rule once more, on the gradients themselves.
+"""A float64 reference of every rule, computed from the gradients themselves.
 
-A set of k component gradients is one matrix ``J`` ``(k, n)``, float64, a row per component, and every function
-below returns the update ``(n,)`` that its paper defines. Short, slow and obviously right: no Gramian, no weights, no
-batches. The rules are held equal to it by the tests; nothing else uses it.
+The gradients of ``k`` components are one float64 matrix ``J`` ``(k, n)``, a row per component. The function of a rule
+returns the update ``(n,)`` that its paper defines. It is short, slow and obviously right: no Gramian, no weights, no
+batches. Only tests use it, and hold the rules equal to it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,13 @@ from torch import Tensor
 
 
 def flatten(sets: Sequence[Sequence[Tensor | None]]) -> Tensor:
-    """One row ``(n,)``, float64, per gradient set; None is zeros, and nothing where every set has None.
+    """Return one row ``(n,)``, float64, per gradient set.
+
+    Args:
+        sets: gradients of the same parameters, or None for zeros; a parameter that is None in every set is left out.
+
+    Returns:
+        ``J`` ``(k, n)``.
 
     Example:
         >>> import torch
@@ -33,17 +39,35 @@ def flatten(sets: Sequence[Sequence[Tensor | None]]) -> Tensor:
 
 
 def gramian(J: Tensor) -> Tensor:
-    """``(k, k)``: the inner products of the rows."""
+    """Return the inner products of the rows of ``J`` ``(k, n)``, ``(k, k)``.
+
+    Example:
+        >>> import torch
+        >>> gramian(torch.tensor([[3.0, 4.0]]))
+        tensor([[25.]])
+    """
     return J @ J.T
 
 
 def combine(J: Tensor, weights: Tensor) -> Tensor:
-    """``(n,)``: the rows, weighted and summed."""
+    """Return the rows of ``J`` ``(k, n)``, weighted by ``(k,)`` and summed, ``(n,)``.
+
+    Example:
+        >>> import torch
+        >>> combine(torch.eye(2), torch.tensor([2.0, 3.0]))
+        tensor([2., 3.])
+    """
     return (weights[:, None] * J).sum(0)
 
 
 def project(g: Tensor, onto: Tensor) -> Tensor:
-    """What is left of ``g`` without its part along ``onto``; ``g`` itself where ``onto`` is zero."""
+    """Return ``g`` ``(n,)`` without its part along ``onto`` ``(n,)``; ``g`` itself if ``onto`` is zero.
+
+    Example:
+        >>> import torch
+        >>> project(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 3.0]))
+        tensor([1., 0.])
+    """
     if not onto.any():
         return g
     unit: Tensor = onto / onto.norm()
@@ -51,7 +75,19 @@ def project(g: Tensor, onto: Tensor) -> Tensor:
 
 
 def steered(J: Tensor, v: int, *, when: str = "conflict") -> Tensor:
-    """``(k, n)``: every row but ``v`` projected off row ``v``, ``when`` in conflict, always or never."""
+    """Return ``J`` ``(k, n)`` with every row but ``v`` projected off row ``v``.
+
+    Args:
+        J: the gradients.
+        v: the row that is kept.
+        when: ``conflict``, ``always`` or ``never``.
+
+    Example:
+        >>> import torch
+        >>> steered(torch.tensor([[1.0, -1.0], [0.0, 1.0]]), 1)
+        tensor([[1., 0.],
+                [0., 1.]])
+    """
     rows = [
         project(g, J[v]) if i != v and (when == "always" or (when == "conflict" and g @ J[v] < 0)) else g
         for i, g in enumerate(J)
@@ -60,25 +96,66 @@ def steered(J: Tensor, v: int, *, when: str = "conflict") -> Tensor:
 
 
 def rescale(update: Tensor, norm: Tensor) -> Tensor:
-    """The update at the given norm; zero stays zero."""
+    """Return the update ``(n,)`` at the given norm; zero stays zero.
+
+    Example:
+        >>> import torch
+        >>> rescale(torch.tensor([0.0, 4.0]), torch.tensor(2.0))
+        tensor([0., 2.])
+    """
     return update / update.norm() * norm if update.any() else update
 
 
 def steer(J: Tensor, v: int, *, gain: float = 0.0, when: str = "conflict", preserve_norm: bool = True) -> Tensor:
-    """The priority form of PCGrad (arXiv 2001.06782), with ``gain`` times the gradient steered towards on top."""
+    """Return the update of ``Steer``: PCGrad (arXiv 2001.06782) with a priority, plus ``gain`` times row ``v``.
+
+    Args:
+        J: the gradients ``(k, n)``.
+        v: the row to steer towards.
+        gain: as for :class:`steer_optim.Steer`.
+        when: its ``project``.
+        preserve_norm: as there.
+
+    Example:
+        >>> import torch
+        >>> steer(torch.tensor([[1.0, -1.0], [0.0, 1.0]]), 1, preserve_norm=False)
+        tensor([1., 1.])
+    """
     update = steered(J, v, when=when).sum(0) + gain * J[v]
     return rescale(update, J.sum(0).norm()) if preserve_norm else update
 
 
 def vgs(std: Tensor, vis: Tensor, lp: Tensor | None = None, *, gamma: float = 2.0) -> Tensor:
-    """Visual Gradient Steering (arXiv 2606.00564), Eqs. 13-15 and 17, of the gradients ``(n,)``."""
+    """Return the update of Visual Gradient Steering (arXiv 2606.00564), Eqs. 13-15 and 17.
+
+    Args:
+        std: the standard gradient ``(n,)``.
+        vis: that of the visual gain.
+        lp: that of language preservation, times its weight.
+        gamma: the strength of steering.
+
+    Example:
+        >>> import torch
+        >>> vgs(torch.tensor([3.0, 0.0]), torch.tensor([0.0, 2.0]))
+        tensor([1.8000, 2.4000])
+    """
     direction = std + gamma * vis
     eta = std.norm() / direction.norm() if direction.any() else 1.0
     return eta * (direction if lp is None else direction + lp)
 
 
 def pcgrad(J: Tensor, orders: Tensor) -> Tensor:
-    """PCGrad (arXiv 2001.06782), Algorithm 1, with the visits ``orders`` ``(k, k)`` of each component."""
+    """Return the update of PCGrad (arXiv 2001.06782), Algorithm 1.
+
+    Args:
+        J: the gradients ``(k, n)``.
+        orders: ``(k, k)``, the order in which each component visits the others.
+
+    Example:
+        >>> import torch
+        >>> pcgrad(torch.tensor([[1.0, -1.0], [0.0, 1.0]]), torch.tensor([[0, 1], [0, 1]]))
+        tensor([1.5000, 0.5000])
+    """
     update = torch.zeros_like(J[0])
     for i, g in enumerate(J):
         for j in orders[i].tolist():
@@ -89,7 +166,20 @@ def pcgrad(J: Tensor, orders: Tensor) -> Tensor:
 
 
 def gradvac(J: Tensor, orders: Tensor, targets: Tensor, *, beta: float) -> tuple[Tensor, Tensor]:
-    """Gradient Vaccine (arXiv 2010.05874), Algorithm 1: the update and the targets ``(k, k)`` of the next step."""
+    """Return the update of Gradient Vaccine (arXiv 2010.05874), Algorithm 1, and the next targets.
+
+    Args:
+        J: the gradients ``(k, n)``.
+        orders: as for :func:`pcgrad`.
+        targets: ``(k, k)``, the target cosines.
+        beta: the rate of the targets' moving average.
+
+    Example:
+        >>> import torch
+        >>> J, orders = torch.tensor([[1.0, -1.0], [0.0, 1.0]]), torch.tensor([[0, 1], [0, 1]])
+        >>> gradvac(J, orders, torch.zeros(2, 2), beta=0.0)[0]
+        tensor([1.5000, 0.5000])
+    """
     update, targets = torch.zeros_like(J[0]), targets.clone()
     for i, g in enumerate(J):
         for j in orders[i].tolist():
@@ -98,7 +188,7 @@ def gradvac(J: Tensor, orders: Tensor, targets: Tensor, *, beta: float) -> tuple
             phi, target = (g @ J[j]) / (g.norm() * J[j].norm()), targets[i, j].clone()
             targets[i, j] = (1 - beta) * target + beta * phi
             if phi < target:
-                # The vector of cosine `target`: a unit part across J[j], and cot(angle) of it along.
+                # To have the cosine `target`, g needs cot(angle) times its part across J[j] along J[j].
                 across = project(g, J[j])
                 g = across + across.norm() * target / (1 - target**2).sqrt() * J[j] / J[j].norm()
         update += g
@@ -112,10 +202,22 @@ def agem(J: Tensor, m: int) -> Tensor:
 
 
 def pcd(J: Tensor, v: int, sq_norms: Tensor, *, tau: float) -> Tensor:
-    """Priority-constrained descent (arXiv 2606.29521) of row ``v``, given the average squared norms ``(k,)``.
+    """Return the update of priority-constrained descent (arXiv 2606.29521) with the primary row ``v``.
 
-    The nearest feasible point lies on the flat of some set of constraints, so it is the nearest of those
-    projections of the primary on such flats that are feasible.
+    Some of the constraints are active at the nearest feasible point. So project the primary on the points where a group
+    of constraints is active, for every group, and take the nearest feasible projection.
+
+    Args:
+        J: the gradients ``(k, n)``.
+        v: the primary row.
+        sq_norms: ``(k,)``, the average squared norms.
+        tau: as for :class:`steer_optim.PCD`.
+
+    Example:
+        >>> import torch
+        >>> J = torch.tensor([[1.0, 0.0], [0.0, 2.0]], dtype=torch.float64)
+        >>> pcd(J, 0, torch.tensor([1.0, 4.0]), tau=0.75)
+        tensor([0.8000, 0.6000], dtype=torch.float64)
     """
     unit = J / sq_norms.sqrt()[:, None]
     others = [i for i in range(len(J)) if i != v]

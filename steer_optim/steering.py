@@ -1,4 +1,4 @@
-"""`Steering`: from named losses to the steered ``.grad``, whichever optimizers step on it.
+"""`Steering`: from named losses to the steered ``.grad``, for any optimizers that step on it.
 
     losses -> capture -> holding -> gramian -> rule -> combine -> .grad
 
@@ -33,46 +33,47 @@ from steer_optim.step import Pending, Step
 Scope = Literal["model", "group", "tensor"]
 
 BOUND = 3.0
-"""The largest norm of an update between two refreshes, relative to the last one whose Gramian was taken."""
+"""The largest norm of an update between two refreshes, relative to that of the last step that took a Gramian."""
 
 _ALIVE: weakref.WeakSet[Steering] = weakref.WeakSet()  # each leaves the others' parameters alone
 
 
 class _Groups(Optimizer):
-    """Parameters, groups and names as torch reads them; it never steps."""
+    """Hold parameters, groups and names as torch reads them; never step."""
 
     def __init__(self, parameters: Iterable[Any]) -> None:
         super().__init__(parameters, {})
 
 
 class Steering:
-    """Steer the gradients of some parameters by a rule, whichever optimizers step on them.
+    """Steer the gradients of some parameters by a rule, for any optimizers that step on them.
 
     If several optimizers share the losses, make one ``Steering`` over all parameters and call their ``step`` as usual.
     For one optimizer use :class:`SteeredOptimizer`: it owns a ``Steering`` and saves it with the optimizer's state.
 
     Args:
         parameters: tensors, ``(name, tensor)`` pairs or parameter groups, as a torch optimizer takes them; or an
-            optimizer, whose groups are read anew in every call.
-        rule: how the components are weighed; ``Weighting(f)`` takes any function of the Gramian. Another rule object
-            may be set at any time and starts without memory.
-        scope: over which parameters one Gramian is taken and one set of weights is found: the whole model, each
-            parameter group, or each tensor by itself.
+            optimizer, whose groups are reread in every call.
+        rule: how the components are weighed; ``Weighting(f)`` takes any function of the Gramian. You may set another
+            rule object at any time; it starts without memory.
+        scope: which parameters share one Gramian and its weights: the whole model, each parameter group, or each
+            tensor.
         data_parallel: True under DDP: every process has a replica of the model, and the gradients of the components
             (not their losses) are averaged before the Gramian is taken. A process group if only its members have
-            replicas (it cannot be pickled or deep-copied). False if each process trains by itself. None, the default,
-            in one process, or if all parameters are sharded (FSDP2, tensor parallel).
-        refresh_every: take the Gramian once in this many steps; a step is a call without ``accumulate``. The steps in
+            replicas (it cannot be pickled or deep-copied). False if each process trains its own model, or if
+            whole parameters have equal gradients in all processes. None, the default, for one process, or if all
+            parameters are sharded (FSDP2, tensor parallel).
+        refresh_every: take the Gramian once in this many steps; a call without ``accumulate`` is a step. The steps in
             between reuse the last weights, in one backward pass of the weighted sum; ``geometry.age`` says how old they
-            are. The norm of such an update is at most three times that of the last one whose Gramian was taken. If at a
-            Gramian a component's gradient is zero, not finite, or small with a large weight, the next step takes the
-            Gramian too. Scaled losses (of a gradient scaler) belong into :meth:`join`, which knows the factor: here a
-            larger loss is a longer update. Needs ``scope="model"``. May be changed at any time.
+            are. The norm of such an update is at most three times that of the last step that took a Gramian. If in that
+            step a component's gradient was zero, not finite, or small with a large weight, the next step takes a
+            Gramian too. Losses scaled by a gradient scaler belong in :meth:`join`, which knows the factor: here a
+            larger loss makes a longer update. Needs ``scope="model"``. May be changed at any time.
 
     Raises:
         TypeError: ``rule`` is not a rule, or ``parameters`` holds something other than tensors.
-        ValueError: there is no such scope; or ``refresh_every`` is not a positive integer, or more than 1 with a scope
-            other than the whole model, since one backward pass has one weight for each component.
+        ValueError: the scope is unknown; or ``refresh_every`` is not a positive integer, or more than 1 with a scope
+            other than the whole model: one backward pass has one weight per component.
 
     Example:
         >>> import torch
@@ -88,7 +89,7 @@ class Steering:
     """
 
     accumulating: Callable[[], bool] | None = None
-    """Whether more micro-batches of the step follow, asked where ``accumulate`` is left out; see
+    """Called if ``accumulate`` is left out: returns whether more micro-batches of the step follow; see
     :mod:`steer_optim.callbacks`. None: every call is the last of its step."""
 
     def __init__(
@@ -102,11 +103,11 @@ class Steering:
     ) -> None:
         if not isinstance(rule, Rule):
             wrap = "Wrap a function of the Gramian in Weighting(...)"
-            remedy = f"Make one: {rule.__name__}(...)" if isinstance(rule, type) else wrap
+            remedy = f"Create one: {rule.__name__}(...)" if isinstance(rule, type) else wrap
             raise TypeError(f"rule must be a Rule; got {rule!r}. {remedy}")
         if scope not in ("model", "group", "tensor"):
             raise ValueError(f"scope must be 'model', 'group' or 'tensor'; got {scope!r}")
-        # torch's own reading of parameters, groups and names, errors included.
+        # torch itself reads parameters, groups and names, and raises its errors.
         self._source = parameters if isinstance(parameters, Optimizer) else _Groups(parameters)
         self._rule = rule
         self.scope = scope
@@ -133,7 +134,7 @@ class Steering:
         if rule is not self._rule:
             self._rule, self._memory = rule, replace(self._memory, state={}, last=None)
             if self._pending is not None and self._pending.last is not None:
-                self._pending.last = replace(self._pending.last, rule="")  # finishes its step, and serves no other
+                self._pending.last = replace(self._pending.last, rule="")  # used to finish this step only
 
     @property
     def refresh_every(self) -> int:
@@ -146,8 +147,8 @@ class Steering:
             raise ValueError(f"refresh_every must be an int of at least 1; got {steps!r}")
         if steps > 1 and self.scope != "model":
             raise ValueError(
-                f"refresh_every={steps} needs scope='model': the steps in between are one backward pass, which has one "
-                f"weight for each component; got scope={self.scope!r}"
+                f"refresh_every={steps} needs scope='model': a step between two refreshes is one backward pass, with "
+                f"one weight per component; got scope={self.scope!r}"
             )
         self._refresh_every = steps
 
@@ -172,25 +173,25 @@ class Steering:
 
         Args:
             losses: scalar losses by name, or callables that return one. Callables are evaluated one after another, so
-                that one graph is freed before the next is built; where they share a part of the graph, pass
+                that one graph is freed before the next is built; if they share a part of the graph, pass
                 ``retain_graph=True``. Each callable that runs the model updates the statistics of its BatchNorm layers.
                 None, or a known name left out, counts as a zero gradient: a task without samples. The first step
                 defines the known names, and their order in ``Geometry``.
-            accumulate: True adds this micro-batch to what is pending and writes nothing; False steers the totals: N
-                micro-batches equal one batch, which steering each by itself does not. None asks :attr:`accumulating`.
+            accumulate: True adds this micro-batch to the pending ones and writes nothing; False steers the totals, so
+                that N micro-batches equal one batch. None asks :attr:`accumulating`.
             retain_graph: keep the graph of the components, as ``Tensor.backward`` does.
 
         Returns:
-            The geometry of the (accumulated) gradients and the weights used, also kept as ``geometry``; None where
+            The geometry of the (accumulated) gradients and the weights used, also kept as ``geometry``; None if
             this micro-batch was only accumulated.
 
         Raises:
-            TypeError, ValueError: no components; one that is not a scalar, or that reaches no parameter; a name that is
-                unknown, or names that the rule cannot weigh; replicas that differ.
+            TypeError, ValueError: there are no components; one is not a scalar, or reaches no parameter; a name is
+                unknown, or the rule cannot weigh the names; replicas differ.
             RuntimeError: there are several processes and ``data_parallel`` was not given, or gradients cannot be taken
                 one component at a time.
 
-        After an error ``.grad`` is as before, but pending micro-batches may be lost: restart from ``zero_grad``.
+        After an error ``.grad`` is unchanged, but pending micro-batches may be lost: restart from ``zero_grad``.
 
         Example:
             >>> import torch
@@ -209,24 +210,24 @@ class Steering:
     def join(self, losses: Losses, *, accumulate: bool | None = None) -> Tensor:
         """Return one scalar, equal to the sum of the components, whose backward pass steers.
 
-        Use it in loops that call ``loss.backward()`` themselves. A factor on the scalar, from a gradient scaler or a
+        Use it in loops that call ``loss.backward()`` themselves. The backward pass of the scalar is
+        ``backward_components(losses, accumulate=accumulate)``. A factor on the scalar, from a gradient scaler or a
         division by the number of micro-batches, multiplies the gradient of every component, and so the norms in
-        :attr:`geometry`. The backward pass of the scalar is ``backward_components(losses, accumulate=accumulate)``;
-        ``torch.autograd.grad`` and ``backward(inputs=...)`` find no parameter behind it.
+        :attr:`geometry`. ``torch.autograd.grad`` and ``backward(inputs=...)`` find no parameters behind the scalar.
 
-        In one process another loss may be added to the scalar and is not steered; in several, backpropagate that loss
-        first, by itself. A second backward pass, or an added loss that shares a part of the graph, needs
+        In one process you may add another loss to the scalar; it is not steered. In several processes, backpropagate
+        that loss first, by itself. A second backward pass, or an added loss that shares a part of the graph, needs
         ``retain_graph=True`` as with any loss. Under ``torch.no_grad()`` this is only the plain sum.
 
         Args:
-            losses: as for :meth:`backward_components`; callables are evaluated at once, since the sum is.
+            losses: as for :meth:`backward_components`; callables are evaluated immediately.
             accumulate: as for :meth:`backward_components`: True for every micro-batch but the last.
 
         Returns:
-            A scalar, on the device and in the dtype of the first component that is present; 0 where none is.
+            A scalar, on the device and in the dtype of the first component that is present; 0 if none is.
 
         Raises:
-            TypeError, ValueError: as :meth:`backward_components`; names and shapes are checked here.
+            TypeError, ValueError: as for :meth:`backward_components`; names and shapes are checked here.
 
         Example:
             >>> import torch
@@ -276,19 +277,19 @@ class Steering:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a run needs to resume bit for bit, in one string: the rule's memory and the last weights."""
+        """Return the rule's memory and the last weights in one string, for a run to resume bit for bit."""
         return {memory.KEY: memory.pack(self._memory, owner=self._owner(), keep_last=self.refresh_every > 1)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned, and drop pending micro-batches; ``{}`` starts the rule afresh.
+        """Load the result of :meth:`state_dict`, and drop pending micro-batches; ``{}`` resets the rule.
 
         Raises:
-            ValueError: the memory is that of another rule or scope, or damaged. Nothing is changed then.
+            ValueError: the memory is that of another rule or scope, or damaged. Then nothing is changed.
         """
         self.adopt(self.read(state_dict))
 
     def read(self, state_dict: Mapping[str, Any]) -> Memory:
-        """Return the memory in a state dict, checked, for :meth:`adopt`."""
+        """Check and return the memory in a state dict, for :meth:`adopt`."""
         if memory.KEY not in state_dict:
             return Memory()
         text, scopes = state_dict[memory.KEY], len(self._scopes())
@@ -343,7 +344,7 @@ class Steering:
         return new.geometry
 
     def _step(self, scale: Tensor | None, retain_graph: bool) -> Step:
-        """Return this call's `Step`, which continues what is pending. Parameters are read anew: groups may be new."""
+        """Return this call's `Step`, which continues a pending one. Parameters are reread: groups may be new."""
         scopes = [own for _, own in self._scopes()]
         parameters = [p for own in scopes for p in own if p.requires_grad]
         if not parameters:
@@ -354,7 +355,7 @@ class Steering:
         replicas = processes.replica_group(self.data_parallel, parameters)
         peers = [replicas] if replicas is not None else processes.mesh_groups(parameters)
         averaged = replicas is not None and self._agreement.averages is not False
-        # Taken off `self` now, so that an error from here on drops the pending micro-batches.
+        # Removed from `self` now, so that an error from here on drops the pending micro-batches.
         pending, self._pending = self._pending or Pending(self._last_to_reuse()), None
         pending.parameters.update(parameters)
         if scale is not None:
@@ -362,7 +363,7 @@ class Steering:
         return Step(self._names, scopes, parameters, others, replicas, peers, averaged, scale, retain_graph, pending)
 
     def _hold(self, step: Step) -> GradientSets:
-        """Return the holder of this step's sets, after checking that the processes are alike."""
+        """Return the holder of this step's sets, after checking that the processes agree."""
         sharded = step.replicas is None
         if not sharded or not self._agreement.knows(step.parameters):  # shards: in the first step and after a change
             last = step.pending.last
@@ -421,12 +422,12 @@ class Steering:
         }
 
     def _check_names(self, losses: Losses, *, accumulate: bool) -> None:
-        """Remembers the order of the components; refuses names that do not fit."""
+        """Remember the order of the components; raise if a name does not fit."""
         unknown = [name for name in losses if name not in self._names]
         if unknown and self._memory.names:
             raise ValueError(
                 f"component {unknown[0]!r} is unknown: this steering has {', '.join(map(repr, self._names))}, the "
-                "components of its first step. Name all of them there, None for those that are absent"
+                "components of its first step. Name all of them in that step, None for those that are absent"
             )
         names = (*self._names, *unknown) if self._pending or self._memory.names else tuple(losses)
         if not accumulate:
@@ -437,9 +438,9 @@ class Steering:
         return [p for group in self._source.param_groups for p in group["params"]]
 
     def _scopes(self) -> list[tuple[str, list[Tensor]]]:
-        """The parameters of each scope, read anew.
+        """Return the name and the parameters of each scope, reread.
 
-        Frozen ones are included: a scope keeps its row in the rule's state when it is unfrozen.
+        Frozen ones are included: a scope keeps its row in the rule's state.
         """
         groups = [(i, group) for i, group in enumerate(self._source.param_groups) if group["params"]]
         if self.scope == "model":

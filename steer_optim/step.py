@@ -1,4 +1,4 @@
-"""One step in progress: its pending micro-batches, and how the gradient sets of a call are taken."""
+"""One step in progress: its pending micro-batches, and how a call captures its gradient sets."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from steer_optim.memory import Last
 
 @dataclass
 class Pending:
-    """Accumulated micro-batches: a set for each component, or one of the weighted sum where weights are reused."""
+    """Accumulated micro-batches: a set per component, or one set of the weighted sum if weights are reused."""
 
-    last: Last | None  # its weights are reused; None if the step takes a Gramian
+    last: Last | None  # whose weights are reused; None if the step takes a Gramian
     sets: dict[str, Gradients] = field(default_factory=dict)
     losses: dict[str, Tensor] = field(default_factory=dict)
     parameters: set[Tensor] = field(default_factory=set)  # required grad in some micro-batch
-    scale: Tensor | None = None  # what the losses are multiplied by, summed over micro-batches
+    scale: Tensor | None = None  # the factor on the losses, summed over micro-batches
 
     def take(self, name: str, gradients: Gradients | None) -> None:
         """Keep one set for the next micro-batch."""
@@ -42,7 +42,7 @@ class Pending:
 
 @dataclass
 class Step:
-    """One call of ``backward_components``, and the parameters as they are now."""
+    """One call of ``backward_components``, with the current parameters."""
 
     names: tuple[str, ...]
     scopes: list[list[Tensor]]
@@ -50,7 +50,7 @@ class Step:
     others: list[Tensor]  # parameters of other steerings
     replicas: Any  # a process group, or None
     peers: list[Any]  # the groups of processes that train this model
-    averaged: bool  # whether a plain backward pass may be averaged over the replicas by a reducer
+    averaged: bool  # whether a reducer may average a plain backward pass over the replicas
     scale: Tensor | None
     retain_graph: bool
     pending: Pending
@@ -69,14 +69,14 @@ class Step:
     def capture(
         self, losses: Mapping[str, Any], held: GradientSets | Pending
     ) -> Iterator[tuple[str, Gradients | None]]:
-        """Yield each component and its set, None if absent; or, between refreshes, the set of the weighted sum."""
+        """Yield each component and its set, None if absent; between refreshes, only the set of the weighted sum."""
         pending, last = self.pending, self.pending.last
         if last is None:
             for name, loss, keep in evaluate(losses, retain_graph=self.retain_graph):
                 own = pending.sets.pop(name, None)
                 if loss is not None:
                     own = self._backpropagate({name: loss}, own or {}, keep, held)
-                    del loss  # and its graph, before the next one is built
+                    del loss  # frees its graph before the next one is built
                 yield name, own
             return
         label = " + ".join(self.names)
@@ -94,7 +94,7 @@ class Step:
     def _backpropagate(
         self, losses: Mapping[str, Tensor], own: Gradients, retain_graph: bool, held: GradientSets | Pending
     ) -> Gradients:
-        """Backpropagate some losses in one pass, each times its weight if that is known, and add to the set ``own``."""
+        """Backpropagate some losses in one pass, each times its weight if known, and add to the set ``own``."""
         last, terms, grad_tensors = self.pending.last, list(losses.values()), []
         for name, loss in losses.items():
             weight = None if last is None else last.geometry.weights[last.geometry.index(name)]
@@ -119,21 +119,21 @@ class Step:
         return own
 
     def _others(self, losses: Sequence[Tensor]) -> list[Tensor]:
-        """Return the parameters of other steerings that the losses reach: another thread may be at work on the rest."""
+        """Return the parameters of other steerings that the losses reach; another thread may be using the rest."""
         nodes = list(graph(losses)) if self.others else []
-        if any(map(is_reentrant, nodes)):  # which hides what it reaches
+        if any(map(is_reentrant, nodes)):  # which hides the parameters it reaches
             return self.others
         leaves = {getattr(node, "variable", None) for node in nodes}
         return [p for p in self.others if p in leaves]
 
     def _unsteered(self, losses: Sequence[Tensor]) -> list[Tensor]:
-        """Return the parameters that the losses reach and that no steering has."""
+        """Return the parameters that the losses reach and no steering has."""
         known = {*self.others, *(p for own in self.scopes for p in own)}
         leaves = (getattr(node, "variable", None) for node in graph(losses))
         return [p for p in leaves if isinstance(p, torch.nn.Parameter) and p not in known]
 
     def average(self, held: GradientSets, agreement: Agreement) -> GradientSets:
-        """Return what is held, averaged over the replicas: here, if no reducer has done so."""
+        """Return the held sets averaged over the replicas; average here if no reducer has done so."""
         if self.replicas is None or not isinstance(held, LocalSets):
             return held
         ((label, own),) = held.sets.items()

@@ -16,7 +16,7 @@ REFUSED = {
     "no components": ({}, ValueError, "there are no components"),
     "a list": ([X.sum], TypeError, "mapping from names to scalar losses; got list"),
     "a tensor": (X, TypeError, "mapping from names to scalar losses; got Parameter"),
-    "a name that is a number": ({"vis": X.sum, 1: X.sum}, TypeError, "is a str; got 1"),
+    "a name that is a number": ({"vis": X.sum, 1: X.sum}, TypeError, "must be a str; got 1"),
     "a float": ({"vis": X.sum, "std": 1.0}, TypeError, "'std' must be a tensor or a callable; got float"),
     "a vector": ({"vis": X.sum, "std": lambda: X * 2}, ValueError, r"'std' must be a scalar; got shape \(2,\)"),
     "nothing": ({"vis": X.sum, "std": lambda: None}, TypeError, "'std' must return a tensor; got NoneType"),
