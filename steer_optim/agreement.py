@@ -1,8 +1,8 @@
-"""Whether data-parallel replicas are alike: what makes them differ is refused on all of them, by name.
+"""Check that data-parallel replicas agree: all of them raise an error that names the difference.
 
 Replicas that are not synchronized drift apart without an error. So every step begins with one all-reduce of a fixed
-size, over checksums of all that must be the same. The host reads the result in steps that take a Gramian, which also
-report a difference from the steps before. The first step, and one after a change, compare the parameters too.
+size, over checksums of all that must be equal. The host reads the result in steps that take a Gramian, and then also
+reports a difference of the steps before. The first step, and one after a change, compare the parameters too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _SAMPLED = 8  # tensors of an update
 
 
 class Agreement:
-    """Check that the replicas are alike, and remember the outcome.
+    """Check that the replicas agree, and remember the outcome.
 
     Attributes:
         averages: whether a reducer, that of ``DistributedDataParallel``, averages the gradients of a plain backward
@@ -47,11 +47,11 @@ class Agreement:
 
         Args:
             group: the replicas.
-            facts: what must be the same, and how it is here.
-            memory: tensors that must be the same.
+            facts: what must be equal, and its value here.
+            memory: tensors that must be equal.
             parameters: of this replica.
-            values: whether the parameters must have the same values, which is checked first and after they changed.
-            read: whether the host waits for the result. Otherwise the next call that reads finds it.
+            read: whether the host waits for the result. Otherwise the next call that reads reports it.
+            values: whether the values of the parameters must be equal, checked at first and after a change of them.
 
         Raises:
             ValueError: on every replica, if they differ.
@@ -75,12 +75,12 @@ class Agreement:
         for (what, fact), high, low in zip(facts.items(), highest[1:], lowest[1:], strict=False):
             if high != low:
                 raise ValueError(
-                    f"the replicas differ in {what}; this one has {fact}. Make them the same on all; a component that "
-                    "a replica lacks is None there"
+                    f"the replicas differ in {what}; this one has {fact}. Make them equal on all; pass None for a "
+                    "component that a replica lacks"
                 )
         if highest[-3] != lowest[-3]:
             raise ValueError(
-                "the replicas differ in the memory of the rule, as where a checkpoint was loaded on some of them: load "
+                "the replicas differ in the memory of the rule, perhaps because only some loaded a checkpoint: load "
                 "the optimizer's state on all"
             )
         if highest[-2] != lowest[-2] or highest[-1]:
@@ -95,7 +95,7 @@ class Agreement:
                 shape = tuple(parameters[differing[0]].shape)
                 raise ValueError(
                     f"the replicas differ in the order or the values of {len(differing)} parameters, first in number "
-                    f"{differing[0]} (here of shape {shape}): list them in one order on all (a set has none), and "
+                    f"{differing[0]} (here of shape {shape}): list them in one order on all (not as a set), and "
                     "start from the same values"
                 )
             self._compared = True
@@ -119,7 +119,7 @@ class Agreement:
 
 
 def _extremes(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """``(2, n)``: the largest and the smallest of every number over the replicas."""
+    """Return the largest and the smallest of every number over the replicas, ``(2, n)``."""
     both = torch.stack([mine, -mine])
     dist.all_reduce(both, dist.ReduceOp.MAX, group=group)
     return torch.stack([both[0], -both[1]])

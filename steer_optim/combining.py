@@ -12,7 +12,7 @@ from torch import Tensor
 from steer_optim.capture import Gradients, is_dtensor, put_back
 from steer_optim.holding import Row
 
-_LARGE = 1e30  # weights that float32 may not hold, of gradients that are all but zero
+_LARGE = 1e30  # larger weights, of gradients that are nearly zero, may overflow float32
 _SMALL, _CHUNK, _CHUNK_ACCELERATOR = 2**16, 2**15, 2**22  # chunks of a CPU stay in its cache
 
 
@@ -27,7 +27,7 @@ def combine(rows: Iterable[Row], weights: Tensor) -> list[Tensor]:
         weights: ``(S, k)``. Read on the host if they are on the CPU, else used on their device.
     """
     on_cpu = weights.device.type == "cpu"
-    # Elsewhere weights that float32 does not hold are cut off: the host does not know them.
+    # On other devices large weights are clamped, because the host does not read them.
     table: list[Any] = weights.tolist() if on_cpu else [w.unbind() for w in weights.clamp(-_LARGE, _LARGE).unbind()]
     totals: list[Tensor] = []
     together: dict[Any, list[list[tuple[Tensor, Any]]]] = {}
@@ -50,7 +50,7 @@ def combine(rows: Iterable[Row], weights: Tensor) -> list[Tensor]:
 
 
 def _sum(terms: Sequence[tuple[Tensor, Any]]) -> Tensor:
-    """Return the weighted sum of gradients of which some are sparse."""
+    """Return the weighted sum of gradients, sparse or dense."""
     return reduce(add, (g * w if isinstance(w, float) else g * w.to(g.device, g.dtype) for g, w in terms))
 
 
@@ -79,7 +79,7 @@ def _combine_in_pieces(terms: Sequence[tuple[Tensor, Any]]) -> None:
 
 
 def _combine_together(members: Sequence[Sequence[tuple[Tensor, Any]]]) -> None:
-    """Combine many rows in place with foreach kernels: one dtype, device and number of gradients."""
+    """Combine many rows of one dtype, device and number of gradients in place, with foreach kernels."""
     totals: list[Tensor] = []
     for column in zip(*members, strict=True):
         gradients = [g for g, _ in column]
@@ -102,7 +102,7 @@ def _scale(gradients: list[Tensor], weights: list[Any]) -> None:
 
 
 def write(update: Gradients) -> None:
-    """Add the update to ``.grad``, as autograd does; ``.grad`` is as before if this raises."""
+    """Add the update to ``.grad``, as autograd does; restore ``.grad`` if this raises."""
     existing = {p: p.grad for p in update if p.grad is not None}
     kinds: dict[Any, list[Tensor]] = {}
     for p, gradient in existing.items():

@@ -1,6 +1,6 @@
 """Inner products of gradient sets, and what they say about the components: norms, angles, conflicts.
 
-The k sets of a step have the Gramian ``G[i, j] = <g_i, g_j>``, which is all that any rule needs to know.
+The k sets of a step have the Gramian ``G[i, j] = <g_i, g_j>``, which is all that a rule reads.
 """
 
 from __future__ import annotations
@@ -25,19 +25,20 @@ _VOLUME, _TINY = 1e-3, 1e-25
 class Geometry:
     """Describe the component gradients of one step: their Gramian, and the weights that a rule gave them.
 
-    Everything stays on the device; only reading a number (``float``, ``.item()``, ``print``) synchronizes. Unless the
-    scope is the model, ``G``, ``weights`` and what is computed from them have a leading dimension of ``S`` scopes;
-    :meth:`norm`, :meth:`cosine` and :meth:`angle` are over all parameters under any scope.
+    Everything stays on the device; only reading a number (``float``, ``.item()``, ``print``) synchronizes. If the scope
+    is ``group`` or ``tensor``, ``G``, ``weights`` and the properties have a leading dimension of ``S`` scopes;
+    :meth:`norm`, :meth:`cosine` and :meth:`angle` are always over all parameters.
 
     Attributes:
         names: the ``k`` components.
         G: Gramian ``(k, k)`` or ``(S, k, k)``, float64: the inner products of the gradients.
         weights: ``(k,)`` or ``(S, k)``, float64; the update is ``sum_i weights[i] * g_i``.
         losses: ``(k,)``, float64, the values of the components, summed over micro-batches; NaN for one that was
-            absent. None where they are not known.
+            absent. None if they are not known.
         scopes: the names of the ``S`` scopes; empty for the whole model.
-        age: how many steps ago ``G`` was taken; more than 0 where ``refresh_every`` let a step reuse weights. ``G`` is
-            then of the earlier step, ``weights`` too (smaller if the update was too long), ``losses`` of this one.
+        age: how many steps ago ``G`` was taken; more than 0 if ``refresh_every`` let the step reuse weights. ``G`` and
+            ``weights`` are then of the earlier step (smaller weights if the update was too long), ``losses`` of this
+            one.
 
     Example:
         >>> import torch
@@ -81,7 +82,7 @@ class Geometry:
 
     @property
     def sum_norm(self) -> Tensor:
-        """``(...)``: the norm of the plain sum ``sum_i g_i``, what an unsteered step would have."""
+        """``(...)``: the norm of the plain sum ``sum_i g_i``, that of an unsteered step."""
         return self.G.sum(dim=(-2, -1)).clamp(min=0).sqrt()
 
     @property
@@ -128,9 +129,9 @@ class Geometry:
 def gramian(held: GradientSets) -> Tensor:
     """Return ``G[i, j] = <g_i, g_j>`` over all processes. Under DDP this synchronizes with the device once.
 
-    Complex gradients count as pairs of real numbers; sparse ones are not densified. Products are those of float64,
-    except that a CPU tries float32 first, which takes half the time, and repeats in float64 where float32 is not
-    accurate enough: gradients that nearly cancel, and norms whose squares overflow or underflow.
+    Complex gradients count as pairs of real numbers; sparse ones are not densified. Products are in float64. A CPU
+    first tries float32, which takes half the time, and repeats in float64 if float32 is not accurate enough: if
+    gradients nearly cancel, or squared norms overflow or underflow.
 
     Returns:
         ``(S, k, k)``, float64 (float32 where the device has none), for ``S`` scopes.
@@ -144,7 +145,7 @@ def _all_reduced(held: GradientSets, *, wide: bool) -> Tensor:
     total = None
     for groups, rows in held.rows().items():
         G = inner_products(rows, held.scopes, held.k, held.device, wide=wide)
-        # Over the dimensions that shard, not over those that replicate, which would count everything twice.
+        # Over the dimensions that shard; those that replicate would count everything twice.
         for group in groups:
             dist.all_reduce(G, group=group)
         total = G if total is None else total + G
@@ -157,17 +158,17 @@ def _needs_float64(G: Tensor) -> bool:
     cosines = Geometry((), G, squares).cosines
     cosines.diagonal(dim1=-2, dim2=-1).fill_(1.0)
     accurate = (squares > _TINY) & squares.isfinite() & (torch.linalg.det(cosines) > _VOLUME).unsqueeze(-1)
-    return not accurate.all().tolist()  # not bool(): what a CPU reads of its own is no wait
+    return not accurate.all().tolist()  # not bool(), which counts as a host read on a CPU, too
 
 
 def measure(losses: Losses, parameters: Iterable[Tensor], *, retain_graph: bool = True) -> Geometry:
     """Measure the geometry of some losses, for analysis; no ``.grad`` is touched.
 
-    It is that of this process alone, in several processes too.
+    Each of several processes measures its own losses.
 
     Args:
         losses: scalar losses by name, or callables that return one.
-        parameters: whose gradients are compared; those that do not require grad are passed over.
+        parameters: whose gradients are compared; those that do not require grad are skipped.
         retain_graph: whether the graph of the losses is kept for a later backward pass.
 
     Returns:
@@ -190,7 +191,7 @@ def measure(losses: Losses, parameters: Iterable[Tensor], *, retain_graph: bool 
     trainable = []
     for p in dict.fromkeys(parameters):  # tied ones count once
         if not isinstance(p, Tensor):
-            raise TypeError(f"parameters are tensors, as of model.parameters(); got {type(p).__name__}")
+            raise TypeError(f"parameters must be tensors, as of model.parameters(); got {type(p).__name__}")
         if p.requires_grad:
             trainable.append(p)
     if not trainable:
@@ -198,7 +199,7 @@ def measure(losses: Losses, parameters: Iterable[Tensor], *, retain_graph: bool 
     if any(is_dtensor(p) for p in trainable):
         raise TypeError(
             "sharded parameters (DTensors) are measured in training only: read optimizer.geometry, with the rule Sum() "
-            "where nothing is to be steered"
+            "to steer nothing"
         )
     held = LocalSets(tuple(losses), [trainable])
     values: list[Tensor | None] = []
@@ -207,7 +208,7 @@ def measure(losses: Losses, parameters: Iterable[Tensor], *, retain_graph: bool 
         held.take(name, None if loss is None else capture_isolated([loss], None, trainable, {}, retain_graph=keep))
         if loss is not None and not held.sets[name]:
             raise unreached_error(name)
-        del loss  # and its graph, before the next one is built
+        del loss  # frees its graph before the next one is built
     (G,) = gramian(held)
     return Geometry(tuple(losses), G, G.new_ones(len(losses)), stack_losses(values, G))
 

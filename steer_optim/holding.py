@@ -226,7 +226,7 @@ class AveragedSets:
 
 _UNSTEERED = (
     "the components reach parameters that the optimizer does not have (shapes {shapes}); under data_parallel these "
-    "would get no gradient. Give one Steering(...) all parameters and call each optimizer's step(), or freeze these"
+    "would get no gradient. Give Steering(...) all parameters and call each optimizer's step(), or freeze these"
 )
 
 

@@ -1,7 +1,7 @@
 """The memory of steering from step to step, and its form in a state dict: one JSON string.
 
 ``torch.distributed.checkpoint`` drops unknown keys at the top level of an optimizer's state dict and keeps those of a
-group, but loads no leaf that a fresh optimizer does not have: so the memory is a single leaf, which is always there.
+group, but loads only leaves that a fresh optimizer has: so the memory is a single leaf, which always exists.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Last:
     def reusable(self) -> Tensor:
         """Return whether later steps may reuse the weights; a bool on the device.
 
-        A large weight on a small gradient, as from a projection on one that is nearly zero, would be far too large once
-        that gradient grows. It is reused only if the norm was about the same at the previous Gramian.
+        A projection on a nearly zero gradient gives it a large weight, which would be far too large once that gradient
+        grows. Such a weight is reused only if the norm was about the same at the previous Gramian.
         """
         norms, weights = self.geometry.norms, self.geometry.weights
         amplified = weights.abs() * norms.max() > _AMPLIFIED * self.geometry.update_norm
@@ -57,7 +57,7 @@ class Last:
 
 @dataclass(frozen=True)
 class Memory:
-    """All that one step passes to the next."""
+    """Everything that one step passes to the next."""
 
     names: tuple[str, ...] = ()
     state: State = field(default_factory=dict)
@@ -78,7 +78,7 @@ def pack(memory: Memory, *, owner: str, keep_last: bool) -> str:
 
 
 def unpack(text: str, *, owner: str, rule: Rule, scopes: int, device: torch.device) -> Memory:
-    """Return the memory from a string of :func:`pack`, checked.
+    """Check and return the memory in a string of :func:`pack`.
 
     Raises:
         ValueError: the memory is that of another rule or scope, or damaged.
@@ -93,11 +93,11 @@ def unpack(text: str, *, owner: str, rule: Rule, scopes: int, device: torch.devi
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RuntimeError, RecursionError) as error:
         raise ValueError(
             f"the memory in the state dict, [{KEY!r}] or param_groups[0][{KEY!r}], is damaged ({error}): take an older "
-            "checkpoint, or delete this entry to start the rule afresh"
+            "checkpoint, or delete this entry to reset the rule"
         ) from error
     raise ValueError(
         f"the state dict holds the memory of {theirs}, but the rule here is {owner}: use the same rule and scope, or "
-        f"delete [{KEY!r}] from it or from its param_groups[0] to start afresh"
+        f"delete [{KEY!r}] from it or from its param_groups[0] to reset the rule"
     )
 
 
@@ -117,7 +117,7 @@ def _checked(record: dict[str, Any], rule: Rule, scopes: int, device: torch.devi
             state[key] = _unpack(key, record["state"][key], like.shape, rows=scopes)
             if state[key].dtype != like.dtype or (state[key].isnan().any() and not like.isnan().any()):
                 raise ValueError(f"{key} must be {like.dtype} without NaN; got {state[key].dtype}")
-        if isinstance(rule, Weighting):  # whose function is not called for a trial
+        if isinstance(rule, Weighting):  # do not call its function, which is the user's
             for random in state["random"]:
                 torch.Generator().set_state(random.clone())
         elif not rule(G[: max(map(len, state.values()))], names, state)[0].isfinite().all():
@@ -141,7 +141,7 @@ def _pack(value: Tensor) -> list[Any]:
 
 
 def _unpack(name: str, packed: Any, shape: Sequence[int], rows: int | None = None) -> Tensor:
-    """Return a tensor of this shape (with ``rows``: of at most so many rows), checked before it is made."""
+    """Check the shape (with ``rows``, at most that many rows), then return the tensor."""
     dtype, value = packed
     found, inner = [], value
     while isinstance(inner, list):

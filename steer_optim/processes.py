@@ -24,11 +24,7 @@ _WAY_OUT = (
 
 
 def refuse_deepspeed(optimizer: object) -> None:
-    """Raise, with the remedy, for an optimizer of DeepSpeed, which is not a torch optimizer.
-
-    Raises:
-        TypeError: always, for one of DeepSpeed.
-    """
+    """Raise TypeError, with the remedy, for an optimizer of DeepSpeed, which is not a torch optimizer."""
     if type(optimizer).__module__.partition(".")[0] == "deepspeed":
         raise TypeError(f"{type(optimizer).__name__} is an optimizer of DeepSpeed, {_WAY_OUT}")
 
@@ -50,7 +46,7 @@ def replica_group(data_parallel: DataParallel, parameters: Sequence[Tensor]) -> 
         if hasattr(p, "_st_info"):
             raise RuntimeError(
                 "the parameters are sharded by tensor parallelism, which DistributedDataParallel hides. Replicate them "
-                "with FSDP2 instead: fully_shard over a mesh of two dimensions, of which the first replicates"
+                "with FSDP2 instead: fully_shard over a mesh of two dimensions, the first of which replicates"
             )
     sharded = any(is_dtensor(p) for p in parameters)
     if data_parallel is None or data_parallel is False:
@@ -60,14 +56,14 @@ def replica_group(data_parallel: DataParallel, parameters: Sequence[Tensor]) -> 
         if sharded:
             raise RuntimeError(
                 "some parameters are sharded (DTensors) and others are whole, and the optimizer cannot see whether the "
-                "whole ones have the same gradients in all processes. Where they do, as the replicated layers of a "
-                "tensor-parallel model, pass data_parallel=False; where they do not, as the ignored parameters of "
-                "fully_shard, shard them too"
+                "whole ones have the same gradients in all processes. If they do (replicated layers of a "
+                "tensor-parallel model), pass data_parallel=False; if not (ignored parameters of "
+                "fully_shard), shard them too"
             )
         raise RuntimeError(
             f"there are {dist.get_world_size()} processes, and the optimizer cannot see whether they train one "
             "model. Under DDP pass SteeredOptimizer(..., data_parallel=True), or the process group of the "
-            "replicas; where each process trains by itself pass data_parallel=False"
+            "replicas; if each process trains its own model, pass data_parallel=False"
         )
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError(

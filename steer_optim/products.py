@@ -1,4 +1,4 @@
-"""Inner products of gradients, of any dtype, layout and size, at the price of reading them once."""
+"""Inner products of gradients, of any dtype, layout and size, at the cost of reading them once."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from steer_optim.holding import Row
 
-# A float32 dot product over 2**16 elements is good to 1e-6, or 4e-6 where they have the few bits of bfloat16; over 1e8
-# a CPU loses 0.7 %. Partial sums are added up in float64. Chunks converted to float64 are to stay in the cache.
+# A float32 dot product over 2**16 elements has an error of 1e-6 (4e-6 for bfloat16 values); over 1e8, on a CPU, 0.7 %.
+# Partial sums are added in float64. Chunks converted to float64 must fit into the cache.
 _CHUNK, _CHUNK_WIDE, _CHUNK_ACCELERATOR = 2**16, 2**15, 2**22
-# Below this size the call costs more than the arithmetic: small tensors are laid end to end first.
+# Below this size the call costs more than the arithmetic, so small tensors are concatenated first.
 _SMALL, _END_TO_END = 2**12, 2**16
 
 
@@ -55,7 +55,7 @@ def inner_products(rows: Sequence[Row], scopes: int, k: int, device: torch.devic
                 a, b = piece[i], piece[j]
                 if a is not None and b is not None:
                     dots.append(dot(a, b))
-    total = zeros(device, scopes, k, k)  # its upper triangle, at first
+    total = zeros(device, scopes, k, k)  # only its upper triangle, at first
     for (scope, _), own in parts.items():
         for (i, j), dots in zip(pairs, own, strict=True):
             if dots:
@@ -80,7 +80,7 @@ def _pieces(row: Sequence[Tensor | None], *, wide: bool) -> Iterator[Sequence[Te
     """Yield a row in flat real pieces that stay in the cache; in one piece if a gradient is sparse."""
     for g in row:
         if g is not None and g.layout not in (torch.strided, torch.sparse_coo):
-            raise TypeError(f"gradients are dense or sparse COO; got layout {g.layout} (shape {tuple(g.shape)})")
+            raise TypeError(f"gradients must be dense or sparse COO; got layout {g.layout} (shape {tuple(g.shape)})")
     like = _first(row)
     if any(g is not None and g.is_sparse for g in row):
         yield [None if g is None else _real(g) for g in row]
@@ -121,7 +121,7 @@ def _batches(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
 
 
 def _end_to_end(rows: Sequence[Row], k: int) -> Tensor:
-    """The gradients of several parameters of one kind, ``(k, n)``; zeros for None."""
+    """Concatenate the gradients of several parameters of one kind to ``(k, n)``; zeros for None."""
     gradients = [torch.zeros_like(_first(row)) if (g := row[i]) is None else g for i in range(k) for _, row in rows]
     flat: Tensor = torch._utils._flatten_dense_tensors([_real(g) for g in gradients])
     return flat.view(k, -1)
@@ -137,7 +137,7 @@ def _runs(ids: Sequence[int], blocks: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _sparse_dot(a: Tensor, b: Tensor) -> Tensor:
-    """``<a, b>`` of tensors of one shape, sparse or not."""
+    """Return ``<a, b>`` of tensors of one shape, sparse or dense."""
     dtype = torch.promote_types(a.dtype, torch.float64)
     a, b = a.to(dtype), b.to(dtype)
     product = a * b if a.is_sparse else b * a  # torch multiplies a sparse tensor by a dense one
