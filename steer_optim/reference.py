@@ -204,8 +204,8 @@ def agem(J: Tensor, m: int) -> Tensor:
 def pcd(J: Tensor, v: int, sq_norms: Tensor, *, tau: float) -> Tensor:
     """Return the update of priority-constrained descent (arXiv 2606.29521) with the primary row ``v``.
 
-    Some of the constraints are active at the nearest feasible point. So project the primary on the points where a group
-    of constraints is active, for every group, and take the nearest feasible projection.
+    Some constraints are active at the nearest feasible point. So project the primary for every choice of active
+    constraints, and take the nearest feasible projection.
 
     Args:
         J: the gradients ``(k, n)``.

@@ -156,15 +156,15 @@ def test_components_that_a_rule_cannot_weigh_are_refused_by_name(rule, names, me
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Steer("vis", gain=-0.1), "gain is a finite number, 0 or more; got -0.1"),
+        (lambda: Steer("vis", gain=-0.1), "gain must be finite and at least 0; got -0.1"),
         (lambda: Steer("vis", gain=float("nan")), "got nan"),
         (lambda: Steer("vis", project="sometimes"), "'never'; got 'sometimes'"),
-        (lambda: VGS(-1.0), "gamma is a finite number, 0 or more; got -1.0"),
+        (lambda: VGS(-1.0), "gamma must be finite and at least 0; got -1.0"),
         (lambda: VGS(float("inf")), "got inf"),
         (lambda: VGS(toward="std"), "'vis' or 'lang'; got 'std'"),
-        (lambda: GradVac(beta=1.5), r"beta is in \[0, 1\]; got 1.5"),
-        (lambda: PCD("vis", tau=-0.1), r"tau is in \[0, 1\]; got -0.1"),
-        (lambda: PCD("vis", beta=1.0), r"beta is in \[0, 1\); got 1.0"),
+        (lambda: GradVac(beta=1.5), r"beta must be in \[0, 1\]; got 1.5"),
+        (lambda: PCD("vis", tau=-0.1), r"tau must be in \[0, 1\]; got -0.1"),
+        (lambda: PCD("vis", beta=1.0), r"beta must be in \[0, 1\); got 1.0"),
     ],
 )
 def test_options_out_of_range_are_refused(make, message):
@@ -238,7 +238,7 @@ def test_orders_belong_to_the_names():
 
 
 def test_weighting_refuses_an_answer_of_another_shape():
-    with pytest.raises(ValueError, match=r"of 2 components returns a tensor \(2,\); got \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"of 2 components must return a tensor \(2,\); got \(2, 2\)"):
         Weighting(lambda G: G)(torch.eye(2, dtype=torch.float64), ("a", "b"))
     with pytest.raises(ValueError, match="got list"):
         Weighting(lambda G: [1.0, 1.0])(torch.eye(2, dtype=torch.float64), ("a", "b"))
@@ -276,7 +276,7 @@ def test_weights_of_another_shape_are_named(shape):
         def update(self, G, names, state):
             return torch.ones(shape), {}
 
-    with pytest.raises(ValueError, match=r"update returns weights \(2, 2\), \(S, k\); got"):
+    with pytest.raises(ValueError, match=r"update must return weights \(2, 2\), \(S, k\); got"):
         Wrong()(torch.eye(2).expand(2, 2, 2), ["a", "b"])
 
 
@@ -309,5 +309,5 @@ def test_state_that_init_did_not_make_is_named(state):
         def update(self, G, names, _):
             return torch.ones_like(G[:, 0]), state
 
-    with pytest.raises(ValueError, match="update returns the state that init made: mean"):
+    with pytest.raises(ValueError, match="update must return the state of init: mean"):
         Forgetful()(torch.eye(2), ["a", "b"])

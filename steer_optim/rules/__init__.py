@@ -1,4 +1,4 @@
-"""One file per rule, each named after its paper or what it does. All are maps from a Gramian to weights."""
+"""One file per rule, named after its paper or its effect. Every rule maps a Gramian to weights."""
 
 from steer_optim.rules.base import Rule, State
 from steer_optim.rules.gradvac import GradVac

@@ -1,11 +1,11 @@
-"""The contract of every rule: a pure map from a Gramian to weights.
+"""The interface of every rule: a pure map from a Gramian to weights.
 
-A rule sees the inner products of the component gradients, ``G[i, j] = <g_i, g_j>``, and answers with one
-weight per component; the update is ``sum_i w[i] * g_i``. It never sees a parameter or a gradient, so it costs
-nothing, needs no model to be tested, and gives the same weights on every replica.
+A rule reads the inner products of the component gradients, ``G[i, j] = <g_i, g_j>``, and returns one weight per
+component; the update is ``sum_i w[i] * g_i``. It reads no parameters or gradients, so it costs almost nothing, is
+tested without a model, and gives the same weights on every replica.
 
-State is a flat dict of tensors that goes in and comes out: nothing hides in the rule object. Rules compute on the
-device of ``G`` and do not synchronize with it, except `Weighting`.
+State is a flat dict of tensors, passed in and returned; the rule object holds none. Rules compute on the device of
+``G`` and do not synchronize with it, except `Weighting`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 State: TypeAlias = dict[str, Tensor]
-"""What a rule carries from step to step: tensors by name, each with the scopes as its leading dimension."""
+"""The state of a rule between steps: tensors by name, each with the scopes as its leading dimension."""
 
 
 def carry_over(state: State, fresh: State) -> State:
@@ -31,7 +31,7 @@ def carry_over(state: State, fresh: State) -> State:
         return fresh
     if state.keys() != fresh.keys() or any(len(state[key]) > len(new) for key, new in fresh.items()):
         raise ValueError(
-            "the rule's memory has more scopes than there are now: groups may be added but not removed. Make a new "
+            "the rule's memory has more scopes than there are now: groups may be added but not removed. Create a new "
             "SteeredOptimizer around the inner optimizer"
         )
     return {key: torch.cat([state[key].to(new.device), new[len(state[key]) :]]) for key, new in fresh.items()}
@@ -41,13 +41,22 @@ class Rule(abc.ABC):
     """Map the Gramian of the components to their weights.
 
     A concrete rule overrides :meth:`update`; :meth:`init` if it has state; and :meth:`check` if it needs certain
-    components. Steering calls ``rule(G, names, state)``, which adds what all rules share: a Gramian that is not finite
-    gives the plain sum and leaves the state unchanged, so that a gradient scaler sees the overflow and skips the step.
+    components. Steering calls ``rule(G, names, state)``: for a Gramian that is not finite this returns the plain sum
+    and the old state, so that a gradient scaler sees the overflow and skips the step.
 
     State is a dict of tensors, ``(S, ...)`` each; :meth:`update` returns the keys and shapes that :meth:`init` made.
 
     Shapes: ``S`` scopes (1 for the whole model), ``k`` components. ``G`` is ``(S, k, k)``, float64,
     symmetric and positive semidefinite up to rounding; weights are ``(S, k)`` of the same dtype and device.
+
+    Example:
+        >>> import torch
+        >>> from steer_optim.rules import Rule
+        >>> class UnitLength(Rule):
+        ...     def update(self, G, names, state):
+        ...         return G.diagonal(dim1=1, dim2=2).rsqrt(), state
+        >>> UnitLength()(torch.tensor([[4.0]]).double(), ["main"])[0]
+        tensor([0.5000], dtype=torch.float64)
     """
 
     def check(self, names: Sequence[str]) -> None:
@@ -61,8 +70,8 @@ class Rule(abc.ABC):
     def update(self, G: Tensor, names: Sequence[str], state: State) -> tuple[Tensor, State]:
         """Return the weights ``(S, k)`` and the new state, for a finite Gramian ``(S, k, k)``.
 
-        Pure: the same arguments give the same results, and ``state`` is not written to. Scaling ``G`` by one
-        positive factor in every step leaves the weights unchanged.
+        It must be pure: the same arguments give the same results, and ``state`` is not written to. Scaling ``G`` by
+        one positive factor in every step must leave the weights unchanged.
         """
 
     @final
@@ -77,7 +86,7 @@ class Rule(abc.ABC):
             state: what the last call returned; None or empty before the first.
 
         Returns:
-            The weights, ``(k,)`` or ``(S, k)`` as ``G`` has it, and the state for the next call.
+            The weights, ``(k,)`` or ``(S, k)`` to match ``G``, and the state for the next call.
 
         Raises:
             ValueError: the shape of ``G`` does not fit ``names``, or the rule cannot weigh these components.
@@ -92,7 +101,7 @@ class Rule(abc.ABC):
         """
         k = len(names)
         if G.ndim not in (2, 3) or G.shape[-2:] != (k, k):
-            raise ValueError(f"the Gramian of {k} components is ({k}, {k}) or (S, {k}, {k}); got {tuple(G.shape)}")
+            raise ValueError(f"the Gramian of {k} components must be ({k}, {k}) or (S, {k}, {k}); got {tuple(G.shape)}")
         self.check(names)
         if G.ndim == 2:
             weights, new_state = self(G[None], names, state)
@@ -103,10 +112,10 @@ class Rule(abc.ABC):
         old = dict(state) if state else self.init(safe_G, names)
         weights, new = self.update(safe_G, names, old)
         if weights.shape != G.shape[:2]:
-            raise ValueError(f"update returns weights {tuple(G.shape[:2])}, (S, k); got {tuple(weights.shape)}")
+            raise ValueError(f"update must return weights {tuple(G.shape[:2])}, (S, k); got {tuple(weights.shape)}")
         if {key: t.shape for key, t in new.items()} != {key: t.shape for key, t in old.items()}:
             raise ValueError(
-                f"update returns the state that init made: {', '.join(old)}, each (S, ...) and of one shape"
+                f"update must return the state of init: {', '.join(old)}, each (S, ...) with an unchanged shape"
             )
         weights = torch.where(finite, weights, torch.ones_like(weights))
         return weights, {key: torch.where(finite, new[key], old[key]) for key in new}

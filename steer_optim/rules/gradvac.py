@@ -1,4 +1,4 @@
-"""Gradient Vaccine: pull every pair of components towards the cosine that the pair usually has."""
+"""Gradient Vaccine: pull every pair of components towards its usual cosine."""
 
 from __future__ import annotations
 
@@ -14,21 +14,20 @@ from steer_optim.rules.orders import check_seed, draw_orders
 class GradVac(Rule):
     r"""Pull every pair of gradients towards a target cosine, a moving average of the cosines seen in training.
 
-    For every component ``i``, over the others ``j`` in random order, with
-    :math:`\varphi = \cos(g_i', g_j)` between the running :math:`g_i'` and the *original* :math:`g_j`, and the
-    target :math:`\hat\varphi` of the pair,
+    For every component ``i``, loop over the others ``j`` in random order. Let :math:`\varphi` be the cosine between the
+    current :math:`g_i'` and the *original* :math:`g_j`, and :math:`\hat\varphi` the target of the pair:
 
     .. math::
         g_i' &\leftarrow g_i' + \frac{\|g_i'\| \bigl(\hat\varphi \sqrt{1 - \varphi^2}
             - \varphi \sqrt{1 - \hat\varphi^2}\bigr)}{\|g_j\| \sqrt{1 - \hat\varphi^2}} \, g_j
             \quad \text{if } \varphi < \hat\varphi, \\
-        \hat\varphi &\leftarrow (1 - \beta) \, \hat\varphi + \beta \, \varphi ,
+        \hat\varphi &\leftarrow (1 - \beta) \, \hat\varphi + \beta \, \varphi .
 
-    after which the cosine is the target. The update is :math:`\sum_i g_i'`. Targets start at 0, where this is
-    PCGrad; with ``beta=0`` they stay there.
+    The first line makes the cosine equal to the target. The update is :math:`\sum_i g_i'`. Targets start at 0, which is
+    PCGrad; with ``beta=0`` they stay 0.
 
     A pair with a zero gradient has no cosine: neither the gradient nor the target changes. If the target is 1,
-    :math:`g_i'` does not change either: no finite multiple of :math:`g_j` reaches that cosine.
+    :math:`g_i'` does not change: no finite multiple of :math:`g_j` reaches that cosine.
 
     State: ``draws`` ``(S,)`` int64, the number of orders drawn so far; ``cosine`` ``(S, k, k)``, the targets.
 
@@ -38,6 +37,7 @@ class GradVac(Rule):
 
     Raises:
         ValueError: ``beta`` is not in [0, 1].
+        TypeError: ``seed`` is not an int.
 
     Example:
         >>> import torch
@@ -55,12 +55,12 @@ class GradVac(Rule):
 
     def __init__(self, *, beta: float = 0.01, seed: int = 0) -> None:
         if not 0 <= beta <= 1:
-            raise ValueError(f"beta is in [0, 1]; got {beta}")
+            raise ValueError(f"beta must be in [0, 1]; got {beta}")
         self.beta = beta
         self.seed = check_seed(seed)
 
     def init(self, G: Tensor, names: Sequence[str]) -> State:
-        """Return no orders drawn, and every target 0."""
+        """Return the first state: no orders drawn, all targets 0."""
         return {
             "draws": torch.zeros(len(G), dtype=torch.int64, device=G.device),
             "cosine": torch.zeros_like(G),

@@ -1,7 +1,7 @@
 """Random visiting orders for the rules that project on one component after the other.
 
-The orders are a hash of a counter, so drawing them touches no random state but that counter, needs no host, and
-gives every device and every replica the same ones. The hash is splitmix64 (Steele, Lea and Flood, OOPSLA 2014).
+The orders are a hash of a counter. Drawing them changes only that counter, needs no host, and gives the same orders on
+every device and replica. The hash is splitmix64 (Steele, Lea and Flood, OOPSLA 2014).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def check_seed(seed: int) -> int:
-    """Return the seed; raise TypeError if it is no int."""
+    """Return the seed; raise TypeError if it is not an int."""
     if not isinstance(seed, int):
         raise TypeError(f"seed must be an int; got {seed!r}")
     return seed
@@ -22,7 +22,7 @@ def check_seed(seed: int) -> int:
 def draw_orders(draws: Tensor, names: Sequence[str], *, seed: int) -> Tensor:
     """Return the order in which each component meets all components, itself included.
 
-    An order belongs to the names: listing the components differently gives the same visits.
+    Orders depend on the names: listing the components differently gives the same visits.
 
     Args:
         draws: ``(S,)``, int64, how often each scope has drawn before.
@@ -48,12 +48,12 @@ def draw_orders(draws: Tensor, names: Sequence[str], *, seed: int) -> Tensor:
 
 
 def _signed(word: int) -> int:
-    """The int64 with the bits of a 64-bit word."""
+    """Return the int64 with the bits of a 64-bit word."""
     return (word + 2**63) % 2**64 - 2**63
 
 
 def _mix(x: Tensor) -> Tensor:
-    """One step of splitmix64. Products wrap; the masks make the arithmetic shifts of int64 logical ones."""
+    """Apply one step of splitmix64. Products wrap; masks make the arithmetic shifts of int64 logical."""
     x = x + _signed(0x9E3779B97F4A7C15)
     x = (x ^ ((x >> 30) & (2**34 - 1))) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ ((x >> 27) & (2**37 - 1))) * _signed(0x94D049BB133111EB)

@@ -1,4 +1,4 @@
-"""Priority-constrained descent: follow one component, bent only as far as the others need to make progress too."""
+"""Priority-constrained descent: follow one component, turned only as far as the others need to improve too."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 from steer_optim.rules.base import Rule, State
 
-_MAX_COMPONENTS = 6  # 32 working sets
-# What the inner products of float32 gradients are good for, relative to the norms: two gradients whose squared
-# sine is below it count as parallel, and an update whose squared norm cancelled below it counts as zero.
+_MAX_COMPONENTS = 6  # 32 choices of active constraints
+# The error of inner products of float32 gradients, relative to the norms: two gradients whose squared sine is below it
+# count as parallel, and an update whose squared norm cancels below it counts as zero.
 _PRECISION = 1e-6
 
 
@@ -28,14 +28,13 @@ class PCD(Rule):
 
     For two components
     :math:`d = \tilde g_1 + \max(0, \tau - \langle \tilde g_2, \tilde g_1 \rangle / \|\tilde g_2\|^2) \, \tilde g_2`.
-    For more the KKT system is solved on every working set of constraints, and the set that violates nothing is
+    For more, the KKT system is solved for every choice of active constraints; the solution that violates none is
     taken.
 
-    Two consequences of the formula. Where a secondary all but opposes the primary,
-    :math:`\tilde g_2 \approx -\tilde g_1`, it gives :math:`d \approx -\tau \tilde g_1`, and the update is
-    :math:`-g_1` at full length: the primary gets worse for that step. And a parameter that only a secondary reaches,
-    such as an auxiliary head, gets a gradient of exactly zero while its constraint does not bind: give such heads an
-    optimizer of their own.
+    The formula has two consequences. If a secondary almost opposes the primary, :math:`\tilde g_2 \approx -\tilde g_1`,
+    it gives :math:`d \approx -\tau \tilde g_1`, and the update is :math:`-g_1` at full length: the primary gets worse
+    in that step. A parameter that only a secondary reaches, such as an auxiliary head, gets a gradient of exactly zero
+    while its constraint is inactive: give such heads their own optimizer.
 
     The update is zero if :math:`g_1` is, or if the constraints leave only :math:`d = 0` (:math:`\|d\|` below a
     thousandth of the summed norms of its terms). If no direction meets all constraints (two antiparallel secondaries),
@@ -67,9 +66,9 @@ class PCD(Rule):
 
     def __init__(self, primary: str, *, tau: float = 0.02, beta: float = 0.999) -> None:
         if not 0 <= tau <= 1:
-            raise ValueError(f"tau is in [0, 1]; got {tau}")
+            raise ValueError(f"tau must be in [0, 1]; got {tau}")
         if not 0 <= beta < 1:
-            raise ValueError(f"beta is in [0, 1); got {beta}")
+            raise ValueError(f"beta must be in [0, 1); got {beta}")
         self.primary = primary
         self.tau = tau
         self.beta = beta
@@ -103,7 +102,7 @@ class PCD(Rule):
 
 
 def _multipliers(G: Tensor, tau: float) -> Tensor:
-    """The multipliers ``(S, k - 1)`` of the constraints, for a Gramian with the primary first; 0 if infeasible."""
+    """Return the multipliers ``(S, k - 1)`` of the constraints, the primary being first; 0 if infeasible."""
     norms = G.diagonal(dim1=1, dim2=2).sqrt()
     products = norms[:, :, None] * norms[:, None, :]
     eye = torch.eye(G.shape[-1] - 1, dtype=G.dtype, device=G.device)
@@ -113,10 +112,10 @@ def _multipliers(G: Tensor, tau: float) -> Tensor:
 
     p = len(eye)
     bits = torch.arange(p, device=G.device)
-    sets = (torch.arange(2**p, device=G.device)[:, None] >> bits) & 1 > 0  # (M, p): the working sets
+    sets = (torch.arange(2**p, device=G.device)[:, None] >> bits) & 1 > 0  # (M, p): the active constraints
     inside = sets[:, :, None] & sets[:, None, :]
     L, info = torch.linalg.cholesky_ex(torch.where(inside, cosines[:, None], eye))
-    # A squared pivot is that of the sine between a gradient and those before it.
+    # A squared pivot is the squared sine between a gradient and those before it.
     independent = (info == 0) & (L.diagonal(dim1=2, dim2=3) ** 2 > _PRECISION).all(-1)
     mu = torch.cholesky_solve((short[:, None] * sets)[..., None], L)[..., 0]  # (S, M, p)
 

@@ -1,4 +1,4 @@
-"""PCGrad: project every component off those that it conflicts with, without a favourite."""
+"""PCGrad: project every component off those that it conflicts with, without a priority."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ from steer_optim.rules.orders import check_seed, draw_orders
 class PCGrad(Rule):
     r"""Project every gradient off those that it conflicts with, in random order.
 
-    For every component ``i``, over the others ``j`` in random order,
+    For every component ``i``, loop over the others ``j`` in random order:
 
     .. math::
         g_i' \leftarrow g_i' - \frac{\min(0, \langle g_i', g_j \rangle)}{\|g_j\|^2} \, g_j ,
-        \qquad g_i' = g_i \text{ at first},
+        \qquad g_i' = g_i \text{ at first}.
 
-    and the update is :math:`\sum_i g_i'`. The projection is on the *original* :math:`g_j`. Without a conflict this
-    is the plain sum, exactly. A zero gradient conflicts with nothing.
+    The update is :math:`\sum_i g_i'`. The projection is on the *original* :math:`g_j`. Without a conflict this is
+    exactly the plain sum. A zero gradient conflicts with nothing.
 
-    State: ``draws`` ``(S,)`` int64, the number of orders drawn so far. Every scope, step and component has
-    an order of its own; the same seed gives the same orders on every device and replica.
+    State: ``draws`` ``(S,)`` int64, the number of orders drawn so far. Every scope, step and component has its own
+    order; the same seed gives the same orders on every device and replica.
 
     Args:
         seed: of the orders, any integer; the global random state is neither read nor written.
+
+    Raises:
+        TypeError: ``seed`` is not an int.
 
     Example:
         >>> import torch

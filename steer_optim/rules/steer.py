@@ -1,4 +1,4 @@
-"""Steering towards one component: the others yield to it where they conflict, and the step keeps its length."""
+"""Steer towards one component: project conflicting components off it, and keep the norm of the step."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Steer(Rule):
         u &= (1 + \mathrm{gain}) \, g_v + \sum_{i \ne v} g_i', \qquad
         \text{update} = \frac{\|\sum_i g_i\|}{\|u\|} \, u .
 
-    So :math:`\langle u, g_v \rangle \ge \|g_v\|^2` (unless ``project="never"``): no other component slows ``v``
-    down. Where nothing conflicts and ``gain`` is 0 the update is the plain sum, exactly. This is PCGrad with a
-    priority: it projects off :math:`g_v` only, so that no random order is needed.
+    So :math:`\langle u, g_v \rangle \ge \|g_v\|^2` (unless ``project="never"``): no other component slows ``v`` down.
+    If nothing conflicts and ``gain`` is 0, the update is exactly the plain sum. This is PCGrad with a priority: it
+    projects off :math:`g_v` only, so that no random order is needed.
 
     If :math:`g_v` is zero, nothing is projected and the update is the plain sum. If the components cancel
     (:math:`\sum_i g_i = 0`), a step that preserves the norm is zero too.
@@ -31,8 +31,8 @@ class Steer(Rule):
     Args:
         toward: the component to steer towards.
         gain: how many times :math:`g_v` is added on top, at least 0; the :math:`\gamma` of VGS.
-        project: project the others where they conflict with :math:`g_v` (``"conflict"``); ``"always"``,
-            which leaves them the orthogonal complement of :math:`g_v`; or ``"never"``.
+        project: when the others are projected: if they conflict with :math:`g_v` (``"conflict"``); ``"always"``, so
+            that they keep only their part orthogonal to :math:`g_v`; or ``"never"``.
         preserve_norm: rescale the update to the norm of the plain sum, so that steering changes only its
             direction and the learning rate keeps its meaning.
 
@@ -60,9 +60,9 @@ class Steer(Rule):
         preserve_norm: bool = True,
     ) -> None:
         if not 0 <= gain < float("inf"):
-            raise ValueError(f"gain is a finite number, 0 or more; got {gain}. To steer away, name another component")
+            raise ValueError(f"gain must be finite and at least 0; got {gain}. To steer away, name another component")
         if project not in ("conflict", "always", "never"):
-            raise ValueError(f"project is 'conflict', 'always' or 'never'; got {project!r}")
+            raise ValueError(f"project must be 'conflict', 'always' or 'never'; got {project!r}")
         self.toward = toward
         self.gain = gain
         self.project = project
@@ -86,7 +86,7 @@ class Steer(Rule):
             slopes[:, v] = 0
             weights[:, v] -= slopes.sum(1)
         if self.preserve_norm:
-            # The same kernel for both norms: without conflict their ratio is one to the last bit.
+            # The same kernel for both norms: without conflict their ratio is exactly one.
             u_sq = _sq_norm(G, weights)
             ratio = _sq_norm(G, torch.ones_like(weights)) / u_sq
             weights = weights * torch.where(u_sq > 0, ratio, 1.0).sqrt()[:, None]

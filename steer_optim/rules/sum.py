@@ -1,4 +1,4 @@
-"""The plain sum of the components: what an optimizer without steering does, and the baseline of every comparison."""
+"""The plain sum of the components, as without steering: the baseline of every comparison."""
 
 from __future__ import annotations
 

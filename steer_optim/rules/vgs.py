@@ -21,12 +21,12 @@ class VGS(Rule):
         \eta = \frac{\|g_{std}\|}{\|g_{std} + \gamma \, g_{vis}\|}
              = \frac{1}{\sqrt{1 + \gamma^2 r^2 + 2 \gamma r \cos\varphi}}
 
-    with :math:`r = \|g_{vis}\| / \|g_{std}\|` and :math:`\varphi` the angle between the two. The preservation
-    component ``lp`` is optional; it comes already multiplied by its :math:`\lambda`, has the common factor
-    :math:`\eta`, and takes no part in the norm that defines it. With ``toward="lang"`` this is the inverse
-    experiment: components ``std``, ``lang`` and optionally ``vp``.
+    with :math:`r = \|g_{vis}\| / \|g_{std}\|` and :math:`\varphi` the angle between the two. The preservation component
+    ``lp`` is optional; it must already be multiplied by its :math:`\lambda`, and has the common factor :math:`\eta`,
+    but does not enter its definition. ``toward="lang"`` is the inverse experiment: components ``std``, ``lang`` and
+    optionally ``vp``.
 
-    Where :math:`g_{std} + \gamma g_{vis}` is zero, :math:`\eta` is 1.
+    If :math:`g_{std} + \gamma g_{vis}` is zero, :math:`\eta` is 1.
 
     Args:
         gamma: the strength :math:`\gamma` of the steering, 0 or more; 2.0 in the paper.
@@ -50,9 +50,9 @@ class VGS(Rule):
 
     def __init__(self, gamma: float = 2.0, *, toward: Literal["vis", "lang"] = "vis") -> None:
         if not 0 <= gamma < float("inf"):
-            raise ValueError(f"gamma is a finite number, 0 or more; got {gamma}")
+            raise ValueError(f"gamma must be finite and at least 0; got {gamma}")
         if toward not in _PRESERVATION:
-            raise ValueError(f"toward is 'vis' or 'lang'; got {toward!r}. For other components use Steer")
+            raise ValueError(f"toward must be 'vis' or 'lang'; got {toward!r}. For other components use Steer")
         self.gamma = gamma
         self.toward = toward
 

@@ -14,11 +14,10 @@ from steer_optim.rules.orders import check_seed
 class Weighting(Rule):
     """Take the weights from any callable, ``f(G) -> w``, called once per scope.
 
-    ``f`` is given the Gramian on the CPU, so this is the one rule that synchronizes with a GPU. Random numbers
-    that it draws from torch's global generator come from a generator of this rule instead, whose state is part of
-    the rule's: the global one is untouched, and a resumed run continues bit for bit. Memory that ``f`` keeps in
-    itself is neither saved nor restored, and is shared by all scopes; a change inside ``f`` is not seen between two
-    refreshes.
+    ``f`` receives the Gramian on the CPU, so this is the only rule that synchronizes with a GPU. If ``f`` draws from
+    torch's global generator, it gets numbers from a generator of this rule, whose state is part of the rule's state:
+    the global one is untouched, and a resumed run continues bit for bit. Memory inside ``f`` is neither saved nor
+    restored, and is shared by all scopes; a change inside ``f`` has no effect between two refreshes.
 
     State: ``random`` ``(S, bytes)`` uint8, the state of each scope's CPU generator.
 
@@ -28,7 +27,7 @@ class Weighting(Rule):
         seed: of the generators, 0 or more; that of scope ``s`` starts at ``seed + s``.
 
     Raises:
-        TypeError: ``f`` is not callable.
+        TypeError: ``f`` is not callable, or ``seed`` is not an int.
 
     Example:
         >>> import torch
@@ -65,7 +64,7 @@ class Weighting(Rule):
                 found = tuple(w.shape) if isinstance(w, Tensor) else type(w).__name__
                 if found != (len(names),):
                     raise ValueError(
-                        f"a weighting of {len(names)} components returns a tensor ({len(names)},); got {found}"
+                        f"a weighting of {len(names)} components must return a tensor ({len(names)},); got {found}"
                     )
                 if not w.isfinite().all():
                     raise ValueError(
