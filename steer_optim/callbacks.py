@@ -6,10 +6,10 @@ One function for each framework, called once before training:
 - :func:`watch_lightning` for Lightning,
 - :func:`watch_accelerator` for a loop under Accelerate.
 
-Each returns the :class:`~steer_optim.monitor.Monitor` that records every step under its number, from 1 on, and that is
-saved in the framework's checkpoints and restored from them. The log gets the means over the steps since its last line,
-under the names of :mod:`steer_optim.monitor`: with ``refresh_every`` a single step often has no angle. ``join`` and
-``backward_components`` without ``accumulate`` then know from the framework whether more micro-batches follow.
+Each returns the :class:`~steer_optim.monitor.Monitor` that records every step under its number, from 1 on. The
+framework saves it in checkpoints and restores it. The log gets the means over the steps since its last line, under the
+names of :mod:`steer_optim.monitor`: with ``refresh_every`` a single step often has no angle. ``join`` and
+``backward_components`` without ``accumulate`` then ask the framework whether more micro-batches follow.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _KEY = "steer_optim"  # in the checkpoints of Lightning
 
 
 def watch_trainer(trainer: Any, steering: Steering | None = None) -> Monitor:
-    """Watch the steering of a ``transformers.Trainer``, or of one that inherits from it, as TRL's do.
+    """Watch the steering of a ``transformers.Trainer``, or of a subclass such as TRL's trainers.
 
-    Every line of the log with a training loss, and so ``log_history``, TensorBoard and W&B, has the numbers too.
+    Every log line with a training loss gets the numbers, in ``log_history``, TensorBoard and W&B.
 
     Args:
         trainer: before ``train()``.
@@ -61,14 +61,14 @@ def watch_trainer(trainer: Any, steering: Steering | None = None) -> Monitor:
             return {"args": {}, "attributes": {"record": json.dumps(record)}}
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            # Before the callbacks of TensorBoard and W&B, which read the log in their turn.
+            # Before the callbacks of TensorBoard and W&B, which then read the log.
             handler = trainer.callback_handler
             handler.callbacks.remove(self)
             handler.callbacks.insert(0, self)
             watch.steering = steering or _steering_of([kwargs["optimizer"]])
             watch.steering.accumulating = _accelerate_accumulates
             watch.steering.drop_pending()  # of a step that an exception cut short
-            # A checkpoint of a run that was not watched has none, and the trainer writes only over what is there.
+            # The checkpoint of an unwatched run has no record, and the trainer saves only entries that exist.
             saved = state.stateful_callbacks.setdefault("SteeringCallback", self.state())
             record = json.loads(saved["attributes"]["record"]) if state.global_step else {"step": []}
             watch.monitor.load_state_dict({name: _column(name, values) for name, values in record.items()})
@@ -101,7 +101,7 @@ def watch_lightning(trainer: Any, steering: Steering | None = None) -> Monitor:
     Raises:
         TypeError: in ``fit``, if not exactly one optimizer is steered and no ``steering`` was given.
 
-    With manual optimization the accumulation is that of your own loop: pass ``accumulate`` there.
+    Under manual optimization your loop accumulates: pass ``accumulate`` there.
 
     Example::
 
@@ -114,7 +114,7 @@ def watch_lightning(trainer: Any, steering: Steering | None = None) -> Monitor:
     watch, batch_now = _Watch(), 0
 
     def accumulating() -> bool:
-        """Whether Lightning makes no step after this micro-batch: the window is not full, and the epoch not over."""
+        """Return whether Lightning accumulates: the window is not full, and the epoch is not over."""
         full = (batch_now + 1) % trainer.accumulate_grad_batches == 0
         return bool(trainer.training and not full and not trainer.is_last_batch)
 
@@ -152,7 +152,7 @@ def watch_accelerator(accelerator: Any, optimizer: Any, *, log_every: int = 10) 
     Args:
         accelerator: before ``load_state``.
         optimizer: the :class:`~steer_optim.SteeredOptimizer`, prepared or not.
-        log_every: ``accelerator.log`` gets the numbers once in so many steps; 0 for never.
+        log_every: ``accelerator.log`` gets the numbers once in this many steps; 0 for never.
 
     Returns:
         The record of every step, kept by ``accelerator.save_state`` and restored by ``load_state``.
@@ -184,7 +184,7 @@ def watch_accelerator(accelerator: Any, optimizer: Any, *, log_every: int = 10) 
 
 @dataclass
 class _Watch:
-    """What the three share: the record, and how many of its steps are not in the log yet."""
+    """The state of a watch: the record, and how many of its steps are not in the log yet."""
 
     steering: Steering | None = None
     monitor: Monitor = field(default_factory=Monitor)

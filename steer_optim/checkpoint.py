@@ -1,8 +1,8 @@
 """Optimizer state in one safetensors file, without pickle.
 
-Tensors are stored as tensors; all the rest (structure, hyperparameters, counters) as JSON in the metadata, with
-every type kept. The file is written whole or not at all, and :func:`load` verifies it, and that it fits the
-optimizer, before anything is changed.
+Tensors are stored as tensors; all the rest (structure, hyperparameters, counters) as JSON in the metadata, which keeps
+every type. The file is written completely or not at all. Before :func:`load` changes anything, it verifies the file,
+and that it fits the optimizer.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ _VERSION = "1"
 def save(path: str | os.PathLike[str], optimizer: Optimizer, *, extra: Mapping[str, Any] | None = None) -> None:
     """Write the state of an optimizer, and ``extra``, to one file.
 
-    A save that fails leaves the file that was there, and nothing else; a process that is killed may also leave a
-    hidden temporary file, which nothing reads. On several processes that hold the same state, one of them saves.
+    If a save fails, an old file stays unchanged and no new one is left; a killed process may also leave a hidden
+    temporary file, which nothing reads. If several processes hold the same state, call this in one of them.
 
     Args:
         path: of the file, by convention ``*.safetensors``. An existing file is replaced and keeps its mode; a symbolic
             link is followed.
         optimizer: any torch optimizer; a ``SteeredOptimizer`` saves the memory of its rule, too.
-        extra: anything else that training needs to continue, so that all is of one step: the model, the step, random
-            states, a ``Monitor.state_dict()``. Tensors, None, bool, int, float, str, and lists, tuples, dicts and
-            OrderedDicts of them.
+        extra: anything else that training needs to resume, of the same step: the model, the step, random states, a
+            ``Monitor.state_dict()``. Tensors, None, bool, int, float, str, and lists, tuples, dicts
+            and OrderedDicts of them.
 
     Raises:
-        OSError: the file could not be written: there is no such directory, no right to write there, no space.
+        OSError: the file could not be written: there is no such directory, no write permission, no space.
         TypeError: a value of another type, a tensor that safetensors cannot hold, or a DTensor, which
             ``torch.distributed.checkpoint`` saves; the message says where it is.
 
@@ -85,9 +85,9 @@ def save(path: str | os.PathLike[str], optimizer: Optimizer, *, extra: Mapping[s
     }
     path = Path(os.path.realpath(path))
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no directory {path.parent} to save {path.name} in: make it first")
+        raise FileNotFoundError(f"there is no directory {path.parent} to save {path.name} in: create it first")
     if path.exists() and not path.is_file():
-        raise OSError(f"{path} is no regular file: choose another path")
+        raise OSError(f"{path} is not a regular file: choose another path")
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         temporary.touch()  # with the mode that the umask leaves
@@ -103,14 +103,14 @@ def save(path: str | os.PathLike[str], optimizer: Optimizer, *, extra: Mapping[s
             found = re.search(r"(?:os error |code: )(\d+)", str(error))
             number = getattr(error, "errno", None) or (int(found[1]) if found else None)
             reason = os.strerror(number) if number else str(error)
-            raise OSError(number, f"could not save, and left what was there: {reason}", str(path)) from error
+            raise OSError(number, f"could not save, and changed nothing: {reason}", str(path)) from error
         raise
-    with contextlib.suppress(OSError):  # the file is there by now; and not every system can open a directory
+    with contextlib.suppress(OSError):  # the file exists by now; some systems cannot open a directory
         _flush(path.parent, os.O_RDONLY)
 
 
 def load(path: str | os.PathLike[str], optimizer: Optimizer) -> dict[str, Any]:
-    """Load into an optimizer what :func:`save` wrote; training then continues bit for bit.
+    """Load a file of :func:`save` into an optimizer; training then continues bit for bit.
 
     Args:
         path: of the file.
@@ -123,9 +123,11 @@ def load(path: str | os.PathLike[str], optimizer: Optimizer) -> dict[str, Any]:
     The checksum detects damage, not tampering: whoever can write the file can also change the checksum.
 
     Raises:
-        OSError: there is no such file, or no right to read it.
+        OSError: there is no such file, or no read permission.
         ValueError: the file is truncated, damaged, of another kind or of a newer version, or does not fit the
             optimizer. The optimizer is then unchanged.
+
+    Example: see :func:`save`.
     """
     path = Path(path)
     content = _read(path)
@@ -183,7 +185,7 @@ def _read_once(path: Path) -> dict[str, Any]:
 
 
 def _encode(value: Any, where: str, tensors: dict[str, Tensor]) -> object:
-    """JSON for ``value``, its tensors moved to ``tensors``. Types match exactly, so that none is lost unnoticed."""
+    """Return JSON for ``value``, its tensors moved to ``tensors``. Types must match exactly, so that none is lost."""
     kind = type(value)
     if value is None or kind in (bool, int, float, str):
         return value
@@ -236,7 +238,7 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _store(value: Tensor, where: str, tensors: dict[str, Tensor]) -> tuple[str, tuple[int, ...]]:
-    """Puts a contiguous copy on the CPU among ``tensors``; returns its name there, and the strides to restore."""
+    """Put a contiguous CPU copy into ``tensors``; return its name there, and the strides to restore."""
     if value.layout is not torch.strided or not _storable(value.dtype):
         raise TypeError(f"safetensors cannot hold {where}, a {value.layout} tensor of {value.dtype}: convert it")
     name = where
@@ -244,13 +246,13 @@ def _store(value: Tensor, where: str, tensors: dict[str, Tensor]) -> tuple[str, 
         name += "'"
     value = value.detach()
     tensors[name] = torch.empty_like(value, device="cpu", memory_format=torch.contiguous_format).copy_(value)
-    # Fused optimizers walk parameter and state in the order of memory, so a channels_last state must stay so.
+    # Fused optimizers walk parameter and state in memory order, so a channels_last state must stay so.
     return name, torch.empty_like(value, device="meta").stride()
 
 
 @functools.cache
 def _storable(dtype: torch.dtype) -> bool:
-    """Whether the installed safetensors knows a dtype: it has no list to ask, and fails in ways of its own."""
+    """Return whether the installed safetensors supports a dtype; it has no list of them, and its errors vary."""
     try:
         serialize({"probe": torch.empty(0, dtype=dtype)})
     except Exception:
@@ -268,12 +270,12 @@ def _digest(structure: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _class(optimizer: Optimizer) -> str:
-    """The name of the optimizer that does the stepping: a plain and a steered AdamW read each other's state."""
+    """Return the class name of the inner optimizer: a plain and a steered AdamW load each other's state."""
     return type(getattr(optimizer, "inner", optimizer)).__name__
 
 
 def _parameters(optimizer: Optimizer) -> list[list[list[Any]]]:
-    """Name (None where the optimizer was given none), dtype and shape of each parameter of each group."""
+    """Return name (None if it has none), dtype and shape of each parameter of each group."""
     groups = optimizer.param_groups
     return [
         [

@@ -1,7 +1,7 @@
 """Record what steering did over training: the numbers of each step's geometry, for any logger and for plots.
 
-One vocabulary serves both: :func:`scalars` names the numbers of one step for a logger, and :class:`Monitor`
-keeps the same numbers over training, under the same names. For components ``lang`` and ``vis`` these are
+:func:`scalars` names the numbers of one step for a logger; :class:`Monitor` keeps the same numbers over
+training, under the same names. For components ``lang`` and ``vis`` these are
 
 =========================== ==========================================================================
 ``steer/loss/vis``          value of the component, summed over micro-batches
@@ -14,8 +14,8 @@ keeps the same numbers over training, under the same names. For components ``lan
 ``steer/update_norm_ratio`` the same, divided by the norm of the plain sum
 =========================== ==========================================================================
 
-Norms, cosines and angles are over all parameters under any scope, so that runs compare. A step that reused weights
-(``geometry.age > 0``) has losses and weights only. NaN is kept for losses, norms and weights, and left out otherwise.
+Norms, cosines and angles are over all parameters under any scope, so that runs are comparable. A step that reused
+weights (``geometry.age > 0``) has losses and weights only. NaN is kept for losses, norms and weights, else left out.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from steer_optim.gramian import Geometry
 
 Keys = tuple[str, ...]
 
-# Kept even if NaN, which tells of an absent component or an overflow; others are then left out.
+# Kept even if NaN, which means an absent component or an overflow; other NaNs are left out.
 _ALWAYS = ("steer/loss/", "steer/norm/", "steer/weight/")
-# Rows kept on the device before they are copied to the host: one synchronization per so many steps.
+# Rows kept on the device before they are copied to the host: one synchronization for all of them.
 _BATCH = 256
 
 
@@ -43,7 +43,7 @@ def scalars(geometry: Geometry) -> dict[str, float]:
     """Return the numbers of one step by name, read from the device in one transfer.
 
     Args:
-        geometry: of the step, for the whole model or scoped.
+        geometry: of the step, under any scope.
 
     Returns:
         Python floats under the names in the header of this module, for
@@ -67,7 +67,7 @@ def from_log(log: Iterable[Mapping[str, Any]]) -> dict[str, list[float]]:
     """Return the numbers of a training log by name, as :meth:`Monitor.history` does.
 
     Args:
-        log: of transformers' ``Trainer``, ``state.log_history``; lines without a training loss are passed over.
+        log: of transformers' ``Trainer``, ``state.log_history``; lines without a training loss are skipped.
 
     Returns:
         One list for each name, NaN in lines that lack it.
@@ -84,8 +84,8 @@ def from_log(log: Iterable[Mapping[str, Any]]) -> dict[str, list[float]]:
 class Monitor:
     """Record the numbers of steps, by name.
 
-    Recording waits for the device only once in 256 steps, when the rows move to the host. Steps may have
-    different components (``lp`` is absent where no token is visual enough): what a step does not have is NaN.
+    Recording waits for the device only once in 256 steps, when the rows move to the host. Numbers that a step does not
+    have, such as the angles of one that reused weights, are NaN.
 
     Example:
         >>> import torch
@@ -112,8 +112,8 @@ class Monitor:
         """Record the numbers of one step.
 
         Args:
-            geometry: what ``backward_components`` returned, or ``optimizer.geometry``. None, which a call with
-                ``accumulate=True`` returns, is passed over.
+            geometry: the result of ``backward_components``, or ``optimizer.geometry``. None, the result with
+                ``accumulate=True``, is skipped.
             step: the number of the step; by default one more than the last, beginning at 0.
         """
         if geometry is None:
@@ -143,7 +143,7 @@ class Monitor:
             last: how many steps.
 
         Returns:
-            Python floats by name. NaN, what a step does not have, is left out.
+            Python floats by name. NaN, which a step does not have, is left out.
 
         Example:
             >>> import torch
@@ -161,7 +161,7 @@ class Monitor:
         return {key: mean for key, mean in means.items() if not math.isnan(mean)}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the record so far, the tensors of :meth:`history`: fit for any checkpoint."""
+        """Return the record so far, the tensors of :meth:`history`, for any checkpoint."""
         return self.history()
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
@@ -186,7 +186,7 @@ class Monitor:
 
 
 def _row(geometry: Geometry) -> tuple[Keys, Tensor]:
-    """The names of a step's numbers, and the numbers as one vector, still on the device."""
+    """Return the names of a step's numbers, and the numbers as one vector, still on the device."""
     names, k = geometry.names, len(geometry.names)
     numbers: dict[str, Tensor] = {}
 

@@ -1,7 +1,7 @@
-"""Figures of what steering did: norms, cosines, weights and losses over training, angles by visual dependency.
+"""Draw what steering did: norms, cosines, weights and losses over training, angles by visual dependency.
 
-Every function takes plain data (``Monitor.history()``, or mappings of names to values), draws on the given axes or
-on a new figure, and returns the figure: ``figure.savefig("x.png")``. Nothing here touches pyplot or its global state.
+Every function takes plain data (``Monitor.history()``, or mappings of names to values), draws on the given axes or on a
+new figure, and returns the figure: ``figure.savefig("x.png")``. Nothing here touches pyplot or its global state.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# How far the medians of two norms are apart where a linear axis would show the smaller one as zero.
+# The ratio of two median norms above which a linear axis would show the smaller one as zero.
 _APART = 20.0
 
 Values: TypeAlias = "Tensor | Sequence[float]"
 
-# Okabe and Ito's: the colour-blind tell them apart.
+# The palette of Okabe and Ito, for colour-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 def norms(history: Mapping[str, Values], *, smooth: int = 1, axes: Axes | None = None) -> Figure:
-    """Norms of the component gradients over training (upper half of the paper's Fig. 7).
+    """Draw the norms of the component gradients over training (upper half of the paper's Fig. 7).
 
     The axis is logarithmic if one component's median norm is more than twenty times another's.
 
     Args:
         history: of a :class:`steer_optim.monitor.Monitor`: ``"step"`` and ``"steer/norm/..."``, ``(n,)`` each.
-        smooth: draw the mean over the last so many values that are not NaN.
+        smooth: draw the mean over this many last values, NaN left out.
         axes: where to draw; a new figure by default.
 
     Returns:
@@ -60,7 +60,7 @@ def norms(history: Mapping[str, Values], *, smooth: int = 1, axes: Axes | None =
 
 
 def cosines(history: Mapping[str, Values], *, smooth: int = 1, axes: Axes | None = None) -> Figure:
-    """Cosines between the component gradients over training; below zero they conflict.
+    """Draw the cosines between the component gradients over training; below zero they conflict.
 
     Args:
         history: of a :class:`steer_optim.monitor.Monitor`: ``"step"`` and ``"steer/cos/..."``, ``(n,)`` each.
@@ -72,7 +72,7 @@ def cosines(history: Mapping[str, Values], *, smooth: int = 1, axes: Axes | None
 
     Raises:
         ImportError: matplotlib is missing.
-        ValueError: the history has no cosines: it is of one component.
+        ValueError: the history has no cosines, as with one component.
 
     Example:
         >>> from steer_optim import plots
@@ -91,7 +91,7 @@ def cosines(history: Mapping[str, Values], *, smooth: int = 1, axes: Axes | None
 
 
 def lines(history: Mapping[str, Values], kind: str, *, smooth: int = 1, axes: Axes | None = None) -> Figure:
-    """Any kind of number over training, a line for each component or pair.
+    """Draw any kind of number over training, a line for each component or pair.
 
     Args:
         history: of a :class:`steer_optim.monitor.Monitor`, or :func:`steer_optim.monitor.from_log`.
@@ -119,9 +119,9 @@ def lines(history: Mapping[str, Values], kind: str, *, smooth: int = 1, axes: Ax
 
 
 def geometry(history: Mapping[str, Values], *, smooth: int = 1) -> Figure:
-    """Norms above cosines over training, the paper's Fig. 7.
+    """Draw norms above cosines over training, the paper's Fig. 7.
 
-    Where both are stable a constant eta, and so a rarely refreshed Gramian, is as good as an exact one.
+    If both are stable, a constant eta, and so a rarely refreshed Gramian, is as good as an exact one.
 
     Args:
         history: of a :class:`steer_optim.monitor.Monitor`.
@@ -153,10 +153,9 @@ def geometry(history: Mapping[str, Values], *, smooth: int = 1) -> Figure:
 
 
 def weights(history: Mapping[str, Values], *, smooth: int = 1) -> Figure:
-    """Weights of the components above the length of the update, over training.
+    """Draw the weights of the components above the norm of the update, over training.
 
-    The length is drawn beside that of the plain sum, which an unsteered step would have. Steps that reused weights
-    have no length.
+    The norm is drawn beside that of the plain sum, an unsteered step. Steps that reused weights have none.
 
     Args:
         history: of a :class:`steer_optim.monitor.Monitor`.
@@ -191,10 +190,10 @@ def weights(history: Mapping[str, Values], *, smooth: int = 1) -> Figure:
 def losses(
     histories: Mapping[str, Mapping[str, Values]], *, component: str, smooth: int = 1, axes: Axes | None = None
 ) -> Figure:
-    """One component's loss over training, a line per method.
+    """Draw one component's loss over training, a line per method.
 
     Args:
-        histories: the history of a :class:`steer_optim.monitor.Monitor` for each method, by the name in the
+        histories: the history of a :class:`steer_optim.monitor.Monitor` for each method, by its name in the
             legend: ``"step"`` and ``"steer/loss/<component>"``, ``(n,)`` each.
         component: whose loss is drawn.
         smooth: as in :func:`norms`.
@@ -228,7 +227,7 @@ def losses(
 
 
 def angles_by_decile(angles: Mapping[str, Values], *, axes: Axes | None = None) -> Figure:
-    """Angles between component gradients from the least visual tokens to the most (the paper's Fig. 3).
+    """Draw the angles between component gradients, from the least visual tokens to the most (the paper's Fig. 3).
 
     Args:
         angles: ``(bins,)`` by pair, in degrees: ``angle(...)`` of the geometry that
@@ -262,7 +261,7 @@ def angles_by_decile(angles: Mapping[str, Values], *, axes: Axes | None = None) 
 
 
 def _columns(history: Mapping[str, Values], kind: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """Steps and values of every number of a kind, by the name of its component or pair."""
+    """Return steps and values of every number of a kind, by the name of its component or pair."""
     prefix = f"steer/{kind}/"
     found = {key.removeprefix(prefix): _tensor(values) for key, values in history.items() if key.startswith(prefix)}
     if not found:
@@ -285,7 +284,7 @@ def _lines(
     axes: Axes, lines: Mapping[str, tuple[Tensor, Tensor]], *, smooth: int = 1, marker: str | None = None
 ) -> None:
     for i, (label, (x, y)) in enumerate(lines.items()):
-        present = ~y.isnan()  # a component that some steps do not have is joined over the gap
+        present = ~y.isnan()  # the line of a component continues over steps without it
         x, y = x[present], y[present]
         if smooth > 1 and len(y):
             y = pad(y, (smooth - 1, 0), value=torch.nan).unfold(0, smooth, 1).nanmean(1)

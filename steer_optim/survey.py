@@ -1,4 +1,4 @@
-"""Measure the component gradients of some batches, and say what docs/how-to-choose.md advises then."""
+"""Measure the component gradients of some batches, and give the advice of docs/how-to-choose.md."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _RARE, _DOMINANT = 0.1, 100.0
 
 @dataclass(frozen=True)
 class Survey:
-    """What some batches say about the components; ``print`` it for sentences and advice.
+    """Summarize the component gradients of some batches; ``print`` it for sentences and advice.
 
     Attributes:
-        batches: how many were measured. One in which a component is absent, or its gradient zero, does not count for
+        batches: how many were measured. A batch without a component, or with a zero gradient of it, does not count for
             that component and its pairs.
         angles: mean and standard deviation over the batches, in degrees, by pair of names in alphabetical order.
         conflicts: the fraction of the batches in which the inner product is negative, by pair.
@@ -48,7 +48,7 @@ class Survey:
 
     @property
     def advice(self) -> str:
-        """What docs/how-to-choose.md says of these numbers."""
+        """The advice of docs/how-to-choose.md for these numbers."""
         if self.ratio >= _DOMINANT:
             largest = max(self.norms, key=self.norms.__getitem__)
             return f"{largest!r} is the update, whatever the rule: weigh the losses first."
@@ -78,8 +78,8 @@ def survey(
 ) -> Survey:
     """Measure the component gradients of each batch; no ``.grad`` is touched, and nothing is trained.
 
-    The model stays in the mode that it is in: in training mode BatchNorm layers update their statistics. If tqdm is
-    installed, a progress bar appears after five seconds.
+    The model keeps its mode: in training mode BatchNorm layers update their statistics. If tqdm is installed, a
+    progress bar appears after five seconds.
 
     Args:
         losses: returns the components of a batch by name, as for :func:`~steer_optim.measure`.
@@ -92,7 +92,7 @@ def survey(
 
     Raises:
         ValueError: there are no batches.
-        TypeError, ValueError, RuntimeError: as :func:`~steer_optim.measure`.
+        TypeError, ValueError, RuntimeError: as for :func:`~steer_optim.measure`.
 
     Example:
         >>> import torch

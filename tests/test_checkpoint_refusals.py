@@ -241,7 +241,7 @@ def test_a_disk_that_is_full_is_an_oserror_with_the_path(tmp_path):
     number, filename, message = answers.get()
     assert number == errno.EFBIG
     assert filename == str(path)
-    assert "could not save, and left what was there" in message
+    assert "could not save, and changed nothing" in message
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
@@ -343,7 +343,7 @@ def test_a_file_that_was_signed_again_after_tampering_is_a_valueerror(saved, tmp
 def test_what_is_no_regular_file_is_not_replaced(tmp_path):
     path = tmp_path / "pipe"
     os.mkfifo(path)
-    with pytest.raises(OSError, match="is no regular file"):
+    with pytest.raises(OSError, match="is not a regular file"):
         checkpoint.save(path, trained())
     assert stat.S_ISFIFO(path.stat().st_mode)
 
