@@ -16,8 +16,8 @@ from steer_optim.monitor import Monitor
 
 Pair: TypeAlias = tuple[str, str]
 
-# There is nothing to resolve if no pair conflicts in more than one batch in ten, and one loss is the whole update if
-# its gradient is a hundred times as long as the next.
+# There is nothing to resolve if no pair conflicts in more than one batch in ten. One loss dominates the update if its
+# gradient is a hundred times as long as the next.
 _RARE, _DOMINANT = 0.1, 100.0
 
 
@@ -31,6 +31,8 @@ class Survey:
         angles: mean and standard deviation over the batches, in degrees, by pair of names in alphabetical order.
         conflicts: the fraction of the batches in which the inner product is negative, by pair.
         norms: the mean norm of the gradient, by component; 0 if it was zero in all batches.
+
+    Example: see :func:`survey`.
     """
 
     batches: int
@@ -57,8 +59,8 @@ class Survey:
         if all(fraction <= _RARE for fraction in self.conflicts.values()):
             return "There is nothing to resolve: use Sum(). If a loss should count for more, give it a larger weight."
         return (
-            "If one loss is what you train for: Steer(toward=...), or PCD where the others must keep improving. If the "
-            "losses are equals: PCGrad(), or GradVac() where they are related."
+            "If one loss is what you train for: Steer(toward=...), or PCD if the others must keep improving. If the "
+            "losses are equals: PCGrad(), or GradVac() if they are related."
         )
 
     def __str__(self) -> str:
@@ -101,8 +103,8 @@ def survey(
         >>> print(survey(lambda batch: {"main": (x * batch).sum(), "side": -x[0]}, [torch.ones(2)], [x]))
         'main' and 'side' are 135 ± 0 degrees apart, and conflict in 100% of the batches.
         The norms are 'main' 1.41, 'side' 1: the largest is 1.41 times the next.
-        If one loss is what you train for: Steer(toward=...), or PCD where the others must keep improving. If the losses
-        are equals: PCGrad(), or GradVac() where they are related.
+        If one loss is what you train for: Steer(toward=...), or PCD if the others must keep improving. If the losses
+        are equals: PCGrad(), or GradVac() if they are related.
     """
     monitor, parameters = Monitor(), list(parameters)
     for batch in _progress(batches if most is None else islice(batches, most)):
