@@ -1,4 +1,4 @@
-"""How to tell in an hour whether steering is worth it: a few batches measured, and what docs/how-to-choose.md says.
+"""Measure a few batches to tell whether steering is worth it, with the advice of docs/how-to-choose.md.
 
 Nothing is trained. Dimensions: ``B`` prompts, ``T`` response tokens.
 """
@@ -30,7 +30,7 @@ _ERRORS, _LEAST = 2.0, 0.05
 
 @dataclass(frozen=True)
 class Findings:
-    """What was measured, as means over batches.
+    """Hold the measurements, as means over batches. Example: see :func:`investigate`.
 
     Attributes:
         angles: between gradients, by pair, in degrees.
@@ -38,8 +38,8 @@ class Findings:
         norms: of the gradients.
         losses: ``std`` and ``lang``: the divergence from the teacher with the image and without, in nats per token.
         visual: the share of the visual dependency that the most visual 30 % of the tokens have.
-        language: by how many nats per token the student knows right answers without the image better than the teacher:
-            mean and standard error over rows; None without answers.
+        language: the teacher's loss of right answers without the image minus the student's, in nats per token: mean and
+            standard error over rows; None with fewer than two answers.
         right: the share of rows that the teacher answers right with the image; None without answers.
     """
 
@@ -53,12 +53,19 @@ class Findings:
 
 
 def investigate(trainer: Any, rows: Any, *, batches: int = 8) -> tuple[Findings, str]:
-    """Return what a few batches say about steering, and an examination of student and teacher, as a table.
+    """Measure a few batches, and examine student and teacher.
 
     Args:
         trainer: a ``SteeredDistillationTrainer`` in one process, before training.
         rows: of a map-style data set.
-        batches: of ``per_device_train_batch_size`` rows, sampled and scored; the examination reads all of them.
+        batches: how many, of ``per_device_train_batch_size`` rows, are sampled and scored; the examination reads all
+            rows.
+
+    Returns:
+        The :class:`Findings`, and the examination as a table.
+
+    Example:
+        >>> found, text = investigate(trainer, rows)  # doctest: +SKIP
     """
     trainer.model_wrapped = trainer.accelerator.prepare_model(trainer.model)
     student, method = trainer.model.train(), DecomposedDistillation(_MEASURED, temperature=trainer.args.temperature)
@@ -96,7 +103,10 @@ def investigate(trainer: Any, rows: Any, *, batches: int = 8) -> tuple[Findings,
 
 
 def advise(found: Findings) -> str:
-    """Return what was found, and what docs/how-to-choose.md advises then.
+    """Return the findings in words, and the advice of docs/how-to-choose.md.
+
+    Args:
+        found: the result of :func:`investigate`.
 
     Example:
         >>> found = Findings({"std, vis": 12.0}, 8.0, {"std": 1.0}, {"std": 0.3, "lang": 0.1}, 0.9, (-0.4, 0.1))
@@ -121,7 +131,7 @@ def advise(found: Findings) -> str:
         )
         if found.right == 0:
             choice = "standard"
-            reason = "The teacher never answers as the column answer does: word it as a response, then measure again."
+            reason = "The teacher's answers never equal the column answer: word it as a response, then measure again."
         elif gain > max(_ERRORS * error, _LEAST):
             choice, reason = "vgs-frozen", "The student knows the language of the answers better; steering keeps it."
         else:

@@ -2,8 +2,8 @@
 
 A row has ``messages``, or a ``prompt`` that is a conversation or a string. Its images are in ``images`` (any number),
 in ``image`` (one or none) or in the messages themselves, each a PIL image, bytes, a path, a URL, or the dictionary of
-bytes and path that Arrow stores. A right answer may stand in ``answer``; without it, what the assistant says last is
-the answer. Other columns are ignored.
+bytes and path that Arrow stores. ``answer`` may hold the right answer; by default it is the assistant's last message.
+Other columns are ignored.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _ROOT = "steer_optim_root"  # the column with the folder that paths are relative
 
 
 class Rows(torch.utils.data.Dataset[dict[str, Any]]):
-    """A map-style data set whose rows know their number, so that an error can name it.
+    """Number the rows of a map-style data set, so that an error can name them.
 
     Args:
         dataset: of the ``datasets`` library or any other kind, or a list of rows.
@@ -51,7 +51,13 @@ class Rows(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 def numbered(dataset: Any) -> Any:
-    """Return a data set whose rows know their number, of any kind that TRL takes.
+    """Return a data set with numbered rows.
+
+    Args:
+        dataset: of any kind that TRL takes.
+
+    Raises:
+        ValueError: ``dataset`` is None.
 
     Example:
         >>> [row[ROW] for row in numbered([{"prompt": "What is it?"}, {"prompt": "Why?"}])]
@@ -71,9 +77,14 @@ def conversation(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
     Images that no message places stand before the text of the first user message.
 
+    Args:
+        row: as in the header of this module.
+
     Raises:
         ValueError: the row has no prompt; the numbers of images and places for them differ; an image cannot be read.
-            The message names the row.
+            The error names the row.
+
+    Example: see :class:`Rows`.
     """
     from trl.data_utils import prepare_multimodal_messages
 
@@ -99,7 +110,10 @@ def conversation(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def answer(row: Mapping[str, Any]) -> str | None:
-    """Return the right answer of a row: its ``answer``, else what the assistant says last; None without either.
+    """Return the right answer of a row: its ``answer``, else the assistant's last message; None without either.
+
+    Args:
+        row: as in the header of this module.
 
     Example:
         >>> answer({"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "a cat"}]})
@@ -115,7 +129,20 @@ def answer(row: Mapping[str, Any]) -> str | None:
 
 
 def picture(image: Any, root: Path = Path()) -> Any:
-    """Return an image as PIL, RGB: from PIL, bytes, a path, a URL, or a dictionary of bytes or path."""
+    """Return an image as PIL, RGB.
+
+    Args:
+        image: PIL, bytes, a path, a URL, or a dictionary of bytes or path.
+        root: the folder that a path may be relative to.
+
+    Raises:
+        ValueError: there is no such file, or the mode of the image has no known range.
+
+    Example:
+        >>> from PIL import Image
+        >>> picture(Image.new("L", (4, 2))).mode
+        'RGB'
+    """
     from PIL import Image
     from transformers.image_utils import load_image
 

@@ -1,4 +1,4 @@
-"""What a person wants to know of a student: its answers with the image and without, and how far it is from its teacher.
+"""Examine a student: its answers with the image and without, and its distance from the teacher.
 
 Dimensions: ``B`` prompts, ``T`` response tokens.
 """
@@ -38,7 +38,7 @@ COLUMNS = {
 
 @torch.no_grad()
 def examine(trainer: Any, model: Any, rows: Any) -> tuple[dict[str, float | None], list[dict[str, Any]]]:
-    """Return how a model does on held-out rows, and its answers, the same on all processes. Decoding is greedy.
+    """Return the scores of a model on held-out rows, and its answers, equal on all processes. Decoding is greedy.
 
     Args:
         trainer: a ``SteeredDistillationTrainer``, whose processor, teacher and arguments are used.
@@ -48,13 +48,16 @@ def examine(trainer: Any, model: Any, rows: Any) -> tuple[dict[str, float | None
     Returns:
         The means of ``with_image`` and ``without_image`` (exact matches of the answer, up to case and spaces),
         ``kl`` and ``text_kl`` (divergence from the teacher per token of the greedy response, under each view, in nats),
-        and ``text_loss`` (cross-entropy of the right answers without the image, in nats per token); None where nothing
+        and ``text_loss`` (cross-entropy of the right answers without the image, in nats per token); None if nothing
         can be compared. And one record per row: ``row``, ``answer``, the responses ``with_image`` and
         ``without_image``, and its ``scores``.
+
+    Example:
+        >>> means, records = examine(trainer, trainer.model, rows)  # doctest: +SKIP
     """
     accelerator, size = trainer.accelerator, trainer.args.per_device_eval_batch_size
     rank, world = accelerator.process_index, accelerator.num_processes
-    # All processes run as many batches, or those that shard the model would wait for each other.
+    # All processes run equally many batches, or a sharded model would deadlock.
     batches, records = math.ceil(len(rows) / (size * world)), []
     for i in range(batches):
         numbers = [((i * world + rank) * size + j) % len(rows) for j in range(size)]
@@ -66,18 +69,23 @@ def examine(trainer: Any, model: Any, rows: Any) -> tuple[dict[str, float | None
 
 
 class Examination(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
-    """Examines teacher and student before the first step; :meth:`finish` does it after the last, and writes it all.
+    """Examine teacher and student before the first step; :meth:`finish` examines the student after the last.
 
     Args:
         trainer: a ``SteeredDistillationTrainer``.
         rows: the held-out rows.
+
+    Example:
+        >>> trainer.add_callback(examination := Examination(trainer, rows))  # doctest: +SKIP
+        >>> trainer.train()  # doctest: +SKIP
+        >>> print(examination.finish())  # doctest: +SKIP
     """
 
     def __init__(self, trainer: Any, rows: Any) -> None:
         self.trainer, self.rows, self.path = trainer, rows, Path(trainer.args.output_dir)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Examine both models, unless the run goes on from a checkpoint."""
+        """Examine both models, unless the run resumes from a checkpoint."""
         if state.global_step == 0:
             self.trainer.accelerator.print(f"examining teacher and student on {len(self.rows)} held-out rows ...")
             student = self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped)
@@ -113,7 +121,18 @@ class Examination(TrainerCallback):  # type: ignore[misc]  # transformers is unt
 
 
 def table(found: Mapping[str, Mapping[str, float | None]], count: int) -> str:
-    """Return the examinations as a table; a column that nothing fills is left out."""
+    """Return the examinations as a table, without empty columns.
+
+    Args:
+        found: by model, the means of :func:`examine`.
+        count: the number of rows, for the caption.
+
+    Example:
+        >>> print(table({"student": {"kl": 0.25}}, 8))
+                 KL to the teacher
+        student              0.250
+        8 held-out rows, greedy decoding; divergences and losses in nats per token
+    """
     columns = [name for name in COLUMNS if any(means.get(name) is not None for means in found.values())]
     lines = [["", *(COLUMNS[name] for name in columns)]]
     for who, means in found.items():
@@ -124,7 +143,15 @@ def table(found: Mapping[str, Mapping[str, float | None]], count: int) -> str:
 
 
 def draw(log: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Draw losses, angles and weights over training, from the trainer's log."""
+    """Draw losses, angles and weights over training.
+
+    Args:
+        log: the trainer's ``state.log_history``.
+        file: where the figure is saved.
+
+    Example:
+        >>> draw(trainer.state.log_history, Path("training.png"))  # doctest: +SKIP
+    """
     from matplotlib.figure import Figure
 
     history = from_log(log)
@@ -154,9 +181,9 @@ def _examine_batch(trainer: Any, model: Any, rows: Sequence[Mapping[str, Any]]) 
                 mine = {name: view[i : i + 1] for name, view in views.items()}
                 losses = both(mine, seen.scored_BT[i : i + 1])
                 scores[i] |= {"kl": losses["std"].item(), "text_kl": losses["lang"].item()}
-        # Rows without an answer too: all processes run as many passes.
+        # Rows without an answer, too: all processes run equally many passes.
         ids = [[*tokenizer(x or "", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for x in right]
-        fit = [not image_ids(model.config) & {*each} for each in ids]  # not a text that the model takes for an image
+        fit = [not image_ids(model.config) & {*each} for each in ids]  # without ids that the model takes for an image
         ids = [each if fits else [tokenizer.eos_token_id] for each, fits in zip(ids, fit, strict=True)]
         answers = Rollout.of(ids, config=model.config, device=device)
         text_view = score(model, teacher, prompts, answers, method=trainer.method, names=("student_text",))
