@@ -5,10 +5,10 @@
 
 or ``accelerate launch --config_file FILE -m steer_optim.vlm.train ...`` on several GPUs; ``python -m
 steer_optim.vlm.configs`` prints where the configurations for one GPU, DDP and FSDP2 are. All options of TRL's
-``distillation`` command are there, and can stand in a YAML file given as ``--config``. A run that was killed goes on
-from its last checkpoint with the same command.
+``distillation`` command are accepted, also from a YAML file given as ``--config``. The same command resumes a killed
+run from its last checkpoint.
 
-``output_dir`` has in the end the student with its processor, ``evaluation.json``, ``answers.jsonl`` and
+``output_dir`` holds in the end the student with its processor, ``evaluation.json``, ``answers.jsonl`` and
 ``training.png``.
 """
 
@@ -33,7 +33,7 @@ from steer_optim.vlm.data import Rows, conversation
 from steer_optim.vlm.examination import Examination
 from steer_optim.vlm.trainer import SteeredDistillationConfig, SteeredDistillationTrainer
 
-# Options that may differ when a run goes on.
+# Options that may differ when a run resumes.
 _FREE = "logging log_ save report push hub eval disable_tqdm run_name resume dataloader output_dir vllm max_steps "
 _FREE += "num_train_epochs per_device_eval local_rank distributed do_ project trackio"
 
@@ -109,24 +109,24 @@ def last_checkpoint(path: Path) -> str | None:
             # The trainer writes this file last.
             json.loads((checkpoint / "trainer_state.json").read_text())
             if not [*checkpoint.glob("optimizer*")]:
-                raise ValueError("--save_only_model leaves out what a run needs to go on")
+                raise ValueError("--save_only_model leaves out what a run needs to resume")
             for file in checkpoint.glob("rng_state*.pth"):
                 torch.load(file, weights_only=False)
         except (OSError, ValueError, RuntimeError, EOFError, UnpicklingError) as error:
-            print(f"{checkpoint} is incomplete and left aside: {error}", file=sys.stderr)
+            print(f"{checkpoint} is incomplete and skipped: {error}", file=sys.stderr)
             continue
         return str(checkpoint)
     return None
 
 
 def _steps(checkpoint: str) -> tuple[int, int]:
-    """Return how many steps a checkpoint has, and how many its run was to have."""
+    """Return the number of steps of a checkpoint, and that planned for its run."""
     state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
     return state.get("global_step", 0), state.get("max_steps", 0)
 
 
 def check_settings(path: Path, settings: dict[str, Any], *, trained: bool, write: bool) -> None:
-    """Raise ValueError if a directory holds a run with other settings; note them down if it holds none."""
+    """Raise ValueError if a directory holds a run with other settings; save them if it holds none."""
     file = path / "run.json"
     settings = json.loads(
         json.dumps({k: v for k, v in settings.items() if not k.startswith(tuple(_FREE.split()))}, default=str)
@@ -142,12 +142,12 @@ def check_settings(path: Path, settings: dict[str, Any], *, trained: bool, write
         raise ValueError(
             f"{path} holds a run with other settings: "
             + "; ".join(f"{key} is {before.get(key)!r} there and {settings[key]!r} here" for key in changed)
-            + ". Choose another --output_dir, or ask for the same settings"
+            + ". Choose another --output_dir, or use the same settings"
         )
 
 
 def prepare(data: DataArguments, args: SteeredDistillationConfig, model: ModelConfig) -> tuple[Any, Any, str | None]:
-    """Return the trainer, the held-out rows, and the checkpoint to go on from.
+    """Return the trainer, the held-out rows, and the checkpoint to resume from.
 
     Raises:
         ValueError, OSError: the command cannot be run as it is.
@@ -165,7 +165,7 @@ def prepare(data: DataArguments, args: SteeredDistillationConfig, model: ModelCo
     path = Path(args.output_dir)
     resume = args.resume_from_checkpoint or last_checkpoint(path)
     if resume and 0 < args.max_steps < _steps(resume)[0]:
-        raise ValueError(f"{resume} has more than --max_steps {args.max_steps}: choose another --output_dir")
+        raise ValueError(f"{resume} has more steps than --max_steps {args.max_steps}: choose another --output_dir")
     settings = {**asdict(data), **args.to_dict(), **asdict(model)}
     check_settings(path, settings, trained=resume is not None, write=args.should_save and not data.measure_only)
     options = {"revision": model.model_revision, "attn_implementation": model.attn_implementation}
@@ -210,7 +210,7 @@ def main(arguments: list[str] | None = None) -> int:
         trainer.add_callback(examination)
     done, planned = _steps(resume) if resume else (0, 0)
     if done >= (args.max_steps if args.max_steps > 0 else planned) > 0:
-        # Training would go on for a step more.
+        # Training would run one more step.
         if (Path(args.output_dir) / "answers.jsonl").exists() or trainer.is_fsdp_enabled:
             trainer.accelerator.print(f"the run in {args.output_dir} is finished")
             return 0

@@ -1,11 +1,11 @@
 """Decomposed on-policy distillation as a TRL trainer: ``DistillationTrainer`` with steered losses.
 
-TRL samples the responses (with ``generate`` or vLLM), batches, accumulates, clips, schedules, logs and saves. What is
-replaced: prompts are rendered with their images and without; student and teacher are scored under the views of a
-:class:`~steer_optim.vlm.distillation.DecomposedDistillation`, from hidden states; and the optimizer that the arguments
-ask for is wrapped into a :class:`~steer_optim.SteeredOptimizer`.
+TRL samples the responses (with ``generate`` or vLLM), batches, accumulates, clips, schedules, logs and saves. This
+trainer renders prompts with their images and without; scores student and teacher under the views of a
+:class:`~steer_optim.vlm.distillation.DecomposedDistillation`, from hidden states; and wraps the optimizer of the
+arguments into a :class:`~steer_optim.SteeredOptimizer`.
 
-TRL's insides that are used: ``_generate`` with ``_tokenize_prompts`` and ``_generate_single_turn``,
+It uses private parts of TRL: ``_generate`` with ``_tokenize_prompts`` and ``_generate_single_turn``,
 ``_prepare_inputs``, ``_step``, ``_buffered_inputs`` and ``_metrics``. They may change with any release, so other
 versions are refused.
 """
@@ -49,16 +49,16 @@ _METRICS = "steer_optim metrics"  # in a checkpoint
 
 if trl.__version__.rsplit(".", 1)[0] != TESTED:
     raise ImportError(
-        f"steer_optim.vlm.trainer reads the insides of trl {TESTED}; found {trl.__version__}: pip install "
+        f"steer_optim.vlm.trainer uses private parts of trl {TESTED}; found {trl.__version__}: pip install "
         f"'trl=={TESTED}.*'"
     )
 
 
 @dataclass
 class SteeredDistillationConfig(DistillationConfig):  # type: ignore[misc]  # trl is untyped
-    """TRL's ``DistillationConfig`` with the decomposition and how it is steered.
+    """Extend TRL's ``DistillationConfig`` by the decomposition and how it is steered.
 
-    ``temperature`` is that of sampling and losses. ``beta`` is not read: the decomposition names its divergence.
+    ``temperature`` is that of sampling and losses. ``beta`` must be 1: the decomposition names its divergence.
 
     Args:
         decomposition: one of :data:`~steer_optim.vlm.distillation.DECOMPOSITIONS`.
@@ -66,15 +66,14 @@ class SteeredDistillationConfig(DistillationConfig):  # type: ignore[misc]  # tr
         lam: the weight of language preservation; that of the decomposition by default.
         prior: ``live`` or ``frozen``; that of the decomposition by default. A frozen prior is a copy of the student
             before training, or the student with its adapters switched off.
-        floor: to which the teacher's probabilities in ``q*`` are raised; that of the decomposition by default, 0 for
-            none.
-        quantile: of visual dependency, above which a token is visual.
-        rule: how components are weighed, as Python writes it: ``Steer("vis", gain=2.0)``, ``PCGrad()``. That of the
-            decomposition by default.
+        floor: the smallest probability of the teacher in ``q*``; that of the decomposition by default, 0 for none.
+        quantile: a token above this quantile of visual dependency is visual.
+        rule: how components are weighed, in Python: ``Steer("vis", gain=2.0)``, ``PCGrad()``. That of the decomposition
+            by default.
         refresh_every: take the Gramian once in this many steps.
 
     Raises:
-        ValueError: a value is out of range, or the rule is none.
+        ValueError: a value is out of range, or the rule is invalid.
 
     Example:
         >>> from steer_optim.vlm.trainer import SteeredDistillationConfig
@@ -110,17 +109,17 @@ class SteeredDistillationConfig(DistillationConfig):  # type: ignore[misc]  # tr
 
     def __post_init__(self) -> None:
         if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
-            raise ValueError("DeepSpeed is not supported, whose engine takes one loss: use FSDP2")
+            raise ValueError("DeepSpeed is not supported, because its engine takes one loss: use FSDP2")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of transformers, about the names that TRL uses
             super().__post_init__()
         if self.beta != 1.0:
             raise ValueError(
-                f"beta={self.beta} is not read here: take --decomposition forward, jsd, or standard (reverse KL)"
+                f"beta={self.beta} is not read here: use --decomposition forward, jsd, or standard (reverse KL)"
             )
         names, rule = self.method().components, self.make_rule()
         G = torch.eye(len(names), dtype=torch.float64)[None]
-        rule(G, names, rule.init(G, names))  # a rule refuses names that it cannot weigh
+        rule(G, names, rule.init(G, names))  # raises if the rule cannot weigh the names
 
     def method(self) -> DecomposedDistillation:
         """Return the decomposition with its hyperparameters."""
@@ -134,7 +133,7 @@ class SteeredDistillationConfig(DistillationConfig):  # type: ignore[misc]  # tr
 
 @dataclass
 class MicroBatch:
-    """What one backward pass reads: prompts, sampled responses, and what was found over the whole step."""
+    """The inputs of one backward pass: prompts, sampled responses, and numbers of the entire step."""
 
     prompts: Prompts
     response: Rollout
@@ -145,15 +144,15 @@ class MicroBatch:
 
 
 class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # trl is untyped
-    """On-policy distillation of a vision-language model with decomposed, steered losses, on TRL's trainer.
+    """Distil a vision-language model on-policy with decomposed, steered losses, on TRL's trainer.
 
     It runs in one process, under DDP and under FSDP2, with PEFT adapters, and with TRL's vLLM modes. Keep the student's
     weights in float32: ``bf16`` computes in bfloat16 under autocast. Teacher and prior are loaded in bfloat16 then.
 
-    The log has, beside TRL's numbers, those of :mod:`steer_optim.monitor` (``steer/angle/...``, ``steer/weight/...``,
+    The log adds to TRL's numbers those of :mod:`steer_optim.monitor` (``steer/angle/...``, ``steer/weight/...``,
     ``steer/loss/...``), ``steer/floored`` (the share of response tokens whose probability a floor raised) and
-    ``steer/dropped`` (of responses with a placeholder for an image, which are not scored). ``loss`` is the weighted sum
-    of the components, which is what is trained; ``eval_loss`` is ``std``, or the plain sum if there is no ``std``.
+    ``steer/dropped`` (that of responses with a placeholder for an image, which are not scored). ``loss`` is the
+    weighted sum of the components that is trained; ``eval_loss`` is ``std``, or the plain sum if there is no ``std``.
 
     Args:
         model: the student, a path or a model.
@@ -165,9 +164,15 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         options: go to ``DistillationTrainer``: ``callbacks``, ``peft_config``, ``quantization_config``.
 
     Raises:
-        TypeError: the model has no processor, so that it is no vision-language model.
-        ValueError: there is no teacher, its vocabulary is another one, or the run asks for something that is not
-            supported: DeepSpeed, FSDP1, tensor, pipeline or context parallelism, ``torch.compile``.
+        TypeError: there is no processor of images and text.
+        ValueError: there is no teacher, its vocabulary differs, a step takes more rows than there are, or the run asks
+            for something that is not supported: DeepSpeed, FSDP1, tensor, pipeline or context parallelism, float16,
+            ``torch.compile``.
+
+    Example:
+        >>> config = SteeredDistillationConfig("runs", gamma=2.0)  # doctest: +SKIP
+        >>> trainer = SteeredDistillationTrainer(student, teacher, config, rows)  # doctest: +SKIP
+        >>> trainer.train()  # doctest: +SKIP
 
     References:
         arXiv 2606.00564; Agarwal et al., *On-Policy Distillation of Language Models*, arXiv 2306.13649.
@@ -209,7 +214,7 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
             )
         if not isinstance(self.processing_class, ProcessorMixin):
             raise TypeError(
-                f"{type(self.processing_class).__name__} is no processor of images and text: the student must be a "
+                f"{type(self.processing_class).__name__} is not a processor of images and text: the student must be a "
                 "vision-language model; pass processing_class if its folder has no processor"
             )
         self._tokenizer.padding_side = "left"
@@ -237,7 +242,7 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         return bool(self.use_vllm and self.vllm_mode == "colocate")
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Return the optimizer that the arguments ask for, steered."""
+        """Return the optimizer of the arguments, steered."""
         optimizer = super().create_optimizer(model)
         if not hasattr(self, "steered"):
             options = {"refresh_every": self.args.refresh_every}
@@ -251,7 +256,7 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
     def compute_loss(
         self, model: Any, inputs: MicroBatch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return the components of a micro-batch, joined: the backward pass of the last one steers."""
+        """Return the joined components of a micro-batch; the backward pass of the step's last one steers."""
         response, method = inputs.response, self.method
         with self.accelerator.autocast():
             views = self._score(model, inputs, names=None)
@@ -274,9 +279,9 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         return (loss, None) if return_outputs else loss
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any) -> Tensor:
-        """Backpropagate a micro-batch; return what is trained, at the last one of a step."""
+        """Backpropagate a micro-batch; return the trained loss at the last one of a step, else 0."""
         if self.is_fsdp_enabled:
-            # The gradients of every micro-batch are taken, which is when FSDP2 reduces them.
+            # Every micro-batch takes its gradients, so FSDP2 must reduce them each time.
             model.set_requires_gradient_sync(True)
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         geometry = self.steered.geometry
@@ -291,7 +296,7 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         return torch.full_like(loss, trained)
 
     def _prepare_inputs(self, rows: Sequence[dict[str, Any]]) -> MicroBatch:
-        """Return a micro-batch; the responses of a whole step are sampled, and its tokens gated, at once."""
+        """Return a micro-batch; sample the responses of an entire step, and gate its tokens, at once."""
         if not self.model.training:
             return self.sample(rows, parts=1)[0]
         parts = self.args.gradient_accumulation_steps
@@ -374,7 +379,11 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         )
 
     def render(self, messages: Sequence[Any], sources: Sequence[Any]) -> Prompts:
-        """Return both views of conversations; ``sources`` are the numbers of their rows, which errors name."""
+        """Return both views of conversations; ``sources`` are the numbers of their rows, which errors name.
+
+        Raises:
+            ValueError: a conversation cannot be rendered.
+        """
         # All processes must run the vision tower that FSDP2 shards.
         options = {**self.chat_template_kwargs, "blank_image": self.is_fsdp_enabled}
         try:
@@ -386,7 +395,7 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
 
     def _tokenize_prompts(self, prompts: Sequence[Any]) -> tuple[list[list[int]], Any, dict[str, Any]]:
         """Return ids, images and pixels for TRL's sampling, from :func:`render`: rows may have no image."""
-        # vLLM reads no pixels, and `generate` all prompts of the step in one batch.
+        # vLLM reads no pixels; `generate` reads all prompts of the step in one batch.
         views = self._rendered
         if len(views) > 1 and not self.use_vllm:
             views = [self.render(prompts, self._sources)]
@@ -405,7 +414,7 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
             texts = self.processing_class.apply_chat_template(
                 prompts, tokenize=False, add_generation_prompt=True, **self.chat_template_kwargs
             )
-            # As the processor does, whose templates may write the first token themselves.
+            # Like the processor, whose templates may write the first token themselves.
             special = not texts[0].startswith(self._tokenizer.bos_token or "\0")
             self._bare_ids = self._tokenizer(texts, add_special_tokens=special)["input_ids"]
         images = [[part["image"] for m in row for part in m["content"] if part["type"] == "image"] for row in prompts]
@@ -413,12 +422,12 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], images: Any, fields: Any, **options: Any) -> Any:
         if self.use_vllm:
-            # A colocated vLLM expands each placeholder, those that the processor has expanded too (trl#6294).
+            # A colocated vLLM expands each placeholder, even one that the processor has expanded (trl#6294).
             ids = prompt_ids
             if self._colocated:
                 ids = self._bare_ids
                 if self.state.global_step != self._last_loaded_step:
-                    # It keeps the features of images over a change of weights (trl#7198).
+                    # It keeps the features of images when the weights change (trl#7198).
                     self.vllm_generation.llm.llm_engine.reset_encoder_cache()
             said = super()._generate_single_turn(ids, images, fields, **options)
             return [response or [self._tokenizer.eos_token_id] for response in said]
@@ -427,13 +436,13 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         return ids[: len(prompt_ids)]
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
-        """TRL's sampler, whose order depends on the epoch alone, so that a resumed run finds it again."""
+        """Return TRL's sampler; its order then depends only on the epoch, so that a resumed run repeats it."""
         sampler = super()._get_train_sampler(dataset)
         sampler.__class__ = _EpochSampler
         return sampler
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        # What was measured since the last line of the log.
+        # The metrics since the last line of the log.
         self.state.stateful_callbacks[_METRICS] = {"args": dict(self._metrics["train"])}
         super()._save_checkpoint(model, trial)
         # Under FSDP2 one process may see the folder of the best checkpoint, and another not yet.
@@ -444,7 +453,7 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         self._metrics["train"].update(self.state.stateful_callbacks.get(_METRICS, {}).get("args", {}))
 
     def restore(self, checkpoint: str) -> None:
-        """Take weights and log from a checkpoint, to train no further."""
+        """Load weights and log from a checkpoint, to train no further."""
         self._load_from_checkpoint(checkpoint)
         self.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
         self.model_wrapped = self.accelerator.prepare_model(self.model)
@@ -474,7 +483,7 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
             raise ValueError("the teacher is the student itself, which is trained: pass a copy")
         if teacher is None:
             raise ValueError(
-                "a teacher is needed: pass teacher_model, --teacher_model_name_or_path on the command line"
+                "a teacher is needed: pass teacher_model (--teacher_model_name_or_path on the command line)"
             )
         if isinstance(teacher, str):
             options: dict[str, Any] = {
@@ -495,7 +504,7 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         return teacher
 
     def _frozen(self, model: Any) -> Any:
-        """Return a model that is only read, on its device or sharded."""
+        """Return the frozen model, on its device or sharded."""
         model.requires_grad_(False).eval()
         if not self.is_fsdp_enabled:
             return self.accelerator.prepare_model(model, evaluation_mode=True)
@@ -505,7 +514,7 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         return fsdp2_prepare_model(self.accelerator, model)
 
     def _check_precision(self) -> None:
-        """Warn if most weights of a half-precision student are too large for an update of the learning rate."""
+        """Warn if over a tenth of a half-precision student's weights are too large to move by the learning rate."""
         half = [p for p in self.model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
         if not half:
             return
@@ -567,7 +576,7 @@ def _unpadded(x_BL: Tensor, real_BL: Tensor) -> list[list[int]]:
 
 
 def _fill_state(optimizer: torch.optim.Optimizer) -> None:
-    """Give parameters that no gradient has reached the state of a zero gradient: FSDP2 loads that of all, or none."""
+    """Make the state of a zero gradient for parameters without state: FSDP2 loads that of all parameters, or none."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     gradients, rates = [p.grad for p in parameters], [group["lr"] for group in optimizer.param_groups]
     for p in parameters:
@@ -582,13 +591,13 @@ def _fill_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _layers(model: Any) -> list[str]:
-    """Return the classes of the layers that FSDP2 shards one by one; accelerate fails on those that are not there."""
+    """Return the classes of the layers that FSDP2 shards one by one; accelerate fails on missing ones."""
     there = {type(module).__name__ for module in model.modules()}
     return [name for name in model._no_split_modules or () if name in there]
 
 
 def _parse(text: str) -> Rule:
-    """Return the rule that ``text`` writes as a call with literal arguments."""
+    """Return the rule that ``text`` calls with literal arguments."""
     known = {name: getattr(steer_optim.rules, name) for name in steer_optim.rules.__all__}
     known = {name: rule for name, rule in known.items() if name not in ("Rule", "State", "Weighting")}
     try:

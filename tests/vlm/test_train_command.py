@@ -133,7 +133,7 @@ def test_a_finished_run_trains_no_further(folder, tmp_path, capsys):
         assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
     assert main(arguments(folder, tmp_path / "run", max_steps=3)) == 0
     assert main(command) == 2
-    assert "has more than --max_steps 1" in capsys.readouterr().err
+    assert "has more steps than --max_steps 1" in capsys.readouterr().err
 
 
 def test_columns_that_are_not_read_are_named(tmp_path, capsys):
@@ -155,7 +155,7 @@ def test_an_incomplete_checkpoint_is_left_aside(tmp_path, capsys):
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-5")
     said = capsys.readouterr().err
     assert "checkpoint-15 is incomplete" in said
-    assert "checkpoint-20 is incomplete and left aside: --save_only_model" in said
+    assert "checkpoint-20 is incomplete and skipped: --save_only_model" in said
 
 
 def test_other_settings_in_the_same_directory_are_refused(tmp_path):

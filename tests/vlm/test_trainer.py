@@ -205,7 +205,7 @@ REFUSED = {
     "deepspeed": ({"deepspeed": "zero3.json"}, "DeepSpeed is not supported"),
     "compile": ({"torch_compile": True}, "torch.compile is not supported"),
     "float16": ({"fp16": True}, "float16 is not supported"),
-    "beta": ({"beta": 0.5}, "take --decomposition forward"),
+    "beta": ({"beta": 0.5}, "use --decomposition forward"),
     "rule": ({"rule": "Best()"}, "rule must be one of"),
     "code": ({"rule": "Steer(__import__('os'))"}, "rule must be one of"),
     "no such component": ({"rule": "Steer('foo')"}, "foo"),
