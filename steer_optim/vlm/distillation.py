@@ -32,7 +32,7 @@ Reduction = Literal["token", "sequence"]
 
 @dataclass(frozen=True)
 class Component:
-    """One component of a decomposition: a term over some of the tokens.
+    """Define one component of a decomposition: a term over some of the tokens.
 
     Attributes:
         term: the divergence of each token.
@@ -44,6 +44,8 @@ class Component:
 
     Raises:
         TypeError, ValueError: an attribute is of another kind.
+
+    Example: see :class:`Decomposition`.
     """
 
     term: Term
@@ -62,7 +64,7 @@ class Component:
 
 @dataclass(frozen=True)
 class Decomposition:
-    """The components, the rule that steers them given ``gamma``, and the defaults of their hyperparameters.
+    """Define components, the rule that steers them given ``gamma``, and the defaults of their hyperparameters.
 
     Attributes:
         components: by name, in the order of the losses.
@@ -72,10 +74,11 @@ class Decomposition:
         floor: the default of ``floor``.
 
     Raises:
-        TypeError, ValueError: a component is none; ``less`` names no other component; ``rule`` is a rule itself.
+        TypeError, ValueError: a component is not a :class:`Component`; ``less`` names no other component; ``rule`` is a
+            rule itself.
 
     Example:
-        PAPO's second term: away from what the student says about a masked image, the view ``masked``.
+        PAPO's second term pushes the student away from its answer to a masked image, the view ``masked``.
 
         >>> from steer_optim import Sum
         >>> away = Term("student", {"masked": 1.0}, divergence="forward")
@@ -99,13 +102,13 @@ class Decomposition:
                 raise TypeError(f"component {name!r} must be a Component; got {type(part).__name__}")
             if part.less is not None and part.less not in {n for n, p in self.components.items() if p.less is None}:
                 raise ValueError(
-                    f"component {name!r} is less {part.less!r}, which is no component from which nothing is subtracted"
+                    f"component {name!r} subtracts {part.less!r}, which must be a component whose less is None"
                 )
         if isinstance(self.rule, Rule) or not callable(self.rule):
             raise TypeError(f"rule must be a function of gamma, as lambda gamma: Sum(); got {self.rule!r}")
 
 
-# The name of the visual dependency among losses: that of no component.
+# The name of the visual dependency among losses; no component has it.
 _SCORE = "visual dependency"
 _STD, _VIS = Component(TERMS["std"]), Component(TERMS["vis"], "graded")
 _LP = Component(TERMS["lang"], "visual", factor="lam")
@@ -146,7 +149,7 @@ DECOMPOSITIONS: dict[str, Decomposition] = {
 
 @dataclass(frozen=True)
 class DecomposedDistillation:
-    """On-policy distillation of a vision-language model, decomposed into components that a rule can steer.
+    """Distil a vision-language model on-policy, with a loss decomposed into components that a rule can steer.
 
     ==================  =====================================================  =======================================
     decomposition       components                                             rule
@@ -169,9 +172,9 @@ class DecomposedDistillation:
     The default, ``vgs-frozen``, is the variant that this project recommends (docs/evidence.md): the prior in ``q*`` is
     the initial student, so that steering keeps the student's language. ``vgs`` is the paper's method.
 
-    ``lp`` (language preservation) is ``lam * KL(p_tx || q_tx)``, on the most visual tokens only. So is ``vp`` (vision
-    preservation): ``lam * KL(p_tx || q*)`` as Eq. 21 is printed, which trains the view without the image to guess it,
-    or ``lam * KL(p || q*)``, another reading of the text around the equation.
+    ``lp`` (language preservation) is ``lam * KL(p_tx || q_tx)``, and ``vp`` (vision preservation) is ``lam * KL(p_tx ||
+    q*)`` as Eq. 21 is printed, which trains the view without the image to guess it, or ``lam * KL(p || q*)``, another
+    reading of the text around the equation. Both are on the most visual tokens only.
 
     Unsteered, ``exact`` and ``tokens`` each sum to standard distillation. ``tokens`` needs no text-only pass of the
     student and no ``q*``: steered with ``gain=gamma`` it reweights the visual tokens.
@@ -183,11 +186,11 @@ class DecomposedDistillation:
 
     Attributes:
         decomposition: a name of the table, or a :class:`Decomposition`.
-        gamma: how much further the rule steers, at least 0.
+        gamma: the strength of steering, at least 0.
         lam: the weight of ``lp`` or ``vp``, at least 0. Default: 0.01; 0 for ``vgs-frozen``.
         prior: whose text-only view is the prior in ``q*``: ``live``, the student's current one; ``frozen``, that of the
             student before training, the view ``prior``. Default: as in the table.
-        quantile: of visual dependency, above which a token counts as visual; inside [0, 1), 0 for all tokens that the
+        quantile: a token above this quantile of visual dependency is visual; inside [0, 1), 0 for all tokens that the
             image changes.
         adaptive: whether a token's visual dependency decides how strongly ``vis`` steers it (Eqs. 24-25). In ``exact``,
             the part of ``vis`` that this removes stays in ``lang``.
@@ -310,10 +313,10 @@ class DecomposedDistillation:
                 of the optimizer step and all processes. If gradients are averaged over ``R`` processes rather than
                 summed, as in DDP, FSDP and ``SteeredOptimizer``, pass that total divided by ``R``. Default: that of
                 this micro-batch.
-            gate_BT: ``(B, T)``, bool, the most visual tokens: the part for this micro-batch of
+            gate_BT: ``(B, T)``, bool, the most visual tokens: this micro-batch's part of
                 :func:`~steer_optim.vlm.gate.visual_tokens` over the optimizer step. Default: computed from this
                 micro-batch.
-            strength_BT: ``(B, T)``, floating, the same of :func:`~steer_optim.vlm.gate.adaptive_strength`, for
+            strength_BT: ``(B, T)``, floating, its part of :func:`~steer_optim.vlm.gate.adaptive_strength`, for
                 ``adaptive`` only.
             weight_BT: ``(B, T)``, floating, a constant weight of each token in all components; see
                 :func:`~steer_optim.vlm.gate.top_share`.
@@ -342,7 +345,7 @@ class DecomposedDistillation:
                 f"{self.detach_prior}), but {without} requires no grad: compute it outside torch.no_grad()"
             )
         if not isinstance(mask_BT, Tensor):
-            raise TypeError(f"mask_BT must be a tensor, rollout.scored_BT for one; got {type(mask_BT).__name__}")
+            raise TypeError(f"mask_BT must be a tensor, such as rollout.scored_BT; got {type(mask_BT).__name__}")
         rows = select_rows(mask_BT, **{name: views[name] for name in self.views})
         tokens = {"gate_BT": gate_BT, "strength_BT": strength_BT, "weight_BT": weight_BT}
         given = {name: _select_tokens(mask_BT, name, x.detach()) for name, x in tokens.items() if x is not None}
@@ -354,6 +357,9 @@ class DecomposedDistillation:
 
     def count(self, mask_BT: Tensor) -> Tensor:
         """Return the number that losses are averaged over: tokens, or responses with at least one token.
+
+        Args:
+            mask_BT: ``(B, T)``, bool, True at response tokens.
 
         Returns:
             An int64 scalar, to be summed over the micro-batches and processes of an optimizer step.

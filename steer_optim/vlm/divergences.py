@@ -1,4 +1,4 @@
-"""The table of divergences: the divergence of each loss, and the two distributions it compares.
+"""The divergence of each loss, and the two distributions it compares.
 
 A *view* is a model's next-token distribution for the response, given the prompt with or without its image: ``student``
 and ``teacher`` with the image, ``student_text`` and ``teacher_text`` without it, and ``prior`` for the text-only view
@@ -40,7 +40,7 @@ Kind = Literal["reverse", "forward", "jsd"]
 
 @dataclass(frozen=True)
 class Term:
-    """One divergence per token: ``D(left, softmax(sum of c * log view))``.
+    """Define one divergence per token: ``D(left, softmax(sum of c * log view))``.
 
     Attributes:
         left: the view that is trained.
@@ -83,9 +83,9 @@ class Term:
         if self.top is not None and self.top[1] < 1:
             raise ValueError(f"top must be a view and at least one id; got {self.top}")
         if both := {*self.attached} & {*self.floored}:
-            raise ValueError(f"a view is attached or floored, not both; got {', '.join(sorted(both))} in both")
+            raise ValueError(f"a view must be attached or floored, not both; got {', '.join(sorted(both))} in both")
         if unread := {*self.attached, *self.floored} - {*self.target}:
-            raise ValueError(f"attached and floored views are views of the target; got {', '.join(sorted(unread))}")
+            raise ValueError(f"attached and floored must be views of the target; got {', '.join(sorted(unread))}")
 
     @property
     def views(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""All facts per model type, as data: the tokens of an image in a prompt, and the keys with a value per token.
+"""The facts about model types: the tokens of an image in a prompt, and the keys with a value per token.
 
 Most configs name the ids themselves, in the attributes listed first; a family with such a config needs no entry.
 """
@@ -33,10 +33,10 @@ class Family:
         opening: tokens before an image that only the tokenizer knows.
         closing: tokens after an image, or after a part of it, that only the tokenizer knows.
         around: tokens on both sides of every part of an image.
-        bare: whether no token needs to follow placeholders.
+        bare: whether placeholders need no closing token.
         newlines: ids of one newline, two, ...: the processor writes two on either side of an image, and the tokenizer
             merges them with those of the text.
-        per_token: the value of a response token in a key that has a value per token; None for that of the last prompt
+        per_token: for a key with a value per token, the value of response tokens; None for that of the last prompt
             token. Keys with None describe images only, so that the view without images lacks them.
         scaled: whether the logits are multiplied by the factor that the text model's config names.
         mixed: whether a row without images is unaffected by rows with images in its batch.

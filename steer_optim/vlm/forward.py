@@ -134,8 +134,8 @@ def response_states(
         _compare(model, head, x_BLd[:1, -1:], logits_BLV)
         _COMPARED[model].add(made_of)
     if x_BLd.requires_grad and around:
-        # FSDP2 gathers a module for the backward pass, and reduces its gradients after it, when a gradient reaches what
-        # it returned, here logits that no loss reads.
+        # FSDP2 gathers a module for the backward pass, and reduces its gradients after it, when a gradient reaches the
+        # module's output: here logits that no loss reads.
         x_BLd.register_hook(gather)
         beside: Callable[..., Tensor] = _Beside.apply
         x_BLd = beside(x_BLd, logits_BLV)
@@ -313,7 +313,7 @@ def _compare(model: nn.Module, head: Head, x_BLd: Tensor, logits_BLV: Any) -> No
 
 
 def _without_adapter(student: nn.Module) -> Any:
-    """Return what switches the adapters of the student off: the student as it was before training."""
+    """Return the context manager that disables the student's adapters, which gives the initial student."""
     peft: Any = next((x for x in student.modules() if hasattr(x, "disable_adapter")), None)
     if peft is None:
         raise ValueError(
@@ -324,7 +324,7 @@ def _without_adapter(student: nn.Module) -> Any:
     others = [n for n, x in peft.named_parameters() if x.requires_grad and not any(part in n for part in own)]
     if others:
         raise ValueError(
-            f"{others[0]} is trained and no part of an adapter, so that the student without its adapters is not the "
+            f"{others[0]} is trained but not part of an adapter, so the student without its adapters is not the "
             "initial one: freeze it, or pass prior=, a copy made before training"
         )
     return peft.disable_adapter

@@ -1,7 +1,7 @@
 """Token gates and weights: which tokens depend on the image.
 
 The paper's ``VDS_t > Q`` is implemented as a number of tokens rather than a threshold, because with tied scores a
-threshold selects too many or too few. The selection depends on the tokens it is made among: pass those of the entire
+threshold selects too many or too few. The selection depends on all tokens that compete: pass those of the entire
 optimizer step, and the process group that holds the rest of them. The result then does not depend on the split into
 micro-batches and processes.
 
@@ -74,6 +74,11 @@ def sampled_log_probs(
     Returns:
         ``(B, T)``, float32 or float64; 0 where the mask is False.
 
+    Raises:
+        TypeError: the mask is not bool.
+        ValueError: shapes or devices differ; an id is outside the vocabulary; logits that the mask keeps are not
+            finite; ``temperature`` is not positive.
+
     Example:
         >>> import torch
         >>> mask_BT = torch.tensor([[True, False]])
@@ -98,18 +103,21 @@ def sampled_log_probs(
 def top_share(score_BT: Tensor, mask_BT: Tensor, *, quantile: float = 0.8, share: float = 0.5) -> Tensor:
     """Return token weights that give the highest-scored tokens of each response a fixed share of its total weight.
 
-    Of the ``n`` tokens of a response, the ``ceil((1 - quantile) * n)`` highest (the earlier of equal ones first) have
+    The ``ceil((1 - quantile) * n)`` highest of the ``n`` tokens of a response (the earlier of equal ones first) have
     one weight and the others another, with a mean of 1. If there are no others, all weights are 1.
 
     Args:
         score_BT: ``(B, T)``, floating. Scores outside the mask are not read.
         mask_BT: ``(B, T)``, bool, True at response tokens.
         quantile: inside [0, 1).
-        share: of the weight of a response that its highest tokens have, inside [0, 1].
+        share: of a response's weight that its highest tokens have, inside [0, 1].
 
     Returns:
         ``(B, T)``, in the dtype of the scores; 0 where the mask is False. Pass it as ``weight_BT`` to
         :class:`~steer_optim.vlm.distillation.DecomposedDistillation`.
+
+    Raises:
+        ValueError: ``quantile`` or ``share`` is out of range; shapes differ; a score that the mask keeps is not finite.
 
     Example:
         >>> import torch
@@ -207,7 +215,7 @@ def visual_tokens(
             f"vds_BT and mask_BT must have one shape; got {tuple(vds_BT.shape)} and {tuple(mask_BT.shape)}"
         )
     vds_N = vds_BT[mask_BT]
-    # All processes must learn of a NaN, or those without one would wait for the one that raises.
+    # All processes must learn of a NaN, or those without one would deadlock.
     counts, nans = _gather(torch.stack([mask_BT.sum(), vds_N.isnan().sum()]), group).tolist()
     if any(nans):
         raise ValueError("vds_BT must not be NaN where mask_BT is True; found NaN")

@@ -1,4 +1,4 @@
-"""The head, which turns hidden states into logits, and hidden states with their head in place of logits.
+"""The head, which maps hidden states to logits, and hidden states with their head in place of logits.
 
 A head is a linear map to the vocabulary, with an optional bias and low-rank adapter (LoRA). Its output may be scaled
 and then soft-capped::
@@ -29,7 +29,7 @@ _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """The map from hidden states to logits.
+    """Map hidden states to logits.
 
     Sharded tensors (a DTensor of FSDP2 or tensor parallelism) are gathered when the head is made, once for all views
     that use it. Their gradients are averaged over the processes and sharded again, as in FSDP2: losses must be means
@@ -165,12 +165,12 @@ class Head:
 
 @dataclass(frozen=True, eq=False)
 class HiddenStates:
-    """Hidden states and the head for them, in place of ``(B, T, V)`` logits. Indexing selects rows.
+    """Hold hidden states and their head, in place of ``(B, T, V)`` logits. Indexing selects rows.
 
     Attributes:
         hidden_BTd: ``(B, T, d)``, or rows of any other shape, floating: the input of the head.
         head: the head.
-        autocast: the dtype in which an accelerator multiplies them, results in float32; None for their own.
+        autocast: the dtype in which an accelerator multiplies them, with float32 results; None for their own.
 
     Raises:
         ValueError: the states are not floating, or do not fit the head's size or device.

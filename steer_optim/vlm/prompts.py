@@ -30,12 +30,14 @@ _IMAGE = r"o[^oc]*c|b[^pobc]*p+[^pobc]{0,2}(?=b)|p+[^pobc]*c|[obc]"
 
 
 class Prompts(NamedTuple):
-    """Both views of the same ``B`` prompts, padded on the left.
+    """Hold both views of the same ``B`` prompts, padded on the left.
 
     Attributes:
         image: the batch with images.
         text: the batch without images.
-        blank: how many rows at the end are no prompts; see :func:`render`.
+        blank: how many rows at the end are not prompts; see :func:`render`.
+
+    Example: see :func:`render`.
     """
 
     image: dict[str, Any]
@@ -65,7 +67,7 @@ class BadConversation(ValueError):
 
 @dataclass(frozen=True)
 class Rollout:
-    """The responses to ``B`` prompts.
+    """Hold the responses to ``B`` prompts.
 
     The model attends to all tokens of a response; tokens that it did not choose, such as a tool's answer, are not
     scored.
@@ -127,8 +129,9 @@ class Rollout:
             device: of the result.
 
         Raises:
-            ValueError: there are no responses, or they are no lists of integers; an id is outside the vocabulary; flags
-                do not match their tokens; a response contains a placeholder, which the model would take for an image.
+            ValueError: there are no responses, or they are not lists of integers; an id is outside the vocabulary;
+                flags do not match their tokens; a response contains a placeholder, which the model would take for an
+                image.
 
         Example:
             >>> from types import SimpleNamespace
@@ -188,7 +191,7 @@ def render(
         Two batches of ``B`` prompts, padded on the left.
 
     Raises:
-        BadConversation: the processor refuses a conversation, which the message names by its index, or it has no text.
+        BadConversation: the processor cannot render a conversation, or it has no text; the error names its index.
         ValueError: there is no conversation.
 
     Example:

@@ -43,8 +43,8 @@ def rollout(
 
     Args:
         model: a transformers model with ``generate``.
-        prompts: both views, of which the one with images is answered; or a batch, padded on either side, with or
-            without images.
+        prompts: both views (the one with images is answered); or a batch, padded on either side, with or without
+            images.
         max_new_tokens: the longest response; ``T`` is smaller if all responses end earlier.
         temperature: divides the logits; 0 takes the most likely token, for evaluation.
         top_p: samples from the smallest set of tokens with this probability; 1 is all of them.

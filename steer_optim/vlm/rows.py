@@ -118,11 +118,11 @@ class Rows:
             _add_product(dw_nk, gradient_Cn.T, x_Ck)
 
     def _operands(self, x: Tensor, w: Tensor, *, gradient: bool = False) -> tuple[Tensor, Tensor]:
-        """Return both factors in the dtype in which their product comes out in the dtype of the logits.
+        """Return both factors in a dtype whose product has the dtype of the logits.
 
-        A CPU multiplies half precision into half precision only, and no device into float64, so both factors are upcast
-        there. So are the factors of a gradient in float16, in which a token's share would underflow. Under autocast the
-        model's own head would multiply in half precision, and so does this one.
+        A CPU returns half-precision products in half precision, and no device returns them in float64, so both factors
+        are upcast there. So are the factors of a gradient in float16, in which a token's share would underflow. Under
+        autocast the model's own head would multiply in half precision, and so does this one.
         """
         keep = (torch.bfloat16,) if gradient else (torch.bfloat16, torch.float16)
         half = self._view.autocast if isinstance(self._view, HiddenStates) else None

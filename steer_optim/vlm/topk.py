@@ -6,7 +6,7 @@ divergence over ``k + 1`` bins, which is always defined. The tail is never dropp
 id that the server left out: it belongs to the tail of all views.
 
 =======================================  ================================================================
-the server scores ids that it is sent    :func:`top_ids` of the student, of which the teacher scores both views
+the server scores ids that it is sent    :func:`top_ids` of the student, which the teacher scores in both views
 the server gives its own top ``k``       :func:`intersect` keeps the ids that are known in both views
 =======================================  ================================================================
 
@@ -40,13 +40,13 @@ from steer_optim.vlm.rows import Rows, chunks, default_size
 ABSENT = -1e4
 # Below this, one minus a sum of float32 probabilities is noise.
 TAIL_FLOOR = torch.finfo(torch.float32).eps
-# How far the sum of probabilities rounded to bfloat16 may exceed one.
+# How far a sum of probabilities in bfloat16 may exceed one.
 EXCESS = 0.01
 
 
 @dataclass(frozen=True, eq=False)
 class TopLogProbs:
-    """A teacher's view from a server: log-probabilities of a few ids, the rest in a tail.
+    """Hold a teacher's view from a server: log-probabilities of a few ids, the rest in a tail.
 
     Indexing selects tokens.
 
@@ -225,7 +225,7 @@ def top_ids(
 
 
 def intersect(image: TopLogProbs, text: TopLogProbs) -> tuple[TopLogProbs, TopLogProbs]:
-    """Return both views of a teacher over the ids that its top ``k`` with the image and its top ``k'`` without share.
+    """Return both views of a teacher over the ids of both its top ``k`` with the image and its top ``k'`` without.
 
     Returns:
         Both views over the ids of ``image``, with -1 for an id that is not known in both.

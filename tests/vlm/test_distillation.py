@@ -478,7 +478,7 @@ def test_what_no_component_reads_is_refused():
         (
             lambda: Decomposition({"a": Component(TERMS["std"], less="b")}, lambda _: Sum()),
             ValueError,
-            "less 'b', which is no component",
+            "subtracts 'b', which must be a component whose less is None",
         ),
     ],
 )

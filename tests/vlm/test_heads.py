@@ -329,5 +329,5 @@ def test_an_adapters_student_is_its_own_prior_unless_more_is_trained():
         meant = response_logits(model, batch_of([2, 20], [2, 21]), 3)
     assert_close(views["prior"].logits(), meant, **CLOSE)
     model.base_model.model.model.norm.weight.requires_grad_()
-    with pytest.raises(ValueError, match=r"model\.norm\.weight is trained and no part of an adapter"):
+    with pytest.raises(ValueError, match=r"model\.norm\.weight is trained but not part of an adapter"):
         score(model, text_model("llama"), **arguments)
