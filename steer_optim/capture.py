@@ -234,10 +234,18 @@ def _unshared(gradients: Gradients) -> Gradients:
     for p, gradient in gradients.items():
         if gradient.layout is torch.strided and not is_dtensor(gradient):
             gradient = gradient.resolve_conj().resolve_neg()
-            if torch._C._storage_Use_Count(gradient.untyped_storage()._cdata) > 2:  # this tensor's, and the handle's
+            if _holders(gradient) > _ALONE:
                 gradient = gradient.clone()
         result[p] = gradient
     return result
+
+
+def _holders(tensor: Tensor) -> int:
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+
+
+# Torch 2.6 counts the tensor that holds the memory; later versions also count the handle that asks.
+_ALONE = _holders(torch.empty(0, device="cpu"))
 
 
 def is_dtensor(tensor: Tensor) -> bool:
