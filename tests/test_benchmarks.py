@@ -15,7 +15,6 @@ from benchmarks import (
     host_reads,
     memory_model,
     peers,
-    report,
     scale,
     steering_cost,
     steering_growth,
@@ -25,6 +24,8 @@ from benchmarks import (
 )
 from benchmarks.workloads import Adapted, Workload
 from steer_optim import PCGrad, SteeredOptimizer
+
+report = pytest.importorskip("benchmarks.report")
 
 
 class Small(torch.nn.Module):

@@ -16,8 +16,8 @@ from steer_optim.rules import PCGrad
 SAFETENSORS = tuple(int(part) for part in safetensors.__version__.split(".")[:2])
 DTYPES = [
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
-    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.bool),
-    *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+    *((torch.uint64, torch.uint32, torch.uint16) if SAFETENSORS >= (0, 6) else ()),
     *((torch.complex64,) if SAFETENSORS >= (0, 7) else ()),
     *((torch.float8_e4m3fnuz, torch.float8_e5m2fnuz) if SAFETENSORS >= (0, 8) else ()),
 ]

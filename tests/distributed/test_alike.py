@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-from launcher import processes
+from launcher import NEEDS_FSDP2, processes
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -219,6 +219,7 @@ def test_two_steered_optimizers_over_one_loss(refresh_every):
     assert_trained_alike(model, alone)
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 9), reason="torch 2.9 brought Muon")
 @processes(2, refresh_every=[1, 3])
 def test_muon_with_adamw_under_one_steering_resumes(refresh_every):
     def make(model, **options):
@@ -437,6 +438,7 @@ def test_training_alone_is_what_it_was():
     torch.testing.assert_close(whole(train_alone().parameters()), whole(train_alone().parameters()), rtol=0, atol=0)
 
 
+@NEEDS_FSDP2
 @processes(2, sharded=[False, True])
 def test_losses_that_each_rank_scales_by_itself_are_bounded_alike(sharded):
     """As by a count of its own tokens: the bound on an update between refreshes is one for all."""
@@ -455,6 +457,7 @@ def test_losses_that_each_rank_scales_by_itself_are_bounded_alike(sharded):
     assert_same_bits(whole(model.parameters()))
 
 
+@NEEDS_FSDP2
 @processes(2)
 def test_shards_whose_rules_or_memory_differ():
     model = fully_shard(make_model())

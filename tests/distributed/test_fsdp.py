@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.distributed as dist
-from launcher import processes
+from launcher import NEEDS_FSDP2, processes
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -31,6 +31,7 @@ from training import (
 from steer_optim import VGS, GradVac, Steer, SteeredOptimizer, Sum
 
 SCOPES = ["model", "tensor"]
+pytestmark = NEEDS_FSDP2
 
 
 def mesh(*shape: int, names: tuple[str, ...] = ("shard",)) -> DeviceMesh:

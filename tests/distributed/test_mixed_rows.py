@@ -3,12 +3,11 @@
 import torch
 import torch.distributed as dist
 from launcher import processes
-from PIL import Image
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from training import assert_close, assert_same_bits, whole
-from zoo import Zoo
+from zoo import Image, Zoo
 
 from steer_optim import SteeredOptimizer
 from steer_optim.vlm import DecomposedDistillation, Prompts, Rollout, render, rollout, score

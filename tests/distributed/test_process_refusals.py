@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from launcher import processes
+from launcher import NEEDS_FSDP2, processes
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -61,6 +61,7 @@ def test_what_is_no_process_group_of_this_process():
             optimizer_of([p], data_parallel=other).backward_components({"loss": p.sum()})
 
 
+@NEEDS_FSDP2
 @processes(2)
 def test_replicas_of_shards():
     model = fully_shard(make_model())
@@ -69,6 +70,7 @@ def test_replicas_of_shards():
     assert_refused(optimizer, losses, RuntimeError, "these are DTensors.*leave data_parallel out")
 
 
+@NEEDS_FSDP2
 @processes(2)
 def test_whole_parameters_beside_sharded_ones_of_which_nothing_was_said():
     sharded, whole = nn.Linear(3, 3), nn.Parameter(torch.ones(3))

@@ -4,7 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from launcher import processes
+from launcher import NEEDS_FSDP2, processes
 from test_fsdp import mesh, sharded
 from torch.nn.parallel import DistributedDataParallel
 from training import (
@@ -49,6 +49,7 @@ def test_replicas(option, rule):
     assert_trained_alike(model, alone(rule))
 
 
+@NEEDS_FSDP2
 @processes(2, rule=RULES)
 def test_shards(rule):
     model = sharded(make_model(), mesh=mesh(2))

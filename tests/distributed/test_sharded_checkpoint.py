@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from launcher import processes
+from launcher import NEEDS_FSDP2, processes
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -84,6 +84,7 @@ def load_in_three(folder):
     load_and_continue(folder)
 
 
+@NEEDS_FSDP2
 def test_a_sharded_checkpoint_continues_on_other_numbers_of_processes(tmp_path):
     save_and_continue(folder=tmp_path)
     load_in_one(folder=tmp_path)
@@ -111,6 +112,7 @@ def test_replicas_continue_from_one_file(tmp_path):
         dist.barrier()  # the file is replaced only when all have read it
 
 
+@NEEDS_FSDP2
 @processes(2)
 def test_one_file_does_not_take_shards(tmp_path):
     model, optimizer = make_sharded(PCGrad())
