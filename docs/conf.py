@@ -1,11 +1,11 @@
 """The site: the pages of this folder, and the reference of every public name."""
 
-import importlib.metadata
+import steer_optim
 
 project = "steer_optim"
 author = "The steer_optim developers"
 copyright = author
-release = importlib.metadata.version("steer_optim")
+release = steer_optim.__version__
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 nb_execution_mode = "off"  # the tests execute the notebooks
 html_theme = "furo"

@@ -18,3 +18,4 @@ __all__ = [
     "Weighting",
     "measure",
 ]
+__version__ = "0.2.0"
