@@ -13,6 +13,7 @@ import steer_optim.rules
 import steer_optim.vlm
 
 PACKAGE = Path(steer_optim.__file__).parent
+ROOT = Path(__file__).parents[1]
 
 
 def test_the_root_exports_these_names_and_no_others():
@@ -29,6 +30,15 @@ def test_the_root_exports_these_names_and_no_others():
         "Weighting",
         "measure",
     ]
+
+
+def test_the_version_is_that_of_the_newest_release_in_the_changelog():
+    releases = re.findall(r"^## \[(\d.*)\] - \d{4}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert steer_optim.__version__ == releases[0]
+    # One place says it: setuptools reads it there, and make package looks for archives of this version.
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    assert not re.search(r"^version = \"", pyproject, re.M)
+    assert 'version = { attr = "steer_optim.__version__" }' in pyproject
 
 
 @pytest.mark.parametrize(
