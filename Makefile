@@ -1,7 +1,8 @@
 # Two commands do everything on a fresh machine with Python and make:
 #   make demo   installs into .venv and runs the main job, examples/distill_digits.py
 #   make test   installs into .venv and runs all checks that gate a change
-# A contributor's day: make fmt, make check (format, lint, types), make docs (build/site), make bench, make parity, make clean.
+# A contributor's day: make fmt, make check (format, lint, types), make docs (build/site), make package (dist), make bench, make parity,
+# make test-lowest, make clean.
 # On a machine with a GPU: make gpu.
 
 PYTHON ?= python3
@@ -12,13 +13,21 @@ BENCHMARKS ?= steering_cost steering_growth steering_memory replica_memory step_
 INPUTS := pyproject.toml constraints.txt
 HAS_CUDA := import torch, transformers, peft, pytest, hypothesis; assert torch.cuda.is_available()
 
-.PHONY: demo test check docs fmt bench gpu parity third-party families study clean
+.PHONY: demo test test-lowest check docs package fmt bench gpu parity third-party families study clean
 
 demo: .venv/examples.stamp
 	$(BIN)/python examples/distill_digits.py $(ARGS)
 
-test: check docs
+test: check docs package
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_PROCESSES) --dist worksteal $(ARGS)
+
+# The core with the lowest torch and safetensors that pyproject.toml allows, and no extra: make test-lowest PYTHON=python3.10.
+# With PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu torch comes without CUDA.
+test-lowest:
+	$(PYTHON) -m venv build/lowest
+	build/lowest/bin/python -m pip install --constraint constraints-lowest.txt --editable . hypothesis pytest pytest-xdist
+	OMP_NUM_THREADS=1 build/lowest/bin/python -m pytest -n $(PYTEST_PROCESSES) --dist worksteal \
+	  --ignore steer_optim/plots.py --ignore steer_optim/vlm --doctest-ignore-import-errors $(ARGS)
 
 check: .venv/dev.stamp
 	$(BIN)/ruff format --check .
@@ -27,6 +36,13 @@ check: .venv/dev.stamp
 
 docs: .venv/dev.stamp
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/site
+
+# The wheel and the sdist, as an index takes them.
+package: .venv/dev.stamp
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python -m pytest -q -m package tests/test_package.py
 
 fmt: .venv/dev.stamp
 	$(BIN)/ruff format .
