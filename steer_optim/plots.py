@@ -182,7 +182,8 @@ def weights(history: Mapping[str, Values], *, smooth: int = 1) -> Figure:
     above.set(ylabel="weight")
     steps, update = _tensor(history["step"]), _tensor(history["steer/update_norm"])
     plain = update / _tensor(history["steer/update_norm_ratio"])
-    _norms(below, {"steered": (steps, update), "plain sum": (steps, plain)}, smooth)
+    _norms(below, {"plain sum": (steps, plain), "steered": (steps, update)}, smooth)
+    below.lines[0].set(linewidth=5, alpha=0.4)  # seen where both are the same, as under a rule that preserves the norm
     below.set(xlabel="step", ylabel="norm of the update")
     return figure
 

@@ -54,7 +54,9 @@ class Survey:
         if self.ratio >= _DOMINANT:
             largest = max(self.norms, key=self.norms.__getitem__)
             return f"{largest!r} is the update, whatever the rule: weigh the losses first."
-        if len(self.norms) > 1 and not self.conflicts:
+        if len(self.norms) < 2:
+            return "There is a single component, and nothing that it could conflict with: name two or more."
+        if not self.conflicts:
             return "No two components had a gradient in the same batch: measure larger batches."
         if all(fraction <= _RARE for fraction in self.conflicts.values()):
             return "There is nothing to resolve: use Sum(). If a loss should count for more, give it a larger weight."

@@ -95,11 +95,16 @@ def test_the_snippets_of_the_guide_run(capsys, models):
     assert not all(torch.equal(new, old) for new, old in weights)
 
 
-def test_the_first_snippet_runs_as_it_stands(capsys):
-    (block,) = snippets("python")
-    assert len(block.splitlines()) <= 11
-    exec(block, {})
+def test_the_first_snippets_run_as_they_stand(capsys, monkeypatch, tmp_path):
+    first, watching = snippets("python")
+    assert len(first.splitlines()) <= 11
+    namespace = {}
+    exec(first, namespace)
     assert "degrees between the gradients of main and side" in capsys.readouterr().out
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    exec(watching, namespace)
+    assert Path("geometry.png").stat().st_size > 1000
 
 
 def test_the_readme_is_read_in_a_minute():

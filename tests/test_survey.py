@@ -86,4 +86,7 @@ def test_advice_is_that_of_the_table(conflict, norms, advice):
 def test_components_that_never_meet():
     x = torch.ones(2, requires_grad=True)
     assert "larger batches" in survey(lambda losses: losses, [{"a": x[0]}, {"b": x[1]}], [x]).advice
-    assert survey(lambda losses: losses, [{"a": x[0]}], [x]).ratio == 1
+    alone = survey(lambda losses: losses, [{"a": x[0]}], [x])
+    assert alone.ratio == 1
+    assert alone.advice.startswith("There is a single component")
+    assert len(str(alone).splitlines()) == 2

@@ -38,10 +38,11 @@ def compare(file, train, methods, **defaults):
             torch.manual_seed(seed)
             found.append(train(method, **settings))
         runs[name] = {metric: [round(numbers[metric], 5) for numbers in found] for metric in found[0]}
+    print(table(runs))
+    out.parent.mkdir(exist_ok=True)
     out.write_text(
         json.dumps({"torch": torch.__version__.split("+")[0], "settings": settings, "runs": runs}, indent=1) + "\n"
     )
-    print(table(runs))
 
 
 def table(runs):

@@ -52,11 +52,12 @@ class Rule(abc.ABC):
     Example:
         >>> import torch
         >>> from steer_optim.rules import Rule
-        >>> class UnitLength(Rule):
+        >>> class FirstNorm(Rule):  # scales every gradient to the norm of the first
         ...     def update(self, G, names, state):
-        ...         return G.diagonal(dim1=1, dim2=2).rsqrt(), state
-        >>> UnitLength()(torch.tensor([[4.0]]).double(), ["main"])[0]
-        tensor([0.5000], dtype=torch.float64)
+        ...         sq_norms = G.diagonal(dim1=1, dim2=2)
+        ...         return (sq_norms[:, :1] / sq_norms).sqrt(), state
+        >>> FirstNorm()(torch.tensor([[4.0, 0.0], [0.0, 1.0]]).double(), ["main", "side"])[0]
+        tensor([1., 2.], dtype=torch.float64)
     """
 
     def check(self, names: Sequence[str]) -> None:
