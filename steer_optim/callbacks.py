@@ -43,6 +43,7 @@ def watch_trainer(trainer: Any, steering: Steering | None = None) -> Monitor:
 
     Raises:
         TypeError: in ``train()``, if the trainer's optimizer is not steered and no ``steering`` was given.
+        ValueError: the trainer is watched already.
 
     Example::
 
@@ -53,6 +54,7 @@ def watch_trainer(trainer: Any, steering: Steering | None = None) -> Monitor:
     from transformers import TrainerCallback
     from transformers.trainer_callback import ExportableState
 
+    _refuse_another(trainer.callback_handler.callbacks)
     watch = _Watch()
 
     class SteeringCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # read as Any
@@ -71,7 +73,7 @@ def watch_trainer(trainer: Any, steering: Steering | None = None) -> Monitor:
             # The checkpoint of an unwatched run has no record, and the trainer saves only entries that exist.
             saved = state.stateful_callbacks.setdefault("SteeringCallback", self.state())
             record = json.loads(saved["attributes"]["record"]) if state.global_step else {"step": []}
-            watch.monitor.load_state_dict({name: _column(name, values) for name, values in record.items()})
+            watch.load_state_dict({name: _column(name, values) for name, values in record.items()})
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             watch.record(state.global_step)
@@ -100,6 +102,7 @@ def watch_lightning(trainer: Any, steering: Steering | None = None) -> Monitor:
 
     Raises:
         TypeError: in ``fit``, if not exactly one optimizer is steered and no ``steering`` was given.
+        ValueError: the trainer is watched already.
 
     Under manual optimization your loop accumulates: pass ``accumulate`` there.
 
@@ -111,6 +114,7 @@ def watch_lightning(trainer: Any, steering: Steering | None = None) -> Monitor:
     """
     from lightning.pytorch import Callback
 
+    _refuse_another(trainer.callbacks)
     watch, batch_now = _Watch(), 0
 
     def accumulating() -> bool:
@@ -125,7 +129,7 @@ def watch_lightning(trainer: Any, steering: Steering | None = None) -> Monitor:
             return watch.monitor.state_dict()
 
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-            watch.monitor.load_state_dict(state_dict)
+            watch.load_state_dict(state_dict)
 
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             watch.steering = steering or _steering_of(trainer.optimizers)
@@ -178,7 +182,7 @@ def watch_accelerator(accelerator: Any, optimizer: Any, *, log_every: int = 10) 
             accelerator.log(watch.means(), step=len(watch.monitor))
 
     _unwrapped(optimizer).register_step_post_hook(record)
-    accelerator.register_for_checkpointing(watch.monitor)
+    accelerator.register_for_checkpointing(watch)
     return watch.monitor
 
 
@@ -198,10 +202,25 @@ class _Watch:
             self.monitor.record(geometry, step=step)
             self.last, self.unlogged = geometry, self.unlogged + 1
 
+    def state_dict(self) -> dict[str, Any]:
+        return self.monitor.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.monitor.load_state_dict(state_dict)
+        self.unlogged = 0  # steps before a rollback
+
     def means(self) -> dict[str, float]:
         """Return the means over the steps that are not in the log yet."""
         last, self.unlogged = self.unlogged, 0
         return self.monitor.means(last) if last else {}
+
+
+def _refuse_another(callbacks: Iterable[Any]) -> None:
+    if any(type(callback).__name__ == "SteeringCallback" for callback in callbacks):
+        raise ValueError(
+            "the trainer is watched already, and the numbers of two would have the same names: record another Steering "
+            "with a Monitor of your own"
+        )
 
 
 def _unwrapped(optimizer: Any) -> Any:

@@ -29,6 +29,8 @@ def check_losses(losses: Losses) -> None:
     for name, loss in losses.items():
         if not isinstance(name, str):
             raise TypeError(f"the name of a component must be a str; got {name!r}")
+        if "~" in name:
+            raise ValueError(f"the name of a component must not contain '~', which stands between two; got {name!r}")
         if isinstance(loss, Tensor):
             check_loss(name, loss)
         elif loss is not None and not callable(loss):
@@ -153,7 +155,7 @@ def capture_isolated(
         on_gradient: called with every gradient as it is computed.
 
     Returns:
-        The gradient set. Its tensors may share memory: do not write to them.
+        The gradient set.
     """
     try:
         try:
@@ -172,7 +174,7 @@ def capture_isolated(
     if any(g is None for g in taken) and any(map(is_reentrant, graph(losses))):
         # torch.autograd.grad skips it without an error if no parameter is upstream of it.
         raise RuntimeError(_REMEDIES["use_reentrant=True"])
-    new = {p: g for p, g in zip(parameters, taken, strict=True) if g is not None}
+    new = _unshared({p: g for p, g in zip(parameters, taken, strict=True) if g is not None})
     return own | {p: own[p] + g if p in own else g for p, g in new.items()}
 
 
@@ -227,14 +229,14 @@ def _unshared(gradients: Gradients) -> Gradients:
     """Return the same gradients, each in its own memory.
 
     After ``a.view(2, 2) + b.view(2, 2)`` the gradients of ``a`` and ``b`` are two views of one tensor, so that an
-    in-place operation on either changes both; ``b`` may be another's, or no parameter. A complex gradient may be a lazy
-    conjugate.
+    in-place operation on either changes both; ``b`` may be another's, or no parameter. Memory of numpy or DLPack may be
+    shared unseen, or written again. A complex gradient may be a lazy conjugate.
     """
     result = {}
     for p, gradient in gradients.items():
         if gradient.layout is torch.strided and not is_dtensor(gradient):
             gradient = gradient.resolve_conj().resolve_neg()
-            if _holders(gradient) > _ALONE:
+            if _holders(gradient) > _ALONE or not gradient.untyped_storage().resizable():
                 gradient = gradient.clone()
         result[p] = gradient
     return result

@@ -74,7 +74,7 @@ def save(path: str | os.PathLike[str], optimizer: Optimizer, *, extra: Mapping[s
         "class": _class(optimizer),
         "parameters": _parameters(optimizer),
         "optimizer": optimizer.state_dict(),
-        "extra": dict(extra or {}),
+        "extra": extra if isinstance(extra, OrderedDict) else dict(extra or {}),
     }
     structure = json.dumps({key: _encode(value, key, tensors) for key, value in content.items()})
     metadata = {
@@ -180,7 +180,7 @@ def _read_once(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(structure)
         return {key: _decode(content[key], tensors) for key in ("class", "parameters", "optimizer", "extra")}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} was altered: {error!r}; take an older checkpoint") from error
 
 

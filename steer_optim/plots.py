@@ -176,6 +176,8 @@ def weights(history: Mapping[str, Values], *, smooth: int = 1) -> Figure:
         ['weight', 'norm of the update']
     """
     columns = _columns(history, "weight")
+    if "steer/update_norm" not in history:
+        raise ValueError("no step of the history took a Gramian: all of them reused weights")
     figure = _figure(height=6.0)
     above, below = figure.subplots(2, 1, sharex=True)
     _lines(above, columns, smooth=smooth)

@@ -95,7 +95,7 @@ def survey(
         The :class:`Survey`.
 
     Raises:
-        ValueError: there are no batches.
+        ValueError: there are no batches, or a gradient is not finite.
         TypeError, ValueError, RuntimeError: as for :func:`~steer_optim.measure`.
 
     Example:
@@ -109,8 +109,12 @@ def survey(
         are equals: PCGrad(), or GradVac() if they are related.
     """
     monitor, parameters = Monitor(), list(parameters)
-    for batch in _progress(batches if most is None else islice(batches, most)):
-        monitor.record(measure(losses(batch), parameters, retain_graph=False))
+    for number, batch in enumerate(_progress(batches if most is None else islice(batches, most))):
+        geometry = measure(losses(batch), parameters, retain_graph=False)
+        if not geometry.norms.isfinite().all():
+            found = dict(zip(geometry.names, geometry.norms.tolist(), strict=True))
+            raise ValueError(f"a gradient of batch {number} is not finite: the norms are {found}")
+        monitor.record(geometry)
     if not len(monitor):
         raise ValueError("there are no batches to measure")
     history = monitor.history()

@@ -216,6 +216,8 @@ def test_a_modules_state_dict_keeps_its_order_and_its_metadata(tmp_path):
     assert loaded._metadata == state._metadata
     assert type(loaded._metadata) is OrderedDict
     assert_identical(dict(loaded), dict(state))
+    checkpoint.save(tmp_path / "y", trained(), extra=state)
+    assert checkpoint.load(tmp_path / "y", trained())._metadata == state._metadata
 
 
 @pytest.mark.parametrize(

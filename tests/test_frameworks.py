@@ -291,6 +291,32 @@ def test_a_step_that_an_exception_cut_short_is_forgotten(transformers_trainer, t
     assert monitor.history()["step"].tolist() == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_trainer_is_watched_once(transformers_trainer, tmp_path):
+    trainer, _, _ = transformers_trainer.make_trainer(tmp_path)
+    with pytest.raises(ValueError, match="watched already"):
+        callbacks.watch_trainer(trainer)
+
+
+def test_the_log_after_a_rollback_has_no_step_from_before(transformers_trainer, tmp_path):
+    trainer, _, monitor = transformers_trainer.make_trainer(tmp_path)
+    trainer.args.save_steps, trainer.args.logging_steps = 2, 3
+    steered_loss = trainer.compute_loss_func
+
+    def interrupted(*args, **options):
+        if trainer.state.global_step == 5:
+            raise RuntimeError("CUDA out of memory.")
+        return steered_loss(*args, **options)
+
+    trainer.compute_loss_func = interrupted
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.train()
+    trainer.compute_loss_func = steered_loss
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    (line,) = (line for line in trainer.state.log_history if line["step"] == 6 and "loss" in line)
+    name = next(key for key in line if key.startswith("steer/loss/"))
+    assert line[name] == pytest.approx(monitor.means(last=2)[name], rel=1e-12)
+
+
 def by_hand(trainer):
     """Says which micro-batch is the last, and no more."""
     trainer.optimizer.steering.accumulating = lambda: not trainer.accelerator.sync_gradients

@@ -2,6 +2,7 @@
 
 from itertools import permutations
 
+import numpy as np
 import pytest
 import torch
 from steering import (
@@ -19,7 +20,7 @@ from steering import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from steer_optim import VGS, Steer, Weighting
+from steer_optim import VGS, Steer, Weighting, measure
 
 # 14. Kinds of parameters and gradients
 
@@ -217,3 +218,29 @@ def test_a_gradient_that_is_a_view_of_a_constant():
     optimizer.backward_components({"a": p.sum(), "b": p.sum()})
     assert p.grad.tolist() == [5, 10, 15]
     assert constant.tolist() == [[1, 2, 3]]
+
+
+class Add(torch.autograd.Function):
+    """A sum whose two gradients are tensors over one buffer of numpy's, which the next backward pass writes again."""
+
+    buffer = np.zeros(2)
+
+    @staticmethod
+    def forward(ctx, a, b):
+        return a + b
+
+    @staticmethod
+    def backward(ctx, gradient):
+        Add.buffer[:] = gradient.numpy()
+        return torch.from_numpy(Add.buffer), torch.from_numpy(Add.buffer)
+
+
+def test_gradients_in_a_buffer_of_numpy():
+    a, b = (torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True) for _ in range(2))
+    total = Add.apply(a, b)
+    losses = {"main": total.sum(), "vis": total.square().sum()}
+    geometry = measure(losses, [a, b])
+    torch.testing.assert_close(geometry.norms, torch.tensor([4.0, 160.0]).double().sqrt())
+    steered([a, b], Steer("vis", preserve_norm=False)).backward_components(losses)
+    for p in (a, b):  # 1 + 2 * total, and nothing conflicts
+        torch.testing.assert_close(p.grad, torch.tensor([5.0, 9.0], dtype=torch.float64))

@@ -60,6 +60,12 @@ def test_reads_at_most_so_many_batches():
         survey(losses_of(model), [], model.parameters())
 
 
+def test_a_gradient_that_is_not_finite_is_named():
+    x = torch.ones(2, requires_grad=True)
+    with pytest.raises(ValueError, match=r"batch 1 is not finite: the norms are \{'a': nan, 'b': 1.0\}"):
+        survey(lambda factor: {"a": x[0] * factor, "b": x[1]}, [1.0, float("nan")], [x])
+
+
 def test_works_without_tqdm(monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm.auto", None)
     model = make_model()

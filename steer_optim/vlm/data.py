@@ -65,7 +65,7 @@ def numbered(dataset: Any) -> Any:
     """
     if dataset is None:
         raise ValueError("train_dataset is needed: rows with messages, or prompt, and images")
-    if isinstance(dataset, (Rows, torch.utils.data.Subset)):
+    if isinstance(dataset, Rows) or isinstance(getattr(dataset, "dataset", None), Rows):  # a Subset of them
         return dataset
     if not isinstance(dataset, IterableDataset):
         return Rows(dataset)
@@ -115,12 +115,20 @@ def answer(row: Mapping[str, Any]) -> str | None:
     Args:
         row: as in the header of this module.
 
+    Raises:
+        ValueError: the answer is neither text nor a number.
+
     Example:
         >>> answer({"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "a cat"}]})
         'a cat'
     """
-    if row.get("answer") is not None:
-        return str(row["answer"])
+    if (given := row.get("answer")) is not None:
+        if not isinstance(given, (str, int, float)):
+            raise ValueError(
+                f"row {row.get(ROW, '?')} of the data set: the answer was read as {type(given).__name__}, not as text: "
+                f"{given!r}. Store text that looks like a date in a parquet file"
+            )
+        return str(given)
     last = _messages(row)[-1]
     if last["role"] != "assistant":
         return None
@@ -136,7 +144,7 @@ def picture(image: Any, root: Path = Path()) -> Any:
         root: the folder that a path may be relative to.
 
     Raises:
-        ValueError: there is no such file, or the mode of the image has no known range.
+        ValueError: there is no such file, the mode of the image has no known range, or it is no image.
 
     Example:
         >>> from PIL import Image
@@ -156,6 +164,8 @@ def picture(image: Any, root: Path = Path()) -> Any:
             raise ValueError(f"there is no image {image}, as it is or in {root.absolute()}")
         image = str(next(path for path in paths if path.is_file()))
     image = load_image(image) if isinstance(image, str) else image
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"an image must be PIL, bytes, a path or a URL; got {type(image).__name__}")
     if image.mode.startswith("I;16"):
         image = image.point(lambda value: value / 256).convert("L")
     elif image.mode in ("I", "F"):
@@ -165,6 +175,8 @@ def picture(image: Any, root: Path = Path()) -> Any:
 
 def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     given = row.get("messages") or row.get("prompt")
+    if isinstance(row.get("messages"), str):
+        raise ValueError("its messages are text, not a list: decode them, or name the column of texts prompt")
     if isinstance(given, str):
         given = [{"role": "user", "content": given}]
     if not isinstance(given, Sequence) or not all(isinstance(m, Mapping) and m.get("role") for m in given) or not given:
@@ -181,6 +193,8 @@ def _part(part: Any, root: Path) -> dict[str, Any]:
         raise ValueError(f"content must be a string, or a list of parts that have a type; got the part {part!r}")
     known: dict[str, Any] = {key: value for key, value in part.items() if value is not None}
     found = [known.pop(key) for key in ("image", "path", "url") if key in known]
-    if known["type"] in ("image", "image_url") and found:
+    if known["type"] not in ("text", "image", "image_url"):
+        raise ValueError(f"a part must be of the type text or image; got {part['type']!r}")
+    if known["type"] != "text" and found:
         return {"type": "image", "image": picture(found[0], root)}
     return known

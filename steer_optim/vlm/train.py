@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from datasets import DatasetDict, IterableDatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from steer_optim.vlm.advice import advise, investigate
@@ -62,20 +63,15 @@ def load(data: DataArguments) -> tuple[Any, Any]:
     name = data.dataset_name
     if data.held_out < 0:
         raise ValueError(f"--held_out must be at least 0; got {data.held_out}")
-    if name is None:
+    if not name:
         raise ValueError("--dataset_name is needed: a name on the hub, a folder, or a .parquet, .json or .jsonl file")
     path = Path(name)
     if not path.exists() and (path.suffix in (".parquet", ".json", ".jsonl") or name.startswith((".", "/", "~"))):
         raise ValueError(f"there is no file or folder {name}")
-    if path.is_file():
-        kind = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}.get(path.suffix)
-        if kind is None:
-            raise ValueError(f"--dataset_name must be a folder or a .parquet, .json or .jsonl file; got {name}")
-        splits = load_dataset(kind, data_files=name, streaming=data.dataset_streaming)
-    elif (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        splits = load_from_disk(name)
-    else:
-        splits = load_dataset(name, name=data.dataset_config, streaming=data.dataset_streaming)
+    try:
+        splits = _splits(path, data)
+    except (DatasetGenerationError, StopIteration) as error:
+        raise ValueError(f"{name} cannot be read: {str(error.__cause__ or error) or 'it has no rows'}") from error
     if not isinstance(splits, (DatasetDict, IterableDatasetDict)):
         splits = DatasetDict({data.dataset_train_split: splits})
     if data.dataset_train_split not in splits:
@@ -85,9 +81,10 @@ def load(data: DataArguments) -> tuple[Any, Any]:
         print(f"columns that are not read: {', '.join(sorted(unread))}", file=sys.stderr)
     if not data.dataset_streaming:
         train = Rows(train, root)
-        if len(train):
-            conversation(train[0])  # before any model is loaded
-    if data.dataset_test_split in splits:
+        if not len(train):
+            raise ValueError(f"the split {data.dataset_train_split} of {name} has no rows")
+        conversation(train[0])  # before any model is loaded
+    if data.dataset_test_split in splits and data.dataset_test_split != data.dataset_train_split:
         rows = splits[data.dataset_test_split]
         count = data.held_out if data.dataset_streaming else min(data.held_out, len(rows))
         rows = list(rows.take(count)) if data.dataset_streaming else rows.select(range(count))
@@ -99,6 +96,18 @@ def load(data: DataArguments) -> tuple[Any, Any]:
     count = min(data.held_out, max(1, len(train) // 20))
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
     return torch.utils.data.Subset(train, order[count:]), torch.utils.data.Subset(train, order[:count])
+
+
+def _splits(path: Path, data: DataArguments) -> Any:
+    name = str(data.dataset_name)
+    if path.is_file():
+        kind = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}.get(path.suffix)
+        if kind is None:
+            raise ValueError(f"--dataset_name must be a folder or a .parquet, .json or .jsonl file; got {name}")
+        return load_dataset(kind, data_files=name, streaming=data.dataset_streaming)
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        return load_from_disk(name)
+    return load_dataset(name, name=data.dataset_config, streaming=data.dataset_streaming)
 
 
 def last_checkpoint(path: Path) -> str | None:

@@ -185,6 +185,19 @@ def test_data_sets_of_all_kinds_are_read(tmp_path, kind):
     assert (len(everything), none) == (12, None)
 
 
+def test_rows_are_not_examined_on_themselves(tmp_path):
+    DatasetDict({"test": Dataset.from_list(make_rows())}).save_to_disk(tmp_path / "rows")
+    train, held_out = load(DataArguments(dataset_name=str(tmp_path / "rows"), dataset_train_split="test", held_out=4))
+    assert (len(train), len(held_out)) == (11, 1)
+
+
+@pytest.mark.parametrize(("text", "said"), [("", "no rows"), ("{", "cannot be read: ")])
+def test_files_that_hold_no_rows_are_named(tmp_path, text, said):
+    (tmp_path / "rows.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=rf"rows.jsonl.* {said}|{said}"):
+        load(DataArguments(dataset_name=str(tmp_path / "rows.jsonl")))
+
+
 def test_a_stream_is_trained_on(folder, tmp_path):
     out = tmp_path / "run"
     assert main(arguments(folder, out, dataset_streaming=True)) == 0

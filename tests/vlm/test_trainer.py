@@ -1,5 +1,6 @@
 """The trainer on TRL: equal to a plain loop on the same responses, in one process and in two; and resumed."""
 
+import datetime
 import warnings
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import tiny_trainer
 from PIL import Image
 from tiny_trainer import make_model, make_rows, make_trainer, plain_loop, recorded
 
-from steer_optim.vlm.data import Rows, answer, conversation, picture
+from steer_optim.vlm.data import ROW, Rows, answer, conversation, numbered, picture
 from steer_optim.vlm.trainer import MicroBatch, SteeredDistillationConfig
 
 pytestmark = [
@@ -199,6 +200,31 @@ def test_images_are_pil_bytes_paths_or_in_the_messages(tmp_path):
     with pytest.raises(ValueError, match="mode F has no known range"):
         picture(Image.new("F", (8, 8)))
     assert [part["type"] for part in conversation({"prompt": "what", "images": []})[0]["content"]] == ["text"]
+
+
+NOT_READ = {
+    "a type of part": ({"prompt": [{"role": "user", "content": [{"type": "input_image"}]}]}, "type text or image"),
+    "messages as text": ({"messages": "[]"}, "messages are text, not a list"),
+    "no image": ({"prompt": "what", "images": [None]}, "an image must be PIL"),
+    "an array": ({"prompt": "what", "images": [numpy.zeros((2, 2, 3))]}, "got ndarray"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_READ)
+def test_rows_that_cannot_be_read_say_why(name):
+    row, match = NOT_READ[name]
+    with pytest.raises(ValueError, match=f"row 3 of the data set: .*{match}"):
+        conversation({**row, ROW: 3})
+
+
+def test_an_answer_that_became_a_date_is_refused():
+    with pytest.raises(ValueError, match="read as date, not as text"):
+        answer({"prompt": "when", "answer": datetime.date(2024, 1, 2)})
+
+
+def test_a_part_of_another_data_set_is_numbered():
+    part = torch.utils.data.Subset([{"prompt": "what"}, {"prompt": "why"}], [1])
+    assert [row[ROW] for row in numbered(part)] == [0]
 
 
 REFUSED = {
