@@ -39,6 +39,7 @@ class Method:
             cannot change.
         text: the weight of a further component ``text``, ``KL(p_tx || q_tx)`` over all tokens; absent where it is 0.
         reward: the share of GRPO on right answers in the loss, ``1 - alpha`` of Eq. 22; 1 is GRPO alone.
+        weight: a factor of the distillation in that mixture.
     """
 
     losses: DecomposedDistillation
@@ -49,6 +50,7 @@ class Method:
     trains: Literal["everything", "eye"] = "everything"
     text: float = 0.0
     reward: float = 0.0
+    weight: float = 1.0
 
     @property
     def views(self) -> tuple[str, ...]:

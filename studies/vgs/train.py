@@ -120,7 +120,7 @@ class Run:
             (method.reward * loss).backward(retain_graph=method.reward < 1)
         if method.reward < 1:
             components = method.components(views, mask_BT)
-            losses = {name: (1 - method.reward) * loss for name, loss in components.items()}
+            losses = {name: (1 - method.reward) * method.weight * loss for name, loss in components.items()}
             exact = measure(losses, self.student.parameters()) if method.refresh_every > 1 else None
             geometry = optimizer.backward_components(losses)
             record |= {f"weight {name}": float(geometry.weight(name).mean()) for name in geometry.names}
