@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.common import table as as_table
 from steer_optim.plots import COLOURS
+from studies.vgs.figures import band
 from studies.vgs.grid import Place
 from studies.vgs.intervals import Interval, cell, interval, paired, points
 from studies.vgs.table import Row
@@ -25,14 +26,16 @@ WIDTHS = (16, 32, 64, 96)
 MAIN = ("standard", "vgs", "reweighting", "vgs-frozen")
 METHODS = (*MAIN, "tokens", "vgs,detach_prior=False", "reweighting-frozen")
 SEEDS = (1, 2, 3, 4, 5)  # seed 0 was the pilot's
-RATE, SLOW = 1e-3, 3e-4  # of learning: the task's own, and one at which less can go wrong
+RATES = RATE, SLOW = 1e-3, 3e-4  # of learning: the task's own, and one at which less can go wrong
+COMPARISONS = (*((method, "standard") for method in MAIN[1:]), ("vgs", "reweighting"))  # planned
+STEPS = (80, 160)  # of 400: a short budget
 OUTCOMES = {"named": "things named right, %", "perception": "all seen, %", "answer": "right, %"}
 
 
 def places(seeds: Sequence[int] = SEEDS) -> list[Place]:
     """All runs: first the main comparison at the extreme widths, then the same slower, then all, seed by seed."""
     ends = (WIDTHS[0], WIDTHS[-1])
-    wanted = [_place(TASKS[0], w, m, s, r) for r in (RATE, SLOW) for s in seeds for w in ends for m in MAIN]
+    wanted = [_place(TASKS[0], w, m, s, r) for r in RATES for s in seeds for w in ends for m in MAIN]
     wanted += [_place(task, w, m, s) for s in seeds for task in TASKS for w in WIDTHS for m in METHODS]
     return list(dict.fromkeys(wanted))
 
@@ -56,9 +59,9 @@ def gain(rows: Sequence[Row], task: str, width: int, method: str, column: str, r
     return paired(own, standard)
 
 
-def trial(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """The rows of the seed with which the task was tried out, and those of the study."""
-    return [row for row in rows if row["seed"] == "0"], [row for row in rows if row["seed"] != "0"]
+def study(rows: Sequence[Row]) -> list[Row]:
+    """The rows without those of seed 0, with which the task was tried out."""
+    return [row for row in rows if row["seed"] != "0"]
 
 
 def results(rows: Sequence[Row]) -> str:
@@ -66,7 +69,7 @@ def results(rows: Sequence[Row]) -> str:
     head = ["task", "lr", "width", "method", "seeds", *OUTCOMES.values(), "language left, nats, first → last"]
     head += ["dose at the start", "first-order gain, first step", "over training"]
     lines = []
-    for task, rate, width, method in itertools.product(TASKS, (RATE, SLOW), WIDTHS, METHODS):
+    for task, rate, width, method in itertools.product(TASKS, RATES, WIDTHS, METHODS):
 
         def mean(column: str, of: tuple[str, int, str, float] = (task, width, method, rate)) -> Interval:
             return interval([*values(rows, *of[:3], column, of[3]).values()])
@@ -83,17 +86,45 @@ def results(rows: Sequence[Row]) -> str:
     return as_table(head, lines)
 
 
+def planned(rows: Sequence[Row], rate: float = RATE) -> str:
+    """The eight comparisons that were planned, on things named: early, half-way, and at the end."""
+    head = ["width", "comparison", "seeds", *(f"after {step} steps" for step in STEPS), "at the end"]
+    lines = []
+    for width, (method, other) in itertools.product((WIDTHS[0], WIDTHS[-1]), COMPARISONS):
+        ends = [values(rows, TASKS[0], width, m, "named", rate) for m in (method, other)]
+        if not (difference := paired(*ends)):
+            continue
+        curves = [series(rows, TASKS[0], width, m, "named", rate) for m in (method, other)]
+        early = [paired(*({seed: of[step] for seed, of in curve.items()} for curve in curves)) for step in STEPS]
+        cells = map(points, [*early, difference])
+        lines.append([str(width), f"`{method}` to `{other}`", str(difference.n), *cells])
+    return as_table(head, lines)
+
+
+def series(
+    rows: Sequence[Row], task: str, width: int, method: str, column: str, rate: float = RATE
+) -> dict[int, dict[int, float]]:
+    """A number at the checkpoints, by seed and step."""
+    key = _place(task, width, method, 0, rate).key[:-1]
+    mine = [row for row in rows if (row["task"], row["setting"], row["method"]) == key]
+    return {
+        int(row["seed"]): dict(
+            zip(map(int, row["step at"].split()), map(float, row[f"{column} at"].split()), strict=True)
+        )
+        for row in mine
+    }
+
+
 def figure(rows: Sequence[Row]) -> Figure:
-    """Gain over standard distillation by width and method, with intervals where there are two seeds or more."""
-    tasks = [task for task in TASKS if any(row["task"] == task for row in rows)]
-    drawing = Figure(figsize=(6.4 * len(tasks), 4.2), dpi=100, layout="constrained")
-    for axes, task in zip(drawing.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-        for i, method in enumerate(METHODS[1:]):
-            found = [(x, gain(rows, task, width, method, "named")) for x, width in enumerate(WIDTHS)]
-            if not any(d for _, d in found):
-                continue
-            there = [(x + 0.1 * (i - 2.5), d) for x, d in found if d is not None]
-            axes.errorbar(
+    """Things named, and language left, over standard distillation by width; language left over training."""
+    widths = (WIDTHS[0], WIDTHS[-1])
+    drawing = Figure(figsize=(13, 4.2), dpi=100, layout="constrained")
+    gains, *panels = drawing.subplots(1, 1 + len(widths), width_ratios=(1.4, 1, 1))
+    for i, method in enumerate(METHODS[1:], start=1):
+        found = [(x, gain(rows, TASKS[0], width, method, "named")) for x, width in enumerate(WIDTHS)]
+        there = [(x + 0.1 * (i - 3), d) for x, d in found if d is not None]
+        if there:
+            gains.errorbar(
                 [x for x, _ in there],
                 [100 * d.mean for _, d in there],
                 yerr=[0.0 if math.isnan(d.half) else 100 * d.half for _, d in there],
@@ -102,14 +133,16 @@ def figure(rows: Sequence[Row]) -> Figure:
                 color=COLOURS[i],
                 label=method,
             )
-        axes.axhline(0, color="0.6", linewidth=0.8, zorder=0)
-        axes.set_xticks(range(len(WIDTHS)), [str(width) for width in WIDTHS])
-        axes.set(
-            title=task,
-            xlim=(-0.5, len(WIDTHS) - 0.5),
-            xlabel="width of the student",
-            ylabel="things named right, points to standard",
-        )
-    handles = drawing.axes[0].get_legend_handles_labels()
-    drawing.legend(*handles, loc="outside lower center", ncols=3, frameon=False)
+    gains.axhline(0, color=COLOURS[0], linewidth=1.4, label=METHODS[0])
+    gains.set_xticks(range(len(WIDTHS)), [str(width) for width in WIDTHS])
+    gains.set(xlim=(-0.5, len(WIDTHS) - 0.5), xlabel="width of the student", title="Things named right")
+    gains.set_ylabel("points to standard distillation")
+    for width, axes in zip(widths, panels, strict=True):
+        for i, method in enumerate(METHODS):
+            runs = [*series(rows, TASKS[0], width, method, "lang").values()]
+            if runs and method in MAIN:
+                steps = [*runs[0]]
+                band(axes, steps, [interval([run[step] for run in runs]) for step in steps], i, method)
+        axes.set(xlabel="step", ylabel="nats per word", ylim=(0, None), title=f"Language left, width {width}")
+    drawing.legend(*gains.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return drawing

@@ -62,7 +62,7 @@ def learning(curves: Mapping[str, Mapping[str, Sequence[float]]], task: str, set
             runs = [run for key, run in curves.items() if key.rpartition("/")[0] == f"{task}/{setting}/{method}"]
             if runs:
                 values = [interval([run[column][j] for run in runs]) for j in range(len(runs[0]["step"]))]
-                _band(axes, runs[0]["step"], values, i, method, scale=scale)
+                band(axes, runs[0]["step"], values, i, method, scale=scale)
         axes.set(xlabel="step", ylabel=label, ylim=(0, None if column == "text_loss" else 100))
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure
@@ -99,7 +99,7 @@ def sensitivity(setting: Setting, kept: Mapping[str, Lines]) -> Figure:
     for axes, (key, of) in zip(panels, kept.items(), strict=True):
         for i, (rest, methods) in enumerate(of.items()):
             line = sorted((float(getattr(parse(method).losses, key)), method) for method in methods)
-            _band(axes, [x for x, _ in line], [right(m) for _, m in line], i, rest, scale=100.0, marker="o")
+            band(axes, [x for x, _ in line], [right(m) for _, m in line], i, rest, scale=100.0, marker="o")
         axes.set(xlabel={"gamma": "γ", "lam": "λ"}[key], ylabel="right answers, %", ylim=(0, 100))
         if key == "lam":
             axes.set_xscale("symlog", linthresh=0.01)
@@ -116,7 +116,7 @@ def _figure(count: int, *, rows: int = 1, height: float = 3.6) -> tuple[Figure, 
     return figure, list(grid.flat)
 
 
-def _band(
+def band(
     axes: Axes,
     x: Sequence[float],
     values: Sequence[Interval],

@@ -51,10 +51,11 @@ def pages(settings: Sequence[Setting], rows: Sequence[Row] = ()) -> dict[str, st
     parts = ["### Claim by claim", rerun, claims(settings)]
     if other := elsewhere(settings):
         parts += ["### In other settings", other]
-    for title, some in zip(("the trial, seed 0", "the study"), capacity.trial(rows), strict=True):
-        if some:
-            how = "Points to standard distillation, paired by seed; of standard distillation the share itself."
-            parts += [f"### Capacity and language, {title}", how, capacity.results(some)]
+    if rows := capacity.study(rows):
+        parts += ["### Capacity and language", "The planned comparisons: points of things named right, paired by seed."]
+        parts += [f"At a learning rate of {rate:g}:\n\n{capacity.planned(rows, rate)}" for rate in capacity.RATES]
+        how = "All runs: points to standard distillation, paired by seed; of standard distillation the share itself."
+        parts += [how, capacity.results(rows)]
     parts += [section(setting) for setting in settings]
     return {"evidence.md": "\n\n".join(parts), "how-to-choose.md": by_task(settings)}
 
@@ -84,9 +85,8 @@ def drawn(
     for one in own:
         if one.task == VARIED and (varied := figures.varied(one)):
             found["evidence-sensitivity"] = partial(figures.sensitivity, one, varied)
-    if rows:
-        first, study = capacity.trial(rows)
-        found["evidence-capacity"] = partial(capacity.figure, study or first)
+    if rows := capacity.study(rows):
+        found["evidence-capacity"] = partial(capacity.figure, rows)
     return found
 
 
