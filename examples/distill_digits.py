@@ -35,6 +35,7 @@ METHODS = {
     "standard": ["--decomposition", "standard"],
     "vgs-frozen": ["--decomposition", "vgs-frozen"],
     "vgs": ["--decomposition", "vgs"],
+    "reweighting": ["--decomposition", "tokens"],
     "language": ["--decomposition", "language"],
     "steer": ["--decomposition", "exact", "--rule", 'Steer("vis")'],
     "pcgrad": ["--decomposition", "exact", "--rule", "PCGrad()"],
