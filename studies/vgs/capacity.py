@@ -33,7 +33,7 @@ OUTCOMES = {"named": "things named right, %", "perception": "all seen, %", "answ
 
 
 def places(seeds: Sequence[int] = SEEDS) -> list[Place]:
-    """All runs: first the main comparison at the extreme widths, the same slower, at the widths between; then the rest."""
+    """All runs: the main comparison at the extreme widths, slower, at the widths between; then the rest."""
     ends = (WIDTHS[0], WIDTHS[-1])
     wanted = [_place(TASKS[0], w, m, s, r) for r in RATES for s in seeds for w in ends for m in MAIN]
     wanted += [_place(TASKS[0], w, m, s) for s in seeds for w in WIDTHS for m in MAIN]

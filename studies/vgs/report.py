@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.common import table as as_table
-from studies.vgs import capacity, figures, table
+from studies.vgs import capacity, figures, repeated, table
 from studies.vgs.claims import claims
 from studies.vgs.intervals import cell, points
 from studies.vgs.methods import FOREVER, parse
@@ -56,7 +56,7 @@ def pages(settings: Sequence[Setting], rows: Sequence[Row] = ()) -> dict[str, st
         parts += [f"At a learning rate of {rate:g}:\n\n{capacity.planned(rows, rate)}" for rate in capacity.RATES]
         how = "All runs: points to standard distillation, paired by seed; of standard distillation the share itself."
         parts += [how, capacity.results(rows)]
-    parts += [section(setting) for setting in settings]
+    parts += ["### The main job, again", repeated.results(), *(section(setting) for setting in settings)]
     return {"evidence.md": "\n\n".join(parts), "how-to-choose.md": by_task(settings)}
 
 
