@@ -122,7 +122,7 @@ def advise(found: Findings) -> str:
     ]
     if found.language is None:
         choice = "standard"
-        reason = "Without right answers nobody can tell whose language is better: add a column answer."
+        reason = "Without right answers nobody can tell whose language is better: add them in a column answer."
     else:
         gain, error = found.language
         lines.append(
