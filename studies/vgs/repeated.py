@@ -16,7 +16,7 @@ from studies.vgs.intervals import cell, interval, paired, points
 RESULTS = Path(__file__).parents[2] / "examples" / "results"
 SEEDS = range(3, 10)
 COMPARISONS = (("vgs", "standard"), ("reweighting", "standard"), ("vgs", "reweighting"))
-COLUMNS = {"answer": "right, points", "perception": "all seen, points"}
+COLUMNS = {"answer": "right", "perception": "all seen"}
 
 
 def results(folder: Path = RESULTS) -> str:
