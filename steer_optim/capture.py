@@ -122,7 +122,7 @@ def capture(
             for p in parameters:
                 p.grad = own.get(p)
             _with_remedy(lambda: torch.autograd.backward(losses, grad_tensors, retain_graph=retain_graph))
-            return own | _unshared({p: p.grad for p in parameters if p.grad is not None})
+            return own | unshared({p: p.grad for p in parameters if p.grad is not None})
         finally:
             put_back(before)
     finally:
@@ -155,7 +155,7 @@ def capture_isolated(
         on_gradient: called with every gradient as it is computed.
 
     Returns:
-        The gradient set.
+        The gradient set. Its tensors may share memory: do not write to them.
     """
     try:
         try:
@@ -174,7 +174,7 @@ def capture_isolated(
     if any(g is None for g in taken) and any(map(is_reentrant, graph(losses))):
         # torch.autograd.grad skips it without an error if no parameter is upstream of it.
         raise RuntimeError(_REMEDIES["use_reentrant=True"])
-    new = _unshared({p: g for p, g in zip(parameters, taken, strict=True) if g is not None})
+    new = {p: g for p, g in zip(parameters, taken, strict=True) if g is not None}
     return own | {p: own[p] + g if p in own else g for p, g in new.items()}
 
 
@@ -225,7 +225,7 @@ def _with_remedy(run: Callable[[], Any]) -> Any:
         raise
 
 
-def _unshared(gradients: Gradients) -> Gradients:
+def unshared(gradients: Gradients) -> Gradients:
     """Return the same gradients, each in its own memory.
 
     After ``a.view(2, 2) + b.view(2, 2)`` the gradients of ``a`` and ``b`` are two views of one tensor, so that an

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from steer_optim.capture import Losses, capture_isolated, check_losses, evaluate, is_dtensor, unreached_error
+from steer_optim.capture import Losses, capture_isolated, check_losses, evaluate, is_dtensor, unreached_error, unshared
 from steer_optim.holding import GradientSets, LocalSets
 from steer_optim.products import inner_products, zeros
 
@@ -205,9 +205,12 @@ def measure(losses: Losses, parameters: Iterable[Tensor], *, retain_graph: bool 
     values: list[Tensor | None] = []
     for name, loss, keep in evaluate(losses, retain_graph=retain_graph):
         values.append(None if loss is None else loss.detach())
-        held.take(name, None if loss is None else capture_isolated([loss], None, trainable, {}, retain_graph=keep))
-        if loss is not None and not held.sets[name]:
-            raise unreached_error(name)
+        if loss is None:
+            held.take(name, None)
+        else:
+            held.take(name, unshared(capture_isolated([loss], None, trainable, {}, retain_graph=keep)))
+            if not held.sets[name]:
+                raise unreached_error(name)
         del loss  # frees its graph before the next one is built
     (G,) = gramian(held)
     return Geometry(tuple(losses), G, G.new_ones(len(losses)), stack_losses(values, G))

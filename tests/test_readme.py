@@ -103,7 +103,10 @@ def test_the_first_snippets_run_as_they_stand(capsys, monkeypatch, tmp_path):
     assert "degrees between the gradients of main and side" in capsys.readouterr().out
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
+    namespace = setting()
+    exec('optimizer = SteeredOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), Steer(toward="main"))', namespace)
     exec(watching, namespace)
+    assert "steer/weight/main" in capsys.readouterr().out
     assert Path("geometry.png").stat().st_size > 1000
 
 
