@@ -9,7 +9,6 @@ The page says beforehand which outcome would mean what.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
@@ -117,33 +116,27 @@ def series(
 
 
 def figure(rows: Sequence[Row]) -> Figure:
-    """Things named, and language left, over standard distillation by width; language left over training."""
-    widths = (WIDTHS[0], WIDTHS[-1])
-    drawing = Figure(figsize=(13, 4.2), dpi=100, layout="constrained")
-    gains, *panels = drawing.subplots(1, 1 + len(widths), width_ratios=(1.4, 1, 1))
-    for i, method in enumerate(METHODS[1:], start=1):
-        found = [(x, gain(rows, TASKS[0], width, method, "named")) for x, width in enumerate(WIDTHS)]
-        there = [(x + 0.1 * (i - 3), d) for x, d in found if d is not None]
-        if there:
-            gains.errorbar(
-                [x for x, _ in there],
-                [100 * d.mean for _, d in there],
-                yerr=[0.0 if math.isnan(d.half) else 100 * d.half for _, d in there],
-                fmt="o",
-                markersize=5,
-                color=COLOURS[i],
-                label=method,
-            )
-    gains.axhline(0, color=COLOURS[0], linewidth=1.4, label=METHODS[0])
-    gains.set_xticks(range(len(WIDTHS)), [str(width) for width in WIDTHS])
-    gains.set(xlim=(-0.5, len(WIDTHS) - 0.5), xlabel="width of the student", title="Things named right")
-    gains.set_ylabel("points to standard distillation")
-    for width, axes in zip(widths, panels, strict=True):
-        for i, method in enumerate(METHODS):
+    """Things named over standard distillation, by width and learning rate; language left over training."""
+    drawing = Figure(figsize=(14, 4.2), dpi=100, layout="constrained")
+    gains, lefts = (part.subplots(1, 2) for part in drawing.subfigures(1, 2, width_ratios=(1.1, 1)))
+    for rate, axes in zip(RATES, gains, strict=True):
+        axes.axhline(0, color=COLOURS[0], linewidth=1.4, label=METHODS[0])
+        for i, method in enumerate(MAIN[1:], start=1):
+            found = [(x, gain(rows, TASKS[0], width, method, "named", rate)) for x, width in enumerate(WIDTHS)]
+            there = [(x + 0.15 * (i - 2), d) for x, d in found if d is not None and d.n > 1]
+            x, means, halves = zip(*((x, 100 * d.mean, 100 * d.half) for x, d in there), strict=True)
+            axes.errorbar(x, means, yerr=halves, fmt="o", markersize=5, color=COLOURS[i], label=method)
+        axes.set_xticks(range(len(WIDTHS)), [str(width) for width in WIDTHS])
+        axes.set(xlim=(-0.5, len(WIDTHS) - 0.5), xlabel="width of the student", title=f"Things named, lr {rate:g}")
+    gains[0].set_ylabel("points to standard distillation")
+    gains[1].sharey(gains[0])
+    for width, axes in zip((WIDTHS[0], WIDTHS[-1]), lefts, strict=True):
+        for i, method in enumerate(MAIN):
             runs = [*series(rows, TASKS[0], width, method, "lang").values()]
-            if runs and method in MAIN:
-                steps = [*runs[0]]
-                band(axes, steps, [interval([run[step] for run in runs]) for step in steps], i, method)
-        axes.set(xlabel="step", ylabel="nats per word", ylim=(0, None), title=f"Language left, width {width}")
-    drawing.legend(*gains.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+            steps = [*runs[0]] if runs else []
+            band(axes, steps, [interval([run[step] for run in runs]) for step in steps], i, method)
+        axes.set(
+            xlabel="step", ylabel="nats per word", ylim=(0, None), title=f"Language left, width {width}, lr {RATE:g}"
+        )
+    drawing.legend(*gains[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return drawing
