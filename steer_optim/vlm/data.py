@@ -93,7 +93,8 @@ def conversation(row: Mapping[str, Any]) -> list[dict[str, Any]]:
         messages = _messages(row)
         while messages and messages[-1]["role"] == "assistant":
             messages.pop()
-        if not any(message["role"] == "user" for message in messages):
+        first = next((message for message in messages if message["role"] == "user"), None)
+        if first is None:
             raise ValueError("there is no user message")
         images = row.get("images")
         if images is None or (isinstance(images, Sequence) and not images):
@@ -101,8 +102,11 @@ def conversation(row: Mapping[str, Any]) -> list[dict[str, Any]]:
         images = [] if images is None else images if isinstance(images, (list, tuple)) else [images]
         images = [picture(image, root) for image in images]
         for message in messages:
-            if not isinstance(message.get("content"), str):
-                message["content"] = [_part(part, root) for part in message.get("content") or ()]
+            content = message.get("content") or ()
+            parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            message["content"] = [_part(part, root) for part in parts]
+        if all(part["type"] == "text" for message in messages for part in message["content"]):
+            first["content"] = [{"type": "image"}] * len(images) + first["content"]
         prepared: list[dict[str, Any]] = prepare_multimodal_messages(messages, images)
         return prepared
     except Exception as error:

@@ -202,6 +202,19 @@ def test_images_are_pil_bytes_paths_or_in_the_messages(tmp_path):
     assert [part["type"] for part in conversation({"prompt": "what", "images": []})[0]["content"]] == ["text"]
 
 
+def test_images_without_a_place_come_first():
+    red, say = Image.new("RGB", (8, 8), "red"), {"type": "text", "text": "what"}
+    for content in ("what", [say]):
+        (message,) = conversation({"messages": [{"role": "user", "content": content}], "images": [red]})
+        assert [part["type"] for part in message["content"]] == ["image", "text"]
+    later = [{"role": "user", "content": "look"}, {"role": "user", "content": [{"type": "image"}, say]}]
+    first, second = conversation({"messages": later, "images": [red]})
+    assert [part["type"] for part in first["content"]] == ["text"]
+    assert [part["type"] for part in second["content"]] == ["image", "text"]
+    with pytest.raises(ValueError, match="does not match"):
+        conversation({"messages": [{"role": "user", "content": [{"type": "image", "image": red}]}], "images": [red]})
+
+
 NOT_READ = {
     "a type of part": ({"prompt": [{"role": "user", "content": [{"type": "input_image"}]}]}, "type text or image"),
     "messages as text": ({"messages": "[]"}, "messages are text, not a list"),
