@@ -59,7 +59,7 @@ def watch_trainer(trainer: Any, steering: Steering | None = None) -> Monitor:
 
     class SteeringCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # read as Any
         def state(self) -> dict[str, Any]:
-            record = {name: column.tolist() for name, column in watch.monitor.state_dict().items()}
+            record = {name: column.tolist() for name, column in watch.state_dict().items()}
             return {"args": {}, "attributes": {"record": json.dumps(record)}}
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -126,7 +126,7 @@ def watch_lightning(trainer: Any, steering: Steering | None = None) -> Monitor:
         state_key = _KEY
 
         def state_dict(self) -> dict[str, Any]:
-            return watch.monitor.state_dict()
+            return watch.state_dict()
 
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
             watch.load_state_dict(state_dict)

@@ -47,7 +47,7 @@ class AGEM(Rule):
         """Return 1 per component, and for the memory the multiple that removes the conflict; no state."""
         m = names.index(self.memory)
         weights = torch.ones_like(G[:, m])
-        others = [i for i in range(len(names)) if i != m]
-        slope = G[:, m, others].sum(1) / G[:, m, m]  # <g, m> / |m|^2, not a number if m is zero
+        others = G[:, m, :m].sum(1) + G[:, m, m + 1 :].sum(1)
+        slope = others / G[:, m, m]  # <g, m> / |m|^2, not a number if m is zero
         weights[:, m] = torch.where(slope < 0, -slope, 0.0)
         return weights, {}

@@ -49,12 +49,16 @@ def _place(task: str, width: int, method: str, seed: int, rate: float = RATE) ->
     return Place(task, (("student_size", width), ("lr", rate)), method, seed)
 
 
+def _runs(rows: Sequence[Row], task: str, width: int, method: str, rate: float) -> list[Row]:
+    key = _place(task, width, method, 0, rate).key[:-1]
+    return [row for row in rows if (row["task"], row["setting"], row["method"]) == key]
+
+
 def values(
     rows: Sequence[Row], task: str, width: int, method: str, column: str, rate: float = RATE
 ) -> dict[int, float]:
     """A number by seed."""
-    key = _place(task, width, method, 0, rate).key[:-1]
-    mine = (row for row in rows if (row["task"], row["setting"], row["method"]) == key)
+    mine = _runs(rows, task, width, method, rate)
     return {int(row["seed"]): float(row[column]) for row in mine if row[column]}
 
 
@@ -110,8 +114,7 @@ def series(
     rows: Sequence[Row], task: str, width: int, method: str, column: str, rate: float = RATE
 ) -> dict[int, dict[int, float]]:
     """A number at the checkpoints, by seed and step."""
-    key = _place(task, width, method, 0, rate).key[:-1]
-    mine = [row for row in rows if (row["task"], row["setting"], row["method"]) == key]
+    mine = _runs(rows, task, width, method, rate)
     return {
         int(row["seed"]): dict(
             zip(map(int, row["step at"].split()), map(float, row[f"{column} at"].split()), strict=True)
