@@ -244,4 +244,4 @@ def _accelerate_accumulates() -> bool:
 
 
 def _column(name: str, values: list[float]) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int64 if name == "step" else torch.float64)
+    return torch.tensor(values, dtype=torch.int64 if name == "step" else torch.float64, device="cpu")

@@ -254,7 +254,7 @@ def _store(value: Tensor, where: str, tensors: dict[str, Tensor]) -> tuple[str, 
 def _storable(dtype: torch.dtype) -> bool:
     """Return whether the installed safetensors supports a dtype; it has no list of them, and its errors vary."""
     try:
-        serialize({"probe": torch.empty(0, dtype=dtype)})
+        serialize({"probe": torch.empty(0, dtype=dtype, device="cpu")})
     except Exception:
         return False
     return True

@@ -109,7 +109,7 @@ def _checked(record: dict[str, Any], rule: Rule, scopes: int, device: torch.devi
     state: State = {}
     if record["state"]:
         rule.check(names)
-        G = torch.eye(k, dtype=torch.float64).expand(scopes, k, k)
+        G = torch.eye(k, dtype=torch.float64, device="cpu").expand(scopes, k, k)
         fresh = rule.init(G, names)
         if record["state"].keys() != fresh.keys():
             raise ValueError(f"state must be {', '.join(fresh)}; got {', '.join(record['state'])}")
@@ -150,4 +150,4 @@ def _unpack(name: str, packed: Any, shape: Sequence[int], rows: int | None = Non
     fits = found == list(shape) if rows is None else found[1:] == list(shape[1:]) and found[:1] <= [rows]
     if not fits:
         raise ValueError(f"{name} has shape {tuple(found)}; it should be {tuple(shape)}")
-    return torch.tensor(value, dtype=getattr(torch, str(dtype).removeprefix("torch.")))
+    return torch.tensor(value, dtype=getattr(torch, str(dtype).removeprefix("torch.")), device="cpu")

@@ -134,7 +134,7 @@ class Monitor:
         """
         self._move_to_host()
         known = {k: c.clone() for k, c in self._columns.items() if k.startswith(_ALWAYS) or not c.isnan().all()}
-        return {"step": torch.tensor(self._steps, dtype=torch.int64), **known}
+        return {"step": torch.tensor(self._steps, dtype=torch.int64, device="cpu"), **known}
 
     def means(self, last: int) -> dict[str, float]:
         """Return the mean of each number over the last steps, for a logger that writes one line for several steps.
@@ -166,9 +166,9 @@ class Monitor:
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Continue from a record; drop what was recorded here before."""
-        self._columns = dict(state_dict)
-        self._steps = self._columns.pop("step").tolist()
-        self._pending = []
+        columns = dict(state_dict)
+        self._steps = columns.pop("step").tolist()
+        self._columns, self._pending = columns, []
 
     def _move_to_host(self) -> None:
         groups: dict[Keys, list[int]] = {}
@@ -178,9 +178,9 @@ class Monitor:
         new = len(self._pending)
         self._columns = {key: pad(column, (0, new), value=math.nan) for key, column in self._columns.items()}
         for (keys, group), values in zip(groups.items(), moved, strict=True):
-            places = torch.tensor(group) + len(self) - new
+            places = torch.tensor(group, device="cpu") + len(self) - new
             for key, column in zip(keys, values.unbind(1), strict=True):
-                absent = torch.full((len(self),), math.nan, dtype=torch.float64)
+                absent = torch.full((len(self),), math.nan, dtype=torch.float64, device="cpu")
                 self._columns.setdefault(key, absent)[places] = column
         self._pending = []
 

@@ -51,6 +51,9 @@ class Survey:
     @property
     def advice(self) -> str:
         """The advice of docs/how-to-choose.md for these numbers."""
+        if silent := [name for name, norm in self.norms.items() if norm == 0]:
+            found = ", ".join(map(repr, silent))
+            return f"{found} had no gradient in any batch: check that it is computed from these parameters."
         if self.ratio >= _DOMINANT:
             largest = max(self.norms, key=self.norms.__getitem__)
             return f"{largest!r} is the update, whatever the rule: weigh the losses first."

@@ -165,19 +165,24 @@ def test_record_does_not_alias_the_geometry():
     assert {key: float(column[0]) for key, column in monitor.history().items() if key != "step"} == expected
 
 
-def test_resumes(tmp_path):
+@pytest.mark.parametrize("default", ["cpu", "meta"])
+def test_resumes(tmp_path, default):
+    """Also where new tensors are made on another device by default."""
     straight, before, after = Monitor(), Monitor(), Monitor()
     steps = [geometry(("std", "vis", "lp")[: 2 + seed % 2], seed=seed) for seed in range(20)]
+    other = geometry(("other",))
     for step in steps:
         straight.record(step)
-    for step in steps[:7]:
-        before.record(step)
-    torch.save(before.state_dict(), tmp_path / "monitor.pt")
-    after.record(geometry(("other",)))  # dropped by loading
-    after.load_state_dict(torch.load(tmp_path / "monitor.pt", weights_only=True))
-    for step in steps[7:]:
-        after.record(step)
-    expected, found = straight.history(), after.history()
+    expected = straight.history()
+    with torch.device(default):
+        for step in steps[:7]:
+            before.record(step)
+        torch.save(before.state_dict(), tmp_path / "monitor.pt")
+        after.record(other)  # dropped by loading
+        after.load_state_dict(torch.load(tmp_path / "monitor.pt", weights_only=True))
+        for step in steps[7:]:
+            after.record(step)
+        found = after.history()
     assert found.keys() == expected.keys()
     for key in expected:
         torch.testing.assert_close(found[key], expected[key], rtol=0, atol=0, equal_nan=True)

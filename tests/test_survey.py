@@ -78,7 +78,7 @@ def test_works_without_tqdm(monkeypatch):
         (0.1, {"a": 1.0, "b": 2.0}, "There is nothing to resolve: use Sum()"),
         (0.2, {"a": 1.0, "b": 2.0}, "If one loss is what you train for: Steer("),
         (1.0, {"a": 1.0, "b": 100.0}, "'b' is the update, whatever the rule: weigh the losses first"),
-        (0.0, {"a": 1.0, "b": 0.0}, "'a' is the update"),
+        (0.0, {"a": 1.0, "b": 0.0}, "'b' had no gradient in any batch"),
     ],
 )
 def test_advice_is_that_of_the_table(conflict, norms, advice):

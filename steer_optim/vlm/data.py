@@ -8,6 +8,7 @@ Other columns are ignored.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -126,7 +127,10 @@ def answer(row: Mapping[str, Any]) -> str | None:
         >>> answer({"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "a cat"}]})
         'a cat'
     """
-    if (given := row.get("answer")) is not None:
+    given = row.get("answer")
+    if isinstance(given, float):  # pandas makes floats of a column of numbers with gaps, which are NaN
+        given = None if math.isnan(given) else int(given) if given.is_integer() else given
+    if given is not None:
         if not isinstance(given, (str, int, float)):
             raise ValueError(
                 f"row {row.get(ROW, '?')} of the data set: the answer was read as {type(given).__name__}, not as text: "

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from datasets import DatasetDict, IterableDatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
+from safetensors import SafetensorError
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from steer_optim.vlm.advice import advise, investigate
@@ -190,7 +191,7 @@ def prepare(data: DataArguments, args: SteeredDistillationConfig, model: ModelCo
             quantization_config=get_quantization_config(model),
             peft_config=get_peft_config(model),
         )
-    except OSError as error:
+    except (OSError, ImportError, SafetensorError) as error:
         raise OSError(f"{' or '.join(map(str, given.values()))} cannot be loaded: {error}") from error
     if data.measure_only and trainer.accelerator.num_processes > 1:
         raise ValueError("--measure_only runs in one process: leave out accelerate launch")

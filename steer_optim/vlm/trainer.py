@@ -46,6 +46,7 @@ from steer_optim.vlm.rollout import evaluating
 
 TESTED = "1.16"
 _METRICS = "steer_optim metrics"  # in a checkpoint
+_COUNTS = ["refresh_every", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"]
 
 if trl.__version__.rsplit(".", 1)[0] != TESTED:
     raise ImportError(
@@ -117,6 +118,10 @@ class SteeredDistillationConfig(DistillationConfig):  # type: ignore[misc]  # tr
             raise ValueError(
                 f"beta={self.beta} is not read here: use --decomposition forward, jsd, or standard (reverse KL)"
             )
+        least = dict.fromkeys(_COUNTS, 1) | {"learning_rate": 0}
+        for name, bound in least.items():
+            if not getattr(self, name) >= bound:
+                raise ValueError(f"{name} must be at least {bound}; got {getattr(self, name)}")
         names, rule = self.method().components, self.make_rule()
         G = torch.eye(len(names), dtype=torch.float64)[None]
         rule(G, names, rule.init(G, names))  # raises if the rule cannot weigh the names

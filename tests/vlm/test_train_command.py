@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -256,6 +257,9 @@ WRONG = {
     "no such split": ({"dataset_train_split": "trian"}, "has the splits train, test"),
     "no such option": ({"gama": 1}, "gama"),
     "no such file": ({"dataset_name": "rows.jsonl"}, "there is no file or folder rows.jsonl"),
+    "no rows a step": ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1; got 0"),
+    "no Gramian": ({"refresh_every": 0}, "refresh_every must be at least 1; got 0"),
+    "negative rate": ({"learning_rate": -1.0}, "learning_rate must be at least 0; got -1.0"),
     "half precision": ({"dtype": "float16"}, "--dtype float16 is not supported"),
 }
 
@@ -268,6 +272,15 @@ def test_a_wrong_command_says_what_to_change(folder, tmp_path, capsys, name):
         del given[given.index("None") - 1 : given.index("None") + 1]
     assert main(given) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_named(folder, tmp_path, capsys):
+    damaged = tmp_path / "student"
+    shutil.copytree(folder / "student", damaged)
+    file = damaged / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    assert main(arguments(folder, tmp_path / "run", model_name_or_path=damaged)) == 2
+    assert f"{damaged} or {folder / 'teacher'} cannot be loaded: " in capsys.readouterr().err
 
 
 def test_the_configurations_of_accelerate_are_found():

@@ -1,6 +1,7 @@
 """The trainer on TRL: equal to a plain loop on the same responses, in one process and in two; and resumed."""
 
 import datetime
+import math
 import warnings
 from pathlib import Path
 
@@ -233,6 +234,12 @@ def test_rows_that_cannot_be_read_say_why(name):
 def test_an_answer_that_became_a_date_is_refused():
     with pytest.raises(ValueError, match="read as date, not as text"):
         answer({"prompt": "when", "answer": datetime.date(2024, 1, 2)})
+
+
+@pytest.mark.parametrize(("given", "read"), [(7, "7"), (7.0, "7"), (2.5, "2.5"), (math.nan, None), (None, None)])
+def test_numbers_are_answers(given, read):
+    """A gap makes floats of a column of whole numbers."""
+    assert answer({"prompt": "how many", "answer": given}) == read
 
 
 def test_a_part_of_another_data_set_is_numbered():
