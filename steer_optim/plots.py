@@ -7,7 +7,7 @@ new figure, and returns the figure: ``figure.savefig("x.png")``. Nothing here to
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _APART = 20.0
 
 Values: TypeAlias = "Tensor | Sequence[float]"
+
+_Lines: TypeAlias = Mapping[str, tuple[Tensor, Tensor]]  # steps and values by label
 
 # The palette of Okabe and Ito, for colour-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -53,10 +55,7 @@ def norms(history: Mapping[str, Values], *, smooth: int = 1, axes: Axes | None =
     References:
         arXiv 2606.00564, Fig. 7.
     """
-    axes = _axes(axes)
-    _norms(axes, _columns(history, "norm"), smooth)
-    axes.set(xlabel="step", ylabel="gradient norm")
-    return _figure_of(axes)
+    return _norms(axes, _columns(history, "norm"), smooth, ylabel="gradient norm")
 
 
 def cosines(history: Mapping[str, Values], *, smooth: int = 1, axes: Axes | None = None) -> Figure:
@@ -83,11 +82,8 @@ def cosines(history: Mapping[str, Values], *, smooth: int = 1, axes: Axes | None
     References:
         arXiv 2606.00564, Fig. 7.
     """
-    axes = _axes(axes)
-    _lines(axes, _columns(history, "cos"), smooth=smooth)
-    axes.set(xlabel="step", ylabel="cosine between gradients", ylim=(-1.05, 1.05))
-    axes.axhline(0, color="0.4", linewidth=0.8, zorder=1)
-    return _figure_of(axes)
+    columns = _columns(history, "cos")
+    return _lines(axes, columns, smooth, level=0, ylabel="cosine between gradients", ylim=(-1.05, 1.05))
 
 
 def lines(history: Mapping[str, Values], kind: str, *, smooth: int = 1, axes: Axes | None = None) -> Figure:
@@ -112,10 +108,7 @@ def lines(history: Mapping[str, Values], kind: str, *, smooth: int = 1, axes: Ax
         >>> figure.axes[0].get_ylabel()
         'angle'
     """
-    axes = _axes(axes)
-    _lines(axes, _columns(history, kind), smooth=smooth)
-    axes.set(xlabel="step", ylabel=kind)
-    return _figure_of(axes)
+    return _lines(axes, _columns(history, kind), smooth, ylabel=kind)
 
 
 def geometry(history: Mapping[str, Values], *, smooth: int = 1) -> Figure:
@@ -180,13 +173,11 @@ def weights(history: Mapping[str, Values], *, smooth: int = 1) -> Figure:
         raise ValueError("no step of the history took a Gramian: all of them reused weights")
     figure = _figure(height=6.0)
     above, below = figure.subplots(2, 1, sharex=True)
-    _lines(above, columns, smooth=smooth)
-    above.set(ylabel="weight")
+    _lines(above, columns, smooth, xlabel="", ylabel="weight")
     steps, update = _tensor(history["step"]), _tensor(history["steer/update_norm"])
     plain = update / _tensor(history["steer/update_norm_ratio"])
-    _norms(below, {"plain sum": (steps, plain), "steered": (steps, update)}, smooth)
+    _norms(below, {"plain sum": (steps, plain), "steered": (steps, update)}, smooth, ylabel="norm of the update")
     below.lines[0].set(linewidth=5, alpha=0.4)  # seen where both are the same, as under a rule that preserves the norm
-    below.set(xlabel="step", ylabel="norm of the update")
     return figure
 
 
@@ -217,16 +208,13 @@ def losses(
         >>> [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
         ['plain sum', 'steered']
     """
-    axes = _axes(axes)
     lines = {}
     for method, history in histories.items():
         columns = _columns(history, "loss")
         if component not in columns:
             raise ValueError(f"the history of {method!r} has losses {sorted(columns)}; {component!r} is not one")
         lines[method] = columns[component]
-    _lines(axes, lines, smooth=smooth)
-    axes.set(xlabel="step", ylabel=f"loss {component!r}")
-    return _figure_of(axes)
+    return _lines(axes, lines, smooth, ylabel=f"loss {component!r}")
 
 
 def angles_by_decile(angles: Mapping[str, Values], *, axes: Axes | None = None) -> Figure:
@@ -255,15 +243,14 @@ def angles_by_decile(angles: Mapping[str, Values], *, axes: Axes | None = None) 
     """
     if not angles:
         raise ValueError("there are no angles to draw: pass at least one pair")
-    axes = _axes(axes)
-    _lines(axes, {pair: (torch.arange(len(values)), _tensor(values)) for pair, values in angles.items()}, marker="o")
-    axes.axhline(90, color="0.4", linewidth=0.8, zorder=1)
-    axes.set(xlabel="visual dependency of the tokens (decile)", ylabel="angle between gradients (degrees)")
+    axes = axes or _figure().subplots()
     axes.locator_params(axis="x", integer=True)
-    return _figure_of(axes)
+    lines = {pair: (torch.arange(len(values)), _tensor(values)) for pair, values in angles.items()}
+    axes.set_ylabel("angle between gradients (degrees)")
+    return _lines(axes, lines, marker="o", level=90, xlabel="visual dependency of the tokens (decile)")
 
 
-def _columns(history: Mapping[str, Values], kind: str) -> dict[str, tuple[Tensor, Tensor]]:
+def _columns(history: Mapping[str, Values], kind: str) -> _Lines:
     """Return steps and values of every number of a kind, by the name of its component or pair."""
     prefix = f"steer/{kind}/"
     found = {key.removeprefix(prefix): _tensor(values) for key, values in history.items() if key.startswith(prefix)}
@@ -273,19 +260,22 @@ def _columns(history: Mapping[str, Values], kind: str) -> dict[str, tuple[Tensor
     return {name: (steps, values) for name, values in found.items()}
 
 
-def _norms(axes: Axes, lines: Mapping[str, tuple[Tensor, Tensor]], smooth: int) -> None:
-    _lines(axes, lines, smooth=smooth)
-    medians = [y.nanmedian().item() for _, y in lines.values()]
-    positive = [median for median in medians if median > 0]
+def _norms(axes: Axes | None, lines: _Lines, smooth: int, *, ylabel: str) -> Figure:
+    axes = axes or _figure().subplots()
+    positive = [median for _, y in lines.values() if (median := y.nanmedian().item()) > 0]
+    figure = _lines(axes, lines, smooth, ylabel=ylabel)
     if positive and max(positive) > _APART * min(positive):
         axes.set_yscale("log")
     else:
         axes.set_ylim(bottom=0)
+    return figure
 
 
 def _lines(
-    axes: Axes, lines: Mapping[str, tuple[Tensor, Tensor]], *, smooth: int = 1, marker: str | None = None
-) -> None:
+    axes: Axes | None, lines: _Lines, smooth: int = 1, *, marker: str = "", level: float | None = None, **settings: Any
+) -> Figure:
+    """Draw some lines on the given axes or on new ones, and a thin one at ``level``; return the figure."""
+    axes = axes or _figure().subplots()
     for i, (label, (x, y)) in enumerate(lines.items()):
         present = ~y.isnan()  # the line of a component continues over steps without it
         x, y = x[present], y[present]
@@ -294,21 +284,17 @@ def _lines(
         colour = COLOURS[i % len(COLOURS)]
         dot = marker or ("." if len(y) == 1 else None)  # a line of one point would not show
         axes.plot(x.tolist(), y.tolist(), color=colour, marker=dot, linewidth=1.6, label=label)
+    if level is not None:
+        axes.axhline(level, color="0.4", linewidth=0.8, zorder=1)
+    axes.set(**{"xlabel": "step", **settings})
     axes.grid(color="0.92")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
+    return cast("Figure", axes.figure)
 
 
 def _tensor(values: Values) -> Tensor:
     return torch.as_tensor(values, dtype=torch.float64).detach().cpu()
-
-
-def _axes(axes: Axes | None) -> Axes:
-    return _figure().subplots() if axes is None else axes
-
-
-def _figure_of(axes: Axes) -> Figure:
-    return cast("Figure", axes.figure)
 
 
 def _figure(*, height: float = 3.6) -> Figure:
