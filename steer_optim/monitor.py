@@ -166,23 +166,20 @@ class Monitor:
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Continue from a record; drop what was recorded here before."""
-        columns = dict(state_dict)
-        self._steps = columns.pop("step").tolist()
+        columns = {name: torch.as_tensor(c, dtype=torch.float64, device="cpu") for name, c in state_dict.items()}
+        self._steps = columns.pop("step").long().tolist()
         self._columns, self._pending = columns, []
 
     def _move_to_host(self) -> None:
-        groups: dict[Keys, list[int]] = {}
-        for i, (keys, _) in enumerate(self._pending):
-            groups.setdefault(keys, []).append(i)
-        moved = [torch.stack([self._pending[i][1] for i in group]).cpu().double() for group in groups.values()]
-        new = len(self._pending)
-        self._columns = {key: pad(column, (0, new), value=math.nan) for key, column in self._columns.items()}
-        for (keys, group), values in zip(groups.items(), moved, strict=True):
-            places = torch.tensor(group, device="cpu") + len(self) - new
-            for key, column in zip(keys, values.unbind(1), strict=True):
+        groups: dict[Keys, dict[int, Tensor]] = {}
+        for place, (keys, row) in enumerate(self._pending, len(self) - len(self._pending)):
+            groups.setdefault(keys, {})[place] = row
+        columns = {key: pad(c, (0, len(self._pending)), value=math.nan) for key, c in self._columns.items()}
+        for keys, rows in groups.items():
+            for key, column in zip(keys, torch.stack([*rows.values()]).cpu().double().unbind(1), strict=True):
                 absent = torch.full((len(self),), math.nan, dtype=torch.float64, device="cpu")
-                self._columns.setdefault(key, absent)[places] = column
-        self._pending = []
+                columns.setdefault(key, absent)[[*rows]] = column
+        self._columns, self._pending = columns, []
 
 
 def _row(geometry: Geometry) -> tuple[Keys, Tensor]:
@@ -196,15 +193,12 @@ def _row(geometry: Geometry) -> tuple[Keys, Tensor]:
     if geometry.losses is not None:
         add("loss", geometry.losses)
     add("weight", geometry.weights.reshape(-1, k).mean(0))
-    if geometry.age:
-        return tuple(numbers), torch.stack(list(numbers.values()))
-    whole = geometry.overall
-    add("norm", whole.norms)
-    conflicts = geometry.conflicts.reshape(-1, k, k).to(whole.G.dtype).mean(0)
-    update_norm = geometry.update_norm.square().sum().sqrt()
-    for kind, matrix in (("cos", whole.cosines), ("angle", whole.angles), ("conflict", conflicts)):
-        for i, j in combinations(sorted(range(k), key=names.__getitem__), 2):
-            numbers[f"steer/{kind}/{names[i]}~{names[j]}"] = matrix[i, j]
-    numbers["steer/update_norm"] = update_norm
-    numbers["steer/update_norm_ratio"] = update_norm / whole.sum_norm
+    if not geometry.age:
+        whole, update_norm = geometry.overall, geometry.update_norm.square().sum().sqrt()
+        add("norm", whole.norms)
+        conflicts = geometry.conflicts.reshape(-1, k, k).to(whole.G.dtype).mean(0)
+        for kind, matrix in (("cos", whole.cosines), ("angle", whole.angles), ("conflict", conflicts)):
+            for i, j in combinations(sorted(range(k), key=names.__getitem__), 2):
+                numbers[f"steer/{kind}/{names[i]}~{names[j]}"] = matrix[i, j]
+        numbers |= {"steer/update_norm": update_norm, "steer/update_norm_ratio": update_norm / whole.sum_norm}
     return tuple(numbers), torch.stack(list(numbers.values()))
