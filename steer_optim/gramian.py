@@ -142,14 +142,14 @@ def gramian(held: GradientSets) -> Tensor:
 
 
 def _all_reduced(held: GradientSets, *, wide: bool) -> Tensor:
-    total = None
+    total = zeros(held.device, held.scopes, held.k, held.k)
     for groups, rows in held.rows().items():
         G = inner_products(rows, held.scopes, held.k, held.device, wide=wide)
         # Over the dimensions that shard; those that replicate would count everything twice.
         for group in groups:
             dist.all_reduce(G, group=group)
-        total = G if total is None else total + G
-    return zeros(held.device, held.scopes, held.k, held.k) if total is None else total
+        total += G
+    return total
 
 
 def _needs_float64(G: Tensor) -> bool:
@@ -205,9 +205,7 @@ def measure(losses: Losses, parameters: Iterable[Tensor], *, retain_graph: bool 
     values: list[Tensor | None] = []
     for name, loss, keep in evaluate(losses, retain_graph=retain_graph):
         values.append(None if loss is None else loss.detach())
-        if loss is None:
-            held.take(name, None)
-        else:
+        if loss is not None:
             held.take(name, unshared(capture_isolated([loss], None, trainable, {}, retain_graph=keep)))
             if not held.sets[name]:
                 raise unreached_error(name)

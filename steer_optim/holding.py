@@ -47,29 +47,28 @@ class LocalSets:
 
     def __init__(self, names: Sequence[str], parameters: Sequence[Sequence[Tensor]]) -> None:
         self.names, self.k, self.scopes = names, len(names), len(parameters)
-        self.sets: dict[str, Gradients] = {}
+        self.sets: dict[str, Gradients] = {name: {} for name in names}
         self._members = [(scope, p) for scope, own in enumerate(parameters) for p in dict.fromkeys(own)]
         self.device = self._members[0][1].device
-        self._rows: dict[Groups, list[tuple[Tensor, Row]]] | None = None
+        self._rows: dict[Groups, dict[Tensor, Row]] = {}
 
     def take(self, name: str, gradients: Gradients | None) -> None:
         """Keep the set of one component; None if it is absent."""
-        self.sets[name] = {} if gradients is None else gradients
+        self.sets[name] = gradients or {}
 
     def rows(self) -> dict[Groups, list[Row]]:
         """Return the rows of every parameter that a component reaches, by the groups that hold the rest."""
-        if self._rows is None:
-            self._rows = {}
+        if not self._rows:
             for scope, p in self._members:
                 found = [self.sets[name].pop(p, None) for name in self.names]
                 if any(g is not None for g in found):
                     row = [None if g is None else _local(p, g) for g in found]
-                    self._rows.setdefault(_shard_groups(p), []).append((p, (scope, row)))
-        return {groups: [row for _, row in members] for groups, members in self._rows.items()}
+                    self._rows.setdefault(_shard_groups(p), {})[p] = scope, row
+        return {groups: [*own.values()] for groups, own in self._rows.items()}
 
     def gather(self, update: Sequence[Tensor]) -> Gradients:
         """Return the update by parameter, from the combined rows."""
-        parameters = [p for members in (self._rows or {}).values() for p, _ in members]
+        parameters = [p for own in self._rows.values() for p in own]
         return {p: _like(p, total) for p, total in zip(parameters, update, strict=True)}
 
 
@@ -129,7 +128,7 @@ class AveragedSets:
 
     def take(self, name: str, gradients: Gradients | None) -> None:
         """Start averaging the set of one component, and empty it; None if it is absent here."""
-        here = {} if gradients is None else gradients
+        here = gradients or {}
         # 0: not reached, 1: dense, 2: sparse; and last, whether the component is present.
         flags = [0 if p not in here else 2 if here[p].is_sparse else 1 for p in self._parameters]
         self._flags[name] = [*flags, int(gradients is not None)]
@@ -206,13 +205,11 @@ class AveragedSets:
         """All-gather the update, which each replica combined in place of its pieces of the first component."""
         pieces = iter(self._pieces[self.names[0]])
         self._pieces, self._rows = {}, []
-        flats: list[Tensor] = []
-        works: list[Any] = []
-        for buffer in self._buffers:
-            flats.append(buffer.parameters[0].new_empty(sum(buffer.messages)))
-            messages = flats[-1].split(buffer.messages) if buffer.messages else ()
-            works += [_all_gather(message, next(pieces), group=self._group, async_op=True) for message in messages]
-        for work in works:
+        flats = [buffer.parameters[0].new_empty(sum(buffer.messages)) for buffer in self._buffers]
+        messages = [
+            m for flat, own in zip(flats, self._buffers, strict=True) if len(flat) for m in flat.split(own.messages)
+        ]
+        for work in [_all_gather(message, next(pieces), group=self._group, async_op=True) for message in messages]:
             work.wait()
         result = {}
         for flat, buffer in zip(flats, self._buffers, strict=True):
