@@ -30,8 +30,8 @@ class Agreement:
         self.averages: bool | None = None
         self._seen: tuple[int, ...] = ()
         self._compared = False  # whether the values of the parameters in _seen were compared
-        self._trouble: Tensor | None = None
-        self._update: Tensor | None = None
+        self._trouble: Tensor | int = 0
+        self._update: Tensor | int = 0
 
     def check(
         self,
@@ -62,15 +62,14 @@ class Agreement:
         none = torch.zeros((), dtype=torch.int64, device=device)
         sums = [int(not self._compared), *(zlib.crc32(fact.encode()) for fact in facts.values())]
         digest = sum((_bits(t.to(device)) for t in memory), start=none)
-        trouble = none if self._trouble is None else self._trouble
-        update = none if self._update is None else self._update
         # Filled one by one: torch.tensor(list, device=...) copies from the host, which synchronizes.
-        mine = torch.stack([*(none.new_full((), number) for number in sums), digest, update, trouble])
+        numbers = [none.new_full((), number) for number in sums]
+        mine = torch.stack([*numbers, digest, none + self._update, none + self._trouble])
         extremes = _extremes(mine, group)
         if not read:
-            self._trouble = (extremes[0, 1:] != extremes[1, 1:]).any().to(torch.int64) | trouble
+            self._trouble = (extremes[0, 1:] != extremes[1, 1:]).any() | mine[-1]
             return
-        self._trouble = self._update = None
+        self._trouble = self._update = 0
         highest, lowest = extremes.tolist()
         for (what, fact), high, low in zip(facts.items(), highest[1:], lowest[1:], strict=False):
             if high != low:
