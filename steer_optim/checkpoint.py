@@ -17,6 +17,7 @@ import re
 import uuid
 from collections import OrderedDict
 from collections.abc import Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +78,7 @@ def save(path: str | os.PathLike[str], optimizer: Optimizer, *, extra: Mapping[s
         "extra": extra if isinstance(extra, OrderedDict) else dict(extra or {}),
     }
     structure = json.dumps({key: _encode(value, key, tensors) for key, value in content.items()})
-    metadata = {
-        "format": _FORMAT,
-        "version": _VERSION,
-        "structure": structure,
-        "sha256": _digest(structure, tensors),
-    }
+    metadata = {"format": _FORMAT, "version": _VERSION, "structure": structure, "sha256": _digest(structure, tensors)}
     path = Path(os.path.realpath(path))
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no directory {path.parent} to save {path.name} in: create it first")
@@ -244,8 +240,8 @@ def _store(value: Tensor, where: str, tensors: dict[str, Tensor]) -> tuple[str, 
     name = where
     while name in tensors:  # {"a.b": ...} beside {"a": {"b": ...}}
         name += "'"
-    value = value.detach()
-    tensors[name] = torch.empty_like(value, device="cpu", memory_format=torch.contiguous_format).copy_(value)
+    like = torch.empty_like(value, device="cpu", memory_format=torch.contiguous_format)
+    tensors[name] = like.copy_(value.detach())
     # Fused optimizers walk parameter and state in memory order, so a channels_last state must stay so.
     return name, torch.empty_like(value, device="meta").stride()
 
@@ -276,13 +272,9 @@ def _class(optimizer: Optimizer) -> str:
 
 def _parameters(optimizer: Optimizer) -> list[list[list[Any]]]:
     """Return name (None if it has none), dtype and shape of each parameter of each group."""
-    groups = optimizer.param_groups
     return [
-        [
-            [name, str(p.dtype), list(p.shape)]
-            for name, p in zip(group.get("param_names") or [None] * len(group["params"]), group["params"], strict=True)
-        ]
-        for group in groups
+        [[n, str(p.dtype), list(p.shape)] for n, p in zip_longest(group.get("param_names") or (), group["params"])]
+        for group in optimizer.param_groups
     ]
 
 
@@ -292,8 +284,7 @@ def _check_parameters(path: Path, saved: list[list[list[Any]]], found: list[list
         raise ValueError(f"{path} holds parameter groups of sizes {sizes}; the optimizer has {found_sizes}")
     for g, (saved_group, group) in enumerate(zip(saved, found, strict=True)):
         for i, (a, b) in enumerate(zip(saved_group, group, strict=True)):
-            same_name = a[0] == b[0] or None in (a[0], b[0])
-            if not same_name or a[1:] != b[1:]:
+            if a[1:] != b[1:] or (a[0] != b[0] and None not in (a[0], b[0])):
                 raise ValueError(
                     f"parameter {i} of group {g} is {_describe(a)} in {path}, and {_describe(b)} in the optimizer"
                 )
