@@ -293,8 +293,7 @@ class Steering:
         if memory.KEY not in state_dict:
             return Memory()
         text, scopes = state_dict[memory.KEY], len(self._scopes())
-        devices = [p.device for p in self._parameters() if p.device.type != "meta"]
-        device = devices[0] if devices else torch.device("cpu")
+        device = next((p.device for p in self._parameters() if p.device.type != "meta"), torch.device("cpu"))
         return memory.unpack(text, owner=self._owner(), rule=self.rule, scopes=scopes, device=device)
 
     def adopt(self, memory: Memory) -> None:
@@ -314,9 +313,7 @@ class Steering:
         return f"Steering({self.rule!r}, scope={self.scope!r})"
 
     def _accumulates(self, accumulate: bool | None) -> bool:
-        if accumulate is None:
-            return self.accumulating is not None and self.accumulating()
-        return accumulate
+        return bool(self.accumulating and self.accumulating()) if accumulate is None else accumulate
 
     def _steer(self, losses: Losses, *, scale: Tensor | None, accumulate: bool, retain_graph: bool) -> Geometry | None:
         check_losses(losses)
@@ -388,10 +385,9 @@ class Steering:
             if self.scope != "model":
                 scopes = tuple(name for name, _ in self._scopes())
                 return weights, Memory(names, state, None, Geometry(names, G, weights, losses, scopes))
-            norms = G.new_zeros(len(names)) if old.last is None else old.last.geometry.norms
-            previous = torch.where(norms.isfinite(), norms, 0.0)
+            previous = G.new_zeros(len(names)) if old.last is None else old.last.geometry.norms
             kept = Geometry(names, G[0].clone(), weights[0].clone())  # the user may write to the other one
-            now = Last(self._rule_key(), kept, previous, scale)
+            now = Last(self._rule_key(), kept, previous.nan_to_num(0.0, 0.0), scale)
             return weights, Memory(names, state, now, Geometry(names, G[0], weights[0], losses))
         exact = last.geometry
         length, most = G[:, 0].clamp(min=0).sqrt(), BOUND * exact.update_norm * scale / last.scale

@@ -61,10 +61,7 @@ class GradVac(Rule):
 
     def init(self, G: Tensor, names: Sequence[str]) -> State:
         """Return the first state: no orders drawn, all targets 0."""
-        return {
-            "draws": torch.zeros(len(G), dtype=torch.int64, device=G.device),
-            "cosine": torch.zeros_like(G),
-        }
+        return {"draws": torch.zeros(len(G), dtype=torch.int64, device=G.device), "cosine": torch.zeros_like(G)}
 
     def update(self, G: Tensor, names: Sequence[str], state: State) -> tuple[Tensor, State]:
         """Return the summed coefficients of the corrected gradients, and the targets moved by ``beta``."""
