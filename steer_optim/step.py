@@ -70,26 +70,20 @@ class Step:
         self, losses: Mapping[str, Any], held: GradientSets | Pending
     ) -> Iterator[tuple[str, Gradients | None]]:
         """Yield each component and its set, None if absent; between refreshes, only the set of the weighted sum."""
-        pending, last = self.pending, self.pending.last
-        if last is None:
-            for name, loss, keep in evaluate(losses, retain_graph=self.retain_graph):
-                own = pending.sets.pop(name, None)
-                if loss is not None:
-                    own = self._backpropagate({name: loss}, own or {}, keep, held)
-                    del loss  # frees its graph before the next one is built
-                yield name, own
-            return
-        label = " + ".join(self.names)
-        own = pending.sets.pop(label, {})
-        tensors = {name: loss for name, loss in losses.items() if isinstance(loss, Tensor)}
-        if tensors:
-            own = self._backpropagate(tensors, own, self.retain_graph, held)
-        callables = {name: loss for name, loss in losses.items() if name not in tensors}
-        for name, loss, keep in evaluate(callables, retain_graph=self.retain_graph):
+        # The name of the one set between refreshes; None if every component has its own.
+        sets, label = self.pending.sets, None if self.pending.last is None else " + ".join(self.names)
+        together = {name: loss for name, loss in losses.items() if label and isinstance(loss, Tensor)}
+        if label and together:
+            sets[label] = self._backpropagate(together, sets.pop(label, {}), self.retain_graph, held)
+        alone = {name: loss for name, loss in losses.items() if name not in together}
+        for name, loss, keep in evaluate(alone, retain_graph=self.retain_graph):
             if loss is not None:
-                own = self._backpropagate({name: loss}, own, keep, held)
-                del loss
-        yield label, own
+                sets[label or name] = self._backpropagate({name: loss}, sets.pop(label or name, {}), keep, held)
+                del loss  # frees its graph before the next one is built
+            if not label:
+                yield name, sets.pop(name, None)
+        if label:
+            yield label, sets.pop(label, {})
 
     def _backpropagate(
         self, losses: Mapping[str, Tensor], own: Gradients, retain_graph: bool, held: GradientSets | Pending
