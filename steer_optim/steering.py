@@ -113,7 +113,6 @@ class Steering:
         self.scope = scope
         self.data_parallel = data_parallel
         self.refresh_every = refresh_every
-        self._names: tuple[str, ...] = ()
         self._memory = Memory()
         self._pending: Pending | None = None
         self._agreement = Agreement()
@@ -298,7 +297,7 @@ class Steering:
 
     def adopt(self, memory: Memory) -> None:
         """Continue from a memory that :meth:`read` returned."""
-        self._memory, self._names, self._agreement = memory, memory.names, Agreement()
+        self._memory, self._agreement = memory, Agreement()
         self.drop_pending()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -317,11 +316,11 @@ class Steering:
 
     def _steer(self, losses: Losses, *, scale: Tensor | None, accumulate: bool, retain_graph: bool) -> Geometry | None:
         check_losses(losses)
-        self._check_names(losses, accumulate=accumulate)
-        step = self._step(scale, retain_graph)
+        names = self._check_names(losses, accumulate=accumulate)
+        step = self._step(names, scale, retain_graph)
 
         held = step.pending if accumulate else self._hold(step)
-        for name, gradients in step.capture({name: losses.get(name) for name in self._names}, held):
+        for name, gradients in step.capture({name: losses.get(name) for name in names}, held):
             held.take(name, gradients)
         if isinstance(held, Pending):
             self._pending = held
@@ -340,7 +339,7 @@ class Steering:
             raise
         return new.geometry
 
-    def _step(self, scale: Tensor | None, retain_graph: bool) -> Step:
+    def _step(self, names: tuple[str, ...], scale: Tensor | None, retain_graph: bool) -> Step:
         """Return this call's `Step`, which continues a pending one. Parameters are reread: groups may be new."""
         scopes = [own for _, own in self._scopes()]
         parameters = [p for own in scopes for p in own if p.requires_grad]
@@ -354,10 +353,11 @@ class Steering:
         averaged = replicas is not None and self._agreement.averages is not False
         # Removed from `self` now, so that an error from here on drops the pending micro-batches.
         pending, self._pending = self._pending or Pending(self._last_to_reuse()), None
+        pending.names = names
         pending.parameters.update(parameters)
         if scale is not None:
             pending.scale = scale.detach().abs() + (0.0 if pending.scale is None else pending.scale)
-        return Step(self._names, scopes, parameters, others, replicas, peers, averaged, scale, retain_graph, pending)
+        return Step(scopes, parameters, others, replicas, peers, averaged, scale, retain_graph, pending)
 
     def _hold(self, step: Step) -> GradientSets:
         """Return the holder of this step's sets, after checking that the processes agree."""
@@ -375,7 +375,7 @@ class Steering:
     def _weigh(self, G: Tensor, step: Step) -> tuple[Tensor, Memory]:
         """Return the weights of the held sets, ``(S, k)`` (between refreshes ``(1, 1)``), and the new memory."""
         pending = step.pending
-        names, old, last = self._names, self._memory, pending.last
+        names, old, last = pending.names, self._memory, pending.last
         scale = G.new_ones(()) if pending.scale is None else pending.scale.to(G)
         for group in step.peers if pending.scale is not None else ():  # the same bound everywhere
             dist.all_reduce(scale, dist.ReduceOp.MAX, group=group)
@@ -408,7 +408,7 @@ class Steering:
         """Return what must be the same on all replicas, and its value here."""
         age = 0 if step.pending.last is None else step.pending.last.age + 1
         return {
-            "their components, or the order of these": ", ".join(map(repr, self._names)),
+            "their components, or the order of these": ", ".join(map(repr, step.pending.names)),
             "the number of their parameters": str(len(step.parameters)),
             "the shapes, dtypes or names of their parameters": ", ".join(
                 f"{name} {tuple(p.shape)} {p.dtype}" for name, p in zip(self._labels(), self._parameters(), strict=True)
@@ -417,18 +417,19 @@ class Steering:
             "refresh_every, or in the age of their weights": f"refresh_every={self.refresh_every} and age {age}",
         }
 
-    def _check_names(self, losses: Losses, *, accumulate: bool) -> None:
-        """Remember the order of the components; raise if a name does not fit."""
-        unknown = [name for name in losses if name not in self._names]
+    def _check_names(self, losses: Losses, *, accumulate: bool) -> tuple[str, ...]:
+        """Return all components known so far, in order; raise if a name does not fit."""
+        known = self._memory.names or (self._pending.names if self._pending else ())
+        unknown = [name for name in losses if name not in known]
         if unknown and self._memory.names:
             raise ValueError(
-                f"component {unknown[0]!r} is unknown: this steering has {', '.join(map(repr, self._names))}, the "
+                f"component {unknown[0]!r} is unknown: this steering has {', '.join(map(repr, known))}, the "
                 "components of its first step. Name all of them in that step, None for those that are absent"
             )
-        names = (*self._names, *unknown) if self._pending or self._memory.names else tuple(losses)
+        names = (*known, *unknown)
         if not accumulate:
             self.rule.check(names)
-        self._names = names
+        return names
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self._source.param_groups for p in group["params"]]

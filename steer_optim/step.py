@@ -29,6 +29,7 @@ class Pending:
     """Accumulated micro-batches: a set per component, or one set of the weighted sum if weights are reused."""
 
     last: Last | None  # whose weights are reused; None if the step takes a Gramian
+    names: tuple[str, ...] = ()  # the components known so far, in order
     sets: dict[str, Gradients] = field(default_factory=dict)
     losses: dict[str, Tensor] = field(default_factory=dict)
     parameters: set[Tensor] = field(default_factory=set)  # required grad in some micro-batch
@@ -44,7 +45,6 @@ class Pending:
 class Step:
     """One call of ``backward_components``, with the current parameters."""
 
-    names: tuple[str, ...]
     scopes: list[list[Tensor]]
     parameters: list[Tensor]
     others: list[Tensor]  # parameters of other steerings
@@ -62,7 +62,7 @@ class Step:
 
     def hold(self) -> GradientSets:
         """Return the holder of this step's sets."""
-        names = self.names if self.pending.last is None else (" + ".join(self.names),)
+        names = self.pending.names if self.pending.last is None else (" + ".join(self.pending.names),)
         parameters = [[p for p in own if p in self.pending.parameters] for own in self.scopes]
         return AveragedSets(names, parameters, self.replicas) if self.isolated else LocalSets(names, parameters)
 
@@ -71,7 +71,7 @@ class Step:
     ) -> Iterator[tuple[str, Gradients | None]]:
         """Yield each component and its set, None if absent; between refreshes, only the set of the weighted sum."""
         # The name of the one set between refreshes; None if every component has its own.
-        sets, label = self.pending.sets, None if self.pending.last is None else " + ".join(self.names)
+        sets, label = self.pending.sets, None if self.pending.last is None else " + ".join(self.pending.names)
         together = {name: loss for name, loss in losses.items() if label and isinstance(loss, Tensor)}
         if label and together:
             sets[label] = self._backpropagate(together, sets.pop(label, {}), self.retain_graph, held)
