@@ -79,16 +79,6 @@ def unreached_error(name: str) -> ValueError:
     )
 
 
-def grad_tensor(loss: Tensor, factors: Iterable[Tensor | None]) -> Tensor | None:
-    """Return the product of some factors as the ``grad_tensor`` of ``loss``; None without factors."""
-    root = None
-    for factor in factors:
-        if factor is not None:
-            # In its own memory: a view of it may become some parameter's gradient.
-            root = torch.empty_like(loss).copy_(factor if root is None else root * factor.to(root))
-    return root
-
-
 def capture(
     losses: Sequence[Tensor],
     grad_tensors: Sequence[Tensor | None],
@@ -117,10 +107,7 @@ def capture(
     before = [(p, p.grad.clone() if reducer and p.grad is not None else p.grad) for p in (*parameters, *others)]
     try:
         try:
-            for p in others:
-                p.grad = None
-            for p in parameters:
-                p.grad = own.get(p)
+            put_back((p, own.get(p)) for p, _ in before)
             _with_remedy(lambda: torch.autograd.backward(losses, grad_tensors, retain_graph=retain_graph))
             return own | unshared({p: p.grad for p in parameters if p.grad is not None})
         finally:
@@ -174,8 +161,8 @@ def capture_isolated(
     if any(g is None for g in taken) and any(map(is_reentrant, graph(losses))):
         # torch.autograd.grad skips it without an error if no parameter is upstream of it.
         raise RuntimeError(_REMEDIES["use_reentrant=True"])
-    new = {p: g for p, g in zip(parameters, taken, strict=True) if g is not None}
-    return own | {p: own[p] + g if p in own else g for p, g in new.items()}
+    new = zip(parameters, taken, strict=True)
+    return own | {p: own[p] + g if p in own else g for p, g in new if g is not None}
 
 
 def _remove_hooks(parameters: Iterable[Tensor], hook: Callable[[Tensor], None] | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,16 +10,7 @@ import torch
 from torch import Tensor
 
 from steer_optim.agreement import Agreement
-from steer_optim.capture import (
-    Gradients,
-    capture,
-    capture_isolated,
-    evaluate,
-    grad_tensor,
-    graph,
-    is_reentrant,
-    unreached_error,
-)
+from steer_optim.capture import Gradients, capture, capture_isolated, evaluate, graph, is_reentrant, unreached_error
 from steer_optim.holding import AveragedSets, GradientSets, LocalSets
 from steer_optim.memory import Last
 
@@ -92,7 +83,7 @@ class Step:
         last, terms, grad_tensors = self.pending.last, list(losses.values()), []
         for name, loss in losses.items():
             weight = None if last is None else last.geometry.weights[last.geometry.index(name)]
-            grad_tensors.append(grad_tensor(loss, (weight, self.scale)))
+            grad_tensors.append(_grad_tensor(loss, (weight, self.scale)))
             before = self.pending.losses.get(name)
             self.pending.losses[name] = loss.detach() if before is None else before + loss.detach()
         if self.isolated:
@@ -140,3 +131,13 @@ class Step:
         held = self.hold()
         held.take(label, own)
         return held
+
+
+def _grad_tensor(loss: Tensor, factors: Iterable[Tensor | None]) -> Tensor | None:
+    """Return the product of some factors as the ``grad_tensor`` of ``loss``; None without factors."""
+    root = None
+    for factor in factors:
+        if factor is not None:
+            # In its own memory: a view of it may become some parameter's gradient.
+            root = torch.empty_like(loss).copy_(factor if root is None else root * factor.to(root))
+    return root
