@@ -158,22 +158,17 @@ class SteeredOptimizer(OptimizerFacade):
 
     def _export_state(self) -> dict[str, Any]:
         state_dict, memory = super()._export_state(), self.steering.state_dict()
-        if not _has_groups(state_dict):
+        if not state_dict.get("param_groups"):  # the layout of a wrapper around several optimizers
             return {**state_dict, **memory}
         first, *others = state_dict["param_groups"]
         return {**state_dict, "param_groups": [{**first, **memory}, *others]}
 
     def _import_state(self, state_dict: dict[str, Any]) -> None:
         """Load the inner state and the rule's memory, or neither; a plain inner state dict resets the rule."""
-        place = state_dict["param_groups"][0] if _has_groups(state_dict) else state_dict
+        place = state_dict["param_groups"][0] if state_dict.get("param_groups") else state_dict
         memory = self.steering.read({KEY: place[KEY]} if KEY in place else {})
         rest = {key: value for key, value in place.items() if key != KEY}
         if place is not state_dict:
             rest = {**state_dict, "param_groups": [rest, *state_dict["param_groups"][1:]]}
         super()._import_state(rest)
         self.steering.adopt(memory)
-
-
-def _has_groups(state_dict: dict[str, Any]) -> bool:
-    """Return whether a state dict has torch's layout; a wrapper around several optimizers may use another."""
-    return bool(state_dict.get("param_groups"))

@@ -225,8 +225,7 @@ def pcd(J: Tensor, v: int, sq_norms: Tensor, *, tau: float) -> Tensor:
     for active in chain.from_iterable(combinations(others, size) for size in range(len(J))):
         A = unit[list(active)]
         d = unit[v] + torch.linalg.pinv(A) @ (tau * A.square().sum(1) - A @ unit[v])
-        feasible = all(unit[j] @ d >= tau * unit[j] @ unit[j] - 1e-9 * unit[j].norm() * d.norm() for j in others)
-        if feasible:
+        if all(unit[j] @ d >= tau * unit[j] @ unit[j] - 1e-9 * unit[j].norm() * d.norm() for j in others):
             candidates.append(d)
     nearest = min(candidates, key=lambda d: float((d - unit[v]).norm()), default=unit[v])
     return rescale(nearest, J[v].norm())
