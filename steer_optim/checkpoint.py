@@ -196,8 +196,9 @@ def _encode(value: Any, where: str, tensors: dict[str, Tensor]) -> object:
         values = [_encode(item, f"{where}.{key}", tensors) for key, item in value.items()]
         return {"dict": list(zip(keys, values, strict=True))}
     if kind is OrderedDict:  # a module's state dict, whose attribute _metadata has the versions of its layers
-        parts = _encode(dict(value), where, tensors), _encode(vars(value), f"{where}.__dict__", tensors)
-        return {"OrderedDict": list(parts)}
+        return {
+            "OrderedDict": [_encode(dict(value), where, tensors), _encode(vars(value), f"{where}.__dict__", tensors)]
+        }
     if is_dtensor(value):
         raise TypeError(
             f"{where} is a DTensor, of which this process may hold a part only, and a checkpoint is one file: save "

@@ -12,6 +12,7 @@ import re
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from itertools import chain
 from typing import Any, Literal, overload
 
 import torch
@@ -40,9 +41,6 @@ _ALIVE: weakref.WeakSet[Steering] = weakref.WeakSet()  # each leaves the others'
 
 class _Groups(Optimizer):
     """Hold parameters, groups and names as torch reads them; never step."""
-
-    def __init__(self, parameters: Iterable[Any]) -> None:
-        super().__init__(parameters, {})
 
 
 class Steering:
@@ -108,7 +106,7 @@ class Steering:
         if scope not in ("model", "group", "tensor"):
             raise ValueError(f"scope must be 'model', 'group' or 'tensor'; got {scope!r}")
         # torch itself reads parameters, groups and names, and raises its errors.
-        self._source = parameters if isinstance(parameters, Optimizer) else _Groups(parameters)
+        self._source = parameters if isinstance(parameters, Optimizer) else _Groups(parameters, {})
         self._rule = rule
         self.scope = scope
         self.data_parallel = data_parallel
@@ -441,17 +439,15 @@ class Steering:
         """
         groups = [(i, group) for i, group in enumerate(self._source.param_groups) if group["params"]]
         if self.scope == "model":
-            return [("model", [p for _, group in groups for p in group["params"]])]
+            return [("model", self._parameters())]
         if self.scope == "group":
             return [(f"group {i}", group["params"]) for i, group in groups]
         return [(name, [p]) for name, p in zip(self._labels(), self._parameters(), strict=True)]
 
     def _labels(self) -> list[str]:
-        return [
-            group["param_names"][j] if "param_names" in group else f"group {i} tensor {j}"
-            for i, group in enumerate(self._source.param_groups)
-            for j in range(len(group["params"]))
-        ]
+        groups = enumerate(self._source.param_groups)
+        names = (g.get("param_names") or [f"group {i} tensor {j}" for j in range(len(g["params"]))] for i, g in groups)
+        return [*chain.from_iterable(names)]
 
     def _owner(self) -> str:
         """Return the class of the rule and the scope: a memory saved with others is refused."""
