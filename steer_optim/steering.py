@@ -317,11 +317,12 @@ class Steering:
         names = self._check_names(losses, accumulate=accumulate)
         step = self._step(names, scale, retain_graph)
 
-        held = step.pending if accumulate else self._hold(step)
-        for name, gradients in step.capture({name: losses.get(name) for name in names}, held):
-            held.take(name, gradients)
-        if isinstance(held, Pending):
-            self._pending = held
+        held = None if accumulate else self._hold(step)
+        for name in step.capture({name: losses.get(name) for name in names}, held):
+            if held is not None:
+                held.take(name, step.pending.sets.pop(name, None))
+        if held is None:
+            self._pending = step.pending
             return None
 
         held = step.average(held, self._agreement)

@@ -26,11 +26,6 @@ class Pending:
     parameters: set[Tensor] = field(default_factory=set)  # required grad in some micro-batch
     scale: Tensor | None = None  # the factor on the losses, summed over micro-batches
 
-    def take(self, name: str, gradients: Gradients | None) -> None:
-        """Keep one set for the next micro-batch."""
-        if gradients is not None:
-            self.sets[name] = gradients
-
 
 @dataclass
 class Step:
@@ -57,30 +52,29 @@ class Step:
         parameters = [[p for p in own if p in self.pending.parameters] for own in self.scopes]
         return AveragedSets(names, parameters, self.replicas) if self.isolated else LocalSets(names, parameters)
 
-    def capture(
-        self, losses: Mapping[str, Any], held: GradientSets | Pending
-    ) -> Iterator[tuple[str, Gradients | None]]:
-        """Yield each component and its set, None if absent; between refreshes, only the set of the weighted sum."""
-        # The name of the one set between refreshes; None if every component has its own.
-        sets, label = self.pending.sets, None if self.pending.last is None else " + ".join(self.pending.names)
+    def capture(self, losses: Mapping[str, Any], held: GradientSets | None) -> Iterator[str]:
+        """Add the gradients to the pending sets; yield each component when its set is complete, or it is absent.
+
+        Between refreshes yield once: the name of the set of the weighted sum. ``held`` takes the sets; None if pending.
+        """
+        label = None if self.pending.last is None else " + ".join(self.pending.names)
         together = {name: loss for name, loss in losses.items() if label and isinstance(loss, Tensor)}
         if label and together:
-            sets[label] = self._backpropagate(together, sets.pop(label, {}), self.retain_graph, held)
+            self._backpropagate(label, together, self.retain_graph, held)
         alone = {name: loss for name, loss in losses.items() if name not in together}
         for name, loss, keep in evaluate(alone, retain_graph=self.retain_graph):
             if loss is not None:
-                sets[label or name] = self._backpropagate({name: loss}, sets.pop(label or name, {}), keep, held)
+                self._backpropagate(label or name, {name: loss}, keep, held)
                 del loss  # frees its graph before the next one is built
             if not label:
-                yield name, sets.pop(name, None)
+                yield name
         if label:
-            yield label, sets.pop(label, {})
+            yield label
 
-    def _backpropagate(
-        self, losses: Mapping[str, Tensor], own: Gradients, retain_graph: bool, held: GradientSets | Pending
-    ) -> Gradients:
-        """Backpropagate some losses in one pass, each times its weight if known, and add to the set ``own``."""
+    def _backpropagate(self, label: str, losses: Mapping[str, Tensor], keep: bool, held: GradientSets | None) -> None:
+        """Backpropagate some losses in one pass, each times its weight if known, and add to the set ``label``."""
         last, terms, grad_tensors = self.pending.last, list(losses.values()), []
+        sets, own, reducer = self.pending.sets, self.pending.sets.get(label, {}), self.replicas is not None
         for name, loss in losses.items():
             weight = None if last is None else last.geometry.weights[last.geometry.index(name)]
             grad_tensors.append(_grad_tensor(loss, (weight, self.scale)))
@@ -91,17 +85,16 @@ class Step:
             if isinstance(held, AveragedSets):
                 on_gradient = held.on_gradient
                 held.unsteered.extend(self._unsteered(terms))
-            return capture_isolated(
-                terms, grad_tensors, self.parameters, own, retain_graph=retain_graph, on_gradient=on_gradient
+            sets[label] = capture_isolated(
+                terms, grad_tensors, self.parameters, own, retain_graph=keep, on_gradient=on_gradient
             )
-        reducer = self.replicas is not None
+            return
         others = self._others(terms)
-        own = capture(
-            terms, grad_tensors, self.parameters, own, retain_graph=retain_graph, others=others, reducer=reducer
+        sets[label] = capture(
+            terms, grad_tensors, self.parameters, own, retain_graph=keep, others=others, reducer=reducer
         )
-        if not own and not reducer:
+        if not sets[label] and not reducer:
             raise unreached_error(" + ".join(losses))
-        return own
 
     def _others(self, losses: Sequence[Tensor]) -> list[Tensor]:
         """Return the parameters of other steerings that the losses reach; another thread may be using the rest."""
