@@ -19,8 +19,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from steer_optim.gramian import Geometry
 from steer_optim.monitor import Monitor
 from steer_optim.optimizer import SteeredOptimizer
@@ -73,7 +71,7 @@ def watch_trainer(trainer: Any, steering: Steering | None = None) -> Monitor:
             # The checkpoint of an unwatched run has no record, and the trainer saves only entries that exist.
             saved = state.stateful_callbacks.setdefault("SteeringCallback", self.state())
             record = json.loads(saved["attributes"]["record"]) if state.global_step else {"step": []}
-            watch.load_state_dict({name: _column(name, values) for name, values in record.items()})
+            watch.load_state_dict(record)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             watch.record(state.global_step)
@@ -241,7 +239,3 @@ def _accelerate_accumulates() -> bool:
     from accelerate.state import GradientState
 
     return not GradientState().sync_gradients
-
-
-def _column(name: str, values: list[float]) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int64 if name == "step" else torch.float64, device="cpu")
