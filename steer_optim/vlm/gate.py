@@ -215,16 +215,11 @@ def visual_tokens(
             f"vds_BT and mask_BT must have one shape; got {tuple(vds_BT.shape)} and {tuple(mask_BT.shape)}"
         )
     vds_N = vds_BT[mask_BT]
-    # All processes must learn of a NaN, or those without one would deadlock.
-    counts, nans = _gather(torch.stack([mask_BT.sum(), vds_N.isnan().sum()]), group).tolist()
-    if any(nans):
+    every_N, start = _everywhere(vds_N, group)
+    if every_N.isnan().any():
         raise ValueError("vds_BT must not be NaN where mask_BT is True; found NaN")
-    budget = _budget(sum(counts), quantile)
-    if group is None:
-        top = vds_N.sort(descending=True, stable=True).indices[:budget]
-        gate_N = torch.zeros_like(vds_N, dtype=torch.bool).index_fill(0, top, True)
-    else:
-        gate_N = _highest(vds_N, budget, group)
+    top = every_N.sort(descending=True, stable=True).indices[: _budget(len(every_N), quantile)]
+    gate_N = torch.zeros_like(every_N, dtype=torch.bool).index_fill(0, top, True)[start : start + len(vds_N)]
     return torch.zeros_like(mask_BT).masked_scatter(mask_BT, gate_N & (vds_N > 0))
 
 
@@ -268,36 +263,10 @@ def _budget(n: int, quantile: float) -> int:
     return math.ceil((1 - Fraction(str(float(quantile)))) * n)
 
 
-def _highest(vds_N: Tensor, budget: int, group: dist.ProcessGroup) -> Tensor:
-    """Return where the ``budget`` highest scores of all processes are, ties by (rank, index), negative scores as 0.
-
-    A radix select: the score at the edge is found byte by byte from histograms over all processes, so that no score is
-    sent.
-    """
-    if budget == 0:
-        return torch.zeros_like(vds_N, dtype=torch.bool)
-    # The bits of nonnegative floats have the order of the floats. Every floating dtype is exact in float64.
-    bits_N = torch.where(vds_N > 0, vds_N, 0).double().view(torch.int64)
-    edge, left, candidates = 0, budget, bits_N
-    for shift in range(56, -8, -8):
-        bytes_N = candidates >> shift & 255
-        histogram = torch.bincount(bytes_N, minlength=256)
-        dist.all_reduce(histogram, group=group)
-        higher = (histogram.sum() - histogram.cumsum(0)).tolist()  # how many candidates exceed each byte
-        byte = sum(count >= left for count in higher)
-        left -= higher[byte]
-        edge |= byte << shift
-        candidates = candidates[bytes_N == byte]
-    ties_R = _gather(histogram.new_tensor([len(candidates)]), group)[0]
-    tied_N = bits_N == edge
-    place_N = ties_R[: dist.get_rank(group)].sum() + tied_N.cumsum(0)
-    return (bits_N > edge) | (tied_N & (place_N <= left))
-
-
-def _gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Return ``x``, ``(n,)``, of all processes as ``(n, R)``."""
+def _everywhere(x_N: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, int]:
+    """Return the values of all processes, concatenated by rank, and where those of this process begin."""
     if group is None:
-        return x[:, None]
-    gathered = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(gathered, x, group=group)
-    return torch.stack(gathered, dim=1)
+        return x_N, 0
+    parts = [x_N] * dist.get_world_size(group)
+    dist.all_gather_object(parts, x_N.cpu(), group=group)
+    return torch.cat(parts).to(x_N.device), sum(map(len, parts[: dist.get_rank(group)]))
