@@ -59,37 +59,35 @@ class Family:
         return self.opening + self.closing + self.around
 
 
-_FAKE = Family(around=("<fake_token_around_image>",))
-_GEMMA = Family(newlines=range(107, 138))
-_PIXTRAL = Family(closing=("[IMG_BREAK]", "[IMG_END]"))
+_DEFAULT = Family(per_token={"token_type_ids": 0, "mm_token_type_ids": 0})
+_BARE = (
+    *("deepseek_ocr2", "deepseek_vl", "deepseek_vl_hybrid", "fast_vlm", "granite4_vision", "inkling_mm_model"),
+    *("lighton_ocr", "llava", "llava_next", "llava_next_video", "llava_onevision", "perception_lm", "phi4_multimodal"),
+    *("unlimited_ocr", "video_llama_3", "video_llava", "vipllava"),
+)
+_PIXELS = Family(refused="it needs pixel values in every prompt")
 _INTERN = Family(opening=("<img>",), closing=("</img>",))
 _COHERE = Family(opening=("<|START_OF_IMG|>",), closing=("<|END_OF_IMG|>",), scaled=False)
-_BARE = Family(bare=True)
-_PIXELS = Family(refused="it needs pixel values in every prompt")
-_DEFAULT = Family(per_token={"token_type_ids": 0, "mm_token_type_ids": 0})
 
-# By model type, or by model type and that of the vision tower.
+# By model type, or by model type and that of the vision tower. First those that several model types share.
 FAMILIES = {
+    **dict.fromkeys(_BARE, Family(bare=True)),
+    **dict.fromkeys(("gemma3", "gemma3n", "shieldgemma2", "t5gemma2"), Family(newlines=range(107, 138))),
+    **dict.fromkeys(("idefics2", "idefics3", "smolvlm"), Family(around=("<fake_token_around_image>",))),
+    **dict.fromkeys(("llava/pixtral", "mistral3", "mistral_large4"), Family(closing=("[IMG_BREAK]", "[IMG_END]"))),
+    **dict.fromkeys(("internvl", "nemotron_h_omni", "pp_chart2table", "qianfan_ocr"), _INTERN),
+    **dict.fromkeys(("aya_vision", "cohere2_vision"), _COHERE),
+    **dict.fromkeys(("blip-2", "idefics", "instructblip", "kosmos-2"), _PIXELS),
     "aria": Family(opening=("<fim_prefix>",), closing=("<fim_suffix>",)),
-    "aya_vision": _COHERE,
     "blip": Family(refused="its text model attends to one image and needs it in every prompt"),
-    "blip-2": _PIXELS,
-    "cohere2_vision": _COHERE,
-    "deepseek_ocr2": _BARE,
-    "deepseek_vl": _BARE,
-    "deepseek_vl_hybrid": _BARE,
     "diffusion_gemma": Family(refused="it generates blocks of tokens at once and predicts no next token"),
     "dots3_note": Family(opening=("<|img|>",), closing=("<|endofimg|>",)),
     "emu3": Family(opening=("<|image start|>",), closing=("<|image end|>",)),
     "ernie4_5_vl_moe": Family(per_token={"moe_mm_token_type_ids": 0}),
     "evolla": Family(refused="its prompts hold proteins, not images"),
     "exaone4_5": Family(opening=("<vision>",), closing=("</vision>",)),
-    "fast_vlm": _BARE,
     "fuyu": Family(refused="its processor puts the image before the entire prompt, with coordinates in the text"),
-    "gemma3": _GEMMA,
-    "gemma3n": _GEMMA,
     "git": Family(refused="its prompt ids hold no tokens for the image"),
-    "granite4_vision": _BARE,
     "granite_docling": Family(
         # An image of one tile is not closed by a token. The newline of each row of tiles stays in the text view.
         opening=("<global-img>", *(f"<row_{row}_col_{column}>" for row in range(1, 11) for column in range(1, 11))),
@@ -101,49 +99,22 @@ FAMILIES = {
         "before it"
     ),
     "hyperclovax_vision_v2": Family(opening=("<|image_start|>",), closing=("<|image_end|>",)),
-    "idefics": _PIXELS,
-    "idefics2": _FAKE,
-    "idefics3": _FAKE,
     "inkling2": Family(bare=True, opening=("<|content_image|>",)),
-    "inkling_mm_model": _BARE,
-    "instructblip": _PIXELS,
     "instructblipvideo": Family(refused="it takes videos only"),
-    "internvl": _INTERN,
     "janus": Family(opening=("<begin_of_image>",), closing=("<end_of_image>",)),
-    "kosmos-2": _PIXELS,
     "kosmos-2.5": Family(refused="its placeholders are the same token that begins every text"),
     "lfm2_vl": Family(opening=("<|image_start|>",), closing=("<|image_end|>",)),
-    "lighton_ocr": _BARE,
-    "llava": _BARE,
-    "llava/pixtral": _PIXTRAL,
-    "llava_next": _BARE,
-    "llava_next_video": _BARE,
-    "llava_onevision": _BARE,
     "minimax_m3_vl": Family(opening=("]<]start of image[>[",), closing=("]<]end of image[>[",)),
-    "mistral3": _PIXTRAL,
-    "mistral_large4": _PIXTRAL,
     # In a mixed batch the tokens of a row without images attend to zeros, in place of other rows' images.
     "mllama": Family(bare=True, mixed=False, per_token={"cross_attention_mask": None}),
-    "nemotron_h_omni": _INTERN,
     "paddleocr_vl": Family(opening=("<|IMAGE_START|>",), closing=("<|IMAGE_END|>",)),
     "paligemma": Family(bare=True, per_token={"token_type_ids": 1}),
-    "perception_lm": _BARE,
-    "phi4_multimodal": _BARE,
     "pi0": Family(refused="it predicts robot actions, not tokens"),
-    "pp_chart2table": _INTERN,
-    "qianfan_ocr": _INTERN,
     "qwen2_5_omni_thinker": Family(opening=("<|vision_bos|>",), closing=("<|vision_eos|>",)),
     "qwen3_omni_moe_thinker": Family(
         opening=("<|vision_start|>", "<|audio_start|>"), closing=("<|vision_end|>", "<|audio_end|>")
     ),
-    "shieldgemma2": _GEMMA,
-    "smolvlm": _FAKE,
     "step3p7": Family(opening=("<patch_start>", "<im_start>"), closing=("<patch_end>", "<im_end>", "<patch_newline>")),
-    "t5gemma2": _GEMMA,
-    "unlimited_ocr": _BARE,
-    "video_llama_3": _BARE,
-    "video_llava": _BARE,
-    "vipllava": _BARE,
 }
 
 

@@ -66,7 +66,7 @@ def test_a_text_view_that_ids_cannot_give_at_all_is_no_failure(monkeypatch):
 
 def test_a_response_that_sees_its_future_is_found(monkeypatch):
     """Tokens of type 1 are those of an image to Gemma 3, which see each other."""
-    monkeypatch.setitem(families.FAMILIES, "gemma3", families._GEMMA.__class__(per_token={"token_type_ids": 1}))
+    monkeypatch.setitem(families.FAMILIES, "gemma3", Family(per_token={"token_type_ids": 1}))
     with pytest.raises(
         RuntimeError, match=r"sees its own future in the image view: logits of up to .* move by .*per_tok"
     ):
