@@ -18,7 +18,7 @@ import json
 import re
 import sys
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from pickle import UnpicklingError
@@ -33,7 +33,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_qu
 from steer_optim.vlm.advice import advise, investigate
 from steer_optim.vlm.data import Rows, conversation
 from steer_optim.vlm.examination import Examination
-from steer_optim.vlm.trainer import SteeredDistillationConfig, SteeredDistillationTrainer
+from steer_optim.vlm.trainer import SteeredDistillationConfig, SteeredDistillationTrainer, option
 
 # Options that may differ when a run resumes.
 _FREE = "logging log_ save report push hub eval disable_tqdm run_name resume dataloader output_dir vllm max_steps "
@@ -44,12 +44,8 @@ _FREE += "num_train_epochs per_device_eval local_rank distributed do_ project tr
 class DataArguments(ScriptArguments):  # type: ignore[misc]  # trl is untyped
     """Which data to train on, and how many rows to examine."""
 
-    held_out: int = field(
-        default=200, metadata={"help": "Rows that are examined before and after training, at most; 0 for none."}
-    )
-    measure_only: bool = field(
-        default=False, metadata={"help": "Score a few batches, print what they say about steering, and stop."}
-    )
+    held_out: int = option(200, "Rows that are examined before and after training, at most; 0 for none.")
+    measure_only: bool = option(False, "Score a few batches, print what they say about steering, and stop.")
 
 
 def load(data: DataArguments) -> tuple[Any, Any]:

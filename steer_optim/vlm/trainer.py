@@ -16,9 +16,8 @@ import ast
 import copy
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -39,7 +38,7 @@ from steer_optim.vlm.distillation import DecomposedDistillation
 from steer_optim.vlm.divergences import View
 from steer_optim.vlm.families import image_ids
 from steer_optim.vlm.forward import score
-from steer_optim.vlm.gate import adaptive_strength, sampled_log_probs, visual_dependency, visual_tokens
+from steer_optim.vlm.gate import sampled_log_probs, visual_dependency, visual_tokens
 from steer_optim.vlm.heads import HiddenStates
 from steer_optim.vlm.prompts import BadConversation, Prompts, Rollout, render
 from steer_optim.vlm.rollout import evaluating
@@ -53,6 +52,11 @@ if trl.__version__.rsplit(".", 1)[0] != TESTED:
         f"steer_optim.vlm.trainer uses private parts of trl {TESTED}; found {trl.__version__}: pip install "
         f"'trl=={TESTED}.*'"
     )
+
+
+def option(default: Any, help: str) -> Any:
+    """Return the field of an option of the command line."""
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -85,28 +89,20 @@ class SteeredDistillationConfig(DistillationConfig):  # type: ignore[misc]  # tr
         Steer(toward='vis', gain=0.0, project='conflict', preserve_norm=True)
     """
 
-    decomposition: str = field(
-        default="vgs-frozen",
-        metadata={"help": "vgs-frozen (recommended), vgs (the paper's), standard, tokens, exact, language, ..."},
+    decomposition: str = option(
+        "vgs-frozen", "vgs-frozen (recommended), vgs (the paper's), standard, tokens, exact, language, ..."
     )
-    gamma: float = field(default=2.0, metadata={"help": "Strength of steering."})
-    lam: float | None = field(
-        default=None, metadata={"help": "Weight of language preservation. Default: that of the decomposition."}
+    gamma: float = option(2.0, "Strength of steering.")
+    lam: float | None = option(None, "Weight of language preservation. Default: that of the decomposition.")
+    prior: str | None = option(
+        None, "The student's text-only view in q*: live, or frozen. Default: that of the decomposition."
     )
-    prior: str | None = field(
-        default=None,
-        metadata={"help": "The student's text-only view in q*: live, or frozen. Default: that of the decomposition."},
+    floor: float | None = option(
+        None, "Floor of the teacher's probabilities in q*; 0 for none. Default: the decomposition's."
     )
-    floor: float | None = field(
-        default=None,
-        metadata={"help": "Floor of the teacher's probabilities in q*; 0 for none. Default: the decomposition's."},
-    )
-    quantile: float = field(default=0.7, metadata={"help": "Tokens above it in visual dependency are visual."})
-    rule: str | None = field(
-        default=None,
-        metadata={"help": "Such as 'Steer(\"vis\", gain=2.0)' or 'PCGrad()'. Default: the decomposition's."},
-    )
-    refresh_every: int = field(default=10, metadata={"help": "Steps from one Gramian to the next."})
+    quantile: float = option(0.7, "Tokens above it in visual dependency are visual.")
+    rule: str | None = option(None, "Such as 'Steer(\"vis\", gain=2.0)' or 'PCGrad()'. Default: the decomposition's.")
+    refresh_every: int = option(10, "Steps from one Gramian to the next.")
 
     def __post_init__(self) -> None:
         if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
@@ -145,7 +141,6 @@ class MicroBatch:
     count: Tensor  # tokens of the step, divided by the number of processes
     teacher: dict[str, View] = field(default_factory=dict)
     gate_BT: Tensor | None = None
-    strength_BT: Tensor | None = None
 
 
 class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # trl is untyped
@@ -262,16 +257,10 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         self, model: Any, inputs: MicroBatch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return the joined components of a micro-batch; the backward pass of the step's last one steers."""
-        response, method = inputs.response, self.method
+        response = inputs.response
         with self.accelerator.autocast():
             views = self._score(model, inputs, names=None)
-            losses = method(
-                views,
-                response.scored_BT,
-                count=inputs.count,
-                gate_BT=inputs.gate_BT,
-                strength_BT=inputs.strength_BT,
-            )
+            losses = self.method(views, response.scored_BT, count=inputs.count, gate_BT=inputs.gate_BT)
         if not self.model.training:
             values = self._mean(losses)
             for name, number in values.items():
@@ -342,33 +331,24 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         total = self.accelerator.gather(total).sum() / self.accelerator.num_processes
         for batch in batches:
             batch.count = total.clamp(min=1e-9)
-        if self.method.gated or self.method.adaptive:
+        if self.method.gated:
             self._gate(batches)
         return batches
 
     def _gate(self, batches: Sequence[MicroBatch]) -> None:
         """Score the teacher in all micro-batches, and select the visual tokens of the step on all processes."""
-        masks, scores = [batch.response.scored_BT.flatten() for batch in batches], []
-        for batch in batches:
+        masks, scores = [batch.response.scored_BT for batch in batches], []
+        for batch, mask_BT in zip(batches, masks, strict=True):
             with self.accelerator.autocast():
                 batch.teacher = self._score(self.model, batch, names=("teacher", "teacher_text"))
-            score_BT = visual_dependency(
-                batch.teacher["teacher"],
-                batch.teacher["teacher_text"],
-                batch.response.scored_BT,
-                temperature=self.method.temperature,
-            )
-            scores.append(score_BT.flatten())
-        everyone = dist.group.WORLD if self.accelerator.num_processes > 1 else None
-        select: dict[str, Callable[..., Tensor]] = {}
-        if self.method.gated:
-            select["gate_BT"] = partial(visual_tokens, quantile=self.method.quantile)
-        if self.method.adaptive:
-            select["strength_BT"] = adaptive_strength
-        for name, function in select.items():
-            found = function(torch.cat(scores), torch.cat(masks), group=everyone).split([len(mask) for mask in masks])
-            for batch, values in zip(batches, found, strict=True):
-                setattr(batch, name, values.view_as(batch.response.scored_BT))
+            both = batch.teacher["teacher"], batch.teacher["teacher_text"]
+            vds_BT = visual_dependency(*both, mask_BT, temperature=self.method.temperature)
+            scores.append(vds_BT.flatten())
+        every_N = torch.cat([mask_BT.flatten() for mask_BT in masks])
+        group = dist.group.WORLD if self.accelerator.num_processes > 1 else None
+        gate_N = visual_tokens(torch.cat(scores), every_N, quantile=self.method.quantile, group=group)
+        for batch, gate in zip(batches, gate_N.split([mask_BT.numel() for mask_BT in masks]), strict=True):
+            batch.gate_BT = gate.view_as(batch.response.scored_BT)
 
     def _score(self, model: Any, batch: MicroBatch, *, names: Sequence[str] | None) -> dict[str, View]:
         return score(
