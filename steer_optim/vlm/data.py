@@ -55,7 +55,7 @@ def numbered(dataset: Any) -> Any:
     """Return a data set with numbered rows.
 
     Args:
-        dataset: of any kind that TRL takes.
+        dataset: of any kind that TRL takes, or a dictionary of data sets.
 
     Raises:
         ValueError: ``dataset`` is None.
@@ -66,6 +66,8 @@ def numbered(dataset: Any) -> Any:
     """
     if dataset is None:
         raise ValueError("train_dataset is needed: rows with messages, or prompt, and images")
+    if isinstance(dataset, dict):
+        return {name: numbered(part) for name, part in dataset.items()}
     if isinstance(dataset, Rows) or isinstance(getattr(dataset, "dataset", None), Rows):  # a Subset of them
         return dataset
     if not isinstance(dataset, IterableDataset):

@@ -194,15 +194,11 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         refuse(args)
         self.method = args.method()
         self._buffered_inputs: list[MicroBatch] | None = None
-        if isinstance(eval_dataset, dict):
-            held_out: Any = {name: numbered(dataset) for name, dataset in eval_dataset.items()}
-        else:
-            held_out = None if eval_dataset is None else numbered(eval_dataset)
         super().__init__(
             model=model,
             args=args,
             train_dataset=numbered(train_dataset),
-            eval_dataset=held_out,
+            eval_dataset=None if eval_dataset is None else numbered(eval_dataset),
             processing_class=processing_class,
             **options,
         )
@@ -226,16 +222,12 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
             never = {"logit_bias": dict.fromkeys(suppressed, -100.0)}
             self.vllm_generation.generation_kwargs = {**never, **self.vllm_generation.generation_kwargs}
         self._check_precision()
-        layers = self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap if self.is_fsdp_enabled else None
         # Copied before the student is prepared, wrapped or loaded from a checkpoint.
-        prior = None
+        self.prior = None
         if self.method.prior == "frozen" and not is_peft_model(self.model):
             prior = copy.deepcopy(self.model)
-        self.prior = None if prior is None else self._frozen(prior.bfloat16() if args.bf16 else prior)
+            self.prior = self._frozen(prior.bfloat16() if args.bf16 else prior)
         self.teacher_model = self._frozen(self._load_teacher(teacher_model))
-        if self.is_fsdp_enabled:
-            plugin = self.accelerator.state.fsdp_plugin
-            plugin.transformer_cls_names_to_wrap = layers or _layers(self.model)
 
     @property
     def _colocated(self) -> bool:
@@ -245,12 +237,11 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         """Return the optimizer of the arguments, steered."""
         optimizer = super().create_optimizer(model)
         if not hasattr(self, "steered"):
-            options = {"refresh_every": self.args.refresh_every}
-            if self.accelerator.num_processes > 1 and not self.is_fsdp_enabled:
-                options["data_parallel"] = True
-            given = isinstance(optimizer, SteeredOptimizer)
-            self.steered = optimizer if given else SteeredOptimizer(optimizer, self.args.make_rule(), **options)
-            self.optimizer = self.steered
+            if not isinstance(optimizer, SteeredOptimizer):
+                replicas = True if self.accelerator.num_processes > 1 and not self.is_fsdp_enabled else None
+                options = {"refresh_every": self.args.refresh_every, "data_parallel": replicas}
+                optimizer = SteeredOptimizer(optimizer, self.args.make_rule(), **options)
+            self.steered = self.optimizer = optimizer
         return self.optimizer
 
     def compute_loss(
@@ -265,12 +256,10 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
             values = self._mean(losses)
             for name, number in values.items():
                 self._metrics["eval"][f"steer/loss/{name}"].append(number)
-            loss = torch.tensor(values.get("std", sum(values.values())))
-            return (loss, None) if return_outputs else loss
+            return torch.tensor(values.get("std", sum(values.values())))
         if self.method.floor and (self.state.global_step + 1) % max(int(self.state.logging_steps), 1) == 0:
             self._metrics["train"]["steer/floored"].append(self._share_floored(views, response, self.method.floor))
-        loss = self.steered.join(losses, accumulate=not self.accelerator.sync_gradients)
-        return (loss, None) if return_outputs else loss
+        return self.steered.join(losses, accumulate=not self.accelerator.sync_gradients)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any) -> Tensor:
         """Backpropagate a micro-batch; return the trained loss at the last one of a step, else 0."""
@@ -313,24 +302,20 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         share = self.accelerator.reduce(share, reduction="mean")
         self._metrics["train" if self.model.training else "eval"]["steer/dropped"].append(share.item())
         if self.log_completions:
-            said = self.processing_class.batch_decode(ids, skip_special_tokens=True)
-            texts = [
-                ids
-                for view in self._rendered
-                for ids in view.text["input_ids"][: len(view.text["input_ids"]) - view.blank]
-            ]
-            asked = self.processing_class.batch_decode(texts, skip_special_tokens=True)
-            self._logs["prompt"].extend(gather_object(asked))
-            self._logs["completion"].extend(gather_object(said))
+            views = zip(slices, self._rendered, strict=True)
+            asked = [row for part, view in views for row in view.text["input_ids"][: len(rows[part])]]
+            for name, texts in {"prompt": asked, "completion": ids}.items():
+                decoded = self.processing_class.batch_decode(texts, skip_special_tokens=True)
+                self._logs[name].extend(gather_object(decoded))
         ids = [[] if drop else response for drop, response in zip(dropped, ids, strict=True)]
-        batches = []
-        for part, prompts in zip(slices, self._rendered, strict=True):
-            response = Rollout.of(ids[part], config=self.model.config, device=self.accelerator.device)
-            batches.append(MicroBatch(prompts.to(self.accelerator.device), response, torch.zeros(())))
-        total = torch.stack([self.method.count(batch.response.scored_BT) for batch in batches]).sum()
-        total = self.accelerator.gather(total).sum() / self.accelerator.num_processes
-        for batch in batches:
-            batch.count = total.clamp(min=1e-9)
+        config, device = self.model.config, self.accelerator.device
+        responses = [Rollout.of(ids[part], config=config, device=device) for part in slices]
+        total = torch.stack([self.method.count(response.scored_BT) for response in responses]).sum()
+        count = self.accelerator.gather(total).sum() / self.accelerator.num_processes
+        batches = [
+            MicroBatch(prompts.to(device), response, count.clamp(min=1e-9))
+            for prompts, response in zip(self._rendered, responses, strict=True)
+        ]
         if self.method.gated:
             self._gate(batches)
         return batches
@@ -471,13 +456,10 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
                 "a teacher is needed: pass teacher_model (--teacher_model_name_or_path on the command line)"
             )
         if isinstance(teacher, str):
-            options: dict[str, Any] = {
-                "dtype": "bfloat16" if self.args.bf16 else "float32",
-                "trust_remote_code": self.args.trust_remote_code,
-                **(self.args.teacher_model_init_kwargs or {}),
-            }
-            if self.args.teacher_model_revision is not None:
-                options.setdefault("revision", self.args.teacher_model_revision)
+            options: dict[str, Any] = {"dtype": "bfloat16" if self.args.bf16 else "float32"}
+            options |= {"trust_remote_code": self.args.trust_remote_code}
+            options |= {"revision": self.args.teacher_model_revision or "main"}
+            options |= self.args.teacher_model_init_kwargs or {}
             if self.accelerator.num_processes > 1:
                 options["device_map"] = None
             teacher = create_model_from_path(teacher, **options)
@@ -495,18 +477,19 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
             return self.accelerator.prepare_model(model, evaluation_mode=True)
         from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
-        self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = _layers(model)
-        return fsdp2_prepare_model(self.accelerator, model)
+        plugin = self.accelerator.state.fsdp_plugin
+        layers, plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap, _layers(model)
+        sharded = fsdp2_prepare_model(self.accelerator, model)
+        plugin.transformer_cls_names_to_wrap = layers or _layers(self.model)
+        return sharded
 
     def _check_precision(self) -> None:
         """Warn if over a tenth of a half-precision student's weights are too large to move by the learning rate."""
         half = [p for p in self.model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
-        if not half:
-            return
         still = sum(
             int((p.detach().abs() * torch.finfo(p.dtype).eps / 4 > self.args.learning_rate).sum()) for p in half
         )
-        share = still / sum(p.numel() for p in half)
+        share = still / max(1, sum(p.numel() for p in half))
         if share > 0.1:
             warnings.warn(
                 f"{share:.0%} of the student's {str(half[0].dtype)[6:]} weights cannot move by a learning rate of "
@@ -583,20 +566,16 @@ def _layers(model: Any) -> list[str]:
 
 def _parse(text: str) -> Rule:
     """Return the rule that ``text`` calls with literal arguments."""
-    known = {name: getattr(steer_optim.rules, name) for name in steer_optim.rules.__all__}
-    known = {name: rule for name, rule in known.items() if name not in ("Rule", "State", "Weighting")}
+    names = [name for name in steer_optim.rules.__all__ if name not in ("Rule", "State", "Weighting")]
+    known = {name: getattr(steer_optim.rules, name) for name in names}
     try:
-        call = ast.parse(text.strip(), mode="eval").body
+        call: Any = ast.parse(text.strip(), mode="eval").body
         if isinstance(call, ast.Name):
             call = ast.Call(call, [], [])
-        assert isinstance(call, ast.Call)
-        assert isinstance(call.func, ast.Name)
-        rule: Rule = known[call.func.id](
-            *[ast.literal_eval(argument) for argument in call.args],
-            **{str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords},
-        )
+        options = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+        rule: Rule = known[call.func.id](*map(ast.literal_eval, call.args), **options)
         return rule
-    except (SyntaxError, AssertionError, KeyError, TypeError, ValueError) as error:
+    except (SyntaxError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f'rule must be one of {", ".join(known)} with its arguments, as in Steer("vis", gain=2.0); got {text!r}: '
             f"{error}"
