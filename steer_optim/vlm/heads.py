@@ -13,7 +13,6 @@ Dimensions: ``B`` prompts, ``T`` response tokens, ``N`` rows, ``d`` hidden size,
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from typing import Any
 
@@ -238,28 +237,15 @@ def output_embeddings(model: nn.Module) -> tuple[nn.Module, Any]:
     )
 
 
-def gather(x: Tensor) -> Tensor:
+def gather(x: Any) -> Tensor:
     """Return the full tensor of a DTensor. Its gradient is averaged over the processes and sharded again."""
-    apply: Callable[..., Tensor] = _Gather.apply
-    return apply(x)
+    from torch.distributed.tensor import Partial
 
-
-class _Gather(torch.autograd.Function):
-    """The gradient of ``full_tensor`` would be that of one process only."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Any) -> Tensor:
-        ctx.mesh, ctx.placements = x.device_mesh, x.placements
-        whole: Tensor = x.full_tensor()
-        return whole
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        from torch.distributed.tensor import DTensor, Partial
-
-        share = gradient / ctx.mesh.size()
-        total = DTensor.from_local(share, ctx.mesh, [Partial()] * ctx.mesh.ndim, run_check=False)
-        return total.redistribute(placements=ctx.placements)
+    # Without grad_placements the gradient would be that of one process only.
+    whole: Tensor = x.full_tensor(grad_placements=[Partial()] * x.device_mesh.ndim)
+    if whole.requires_grad:
+        whole.register_hook(lambda gradient: gradient / x.device_mesh.size())
+    return whole
 
 
 def _same(a: Any, b: Any) -> bool:
