@@ -9,7 +9,7 @@ import inspect
 import math
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -211,10 +211,9 @@ def score(
     batches |= {"teacher": others.image, "teacher_text": others.text}
     if unknown := {*(names or ())} - {*batches}:
         raise ValueError(f"score computes the views {', '.join(batches)}; got {', '.join(sorted(unknown))}")
-    wanted = [name for name in names or method.views if name in batches and name not in (known or {})]
-    without_adapter: Any = None
-    if "prior" in wanted and prior is None:
-        without_adapter = _without_adapter(student)
+    views: dict[str, View] = dict(known or {})
+    wanted = [name for name in names or method.views if name in batches and name not in views]
+    without_adapter: Any = _without_adapter(student) if "prior" in wanted and prior is None else nullcontext
     if prior is student:
         raise ValueError("prior is the student itself, which is trained: pass a copy made before training")
     models: dict[str, Any] = {"student": student, "student_text": student, "prior": prior or student}
@@ -224,37 +223,28 @@ def score(
             raise ValueError(
                 f"the view {name} needs a teacher: pass one, or the view itself as known={{{name!r}: ...}}"
             )
-    views: dict[str, View] = dict(known or {})
     for name in wanted:
         model = models[name]
-        twin = views.get(name.removesuffix("_text"))
         blank = (others if name.startswith("teacher") else prompts).blank
         batch = append_response(batches[name], response.with_empty(blank), _config(model))
         trained = name == "student" or (name == "student_text" and method.trains_text)
         with (
             torch.set_grad_enabled(trained and torch.is_grad_enabled()),
             nullcontext() if name in ("student", "student_text") else in_evaluation(model),
-            without_adapter() if name == "prior" and without_adapter else nullcontext(),
+            without_adapter() if name == "prior" else nullcontext(),
         ):
             if hidden_states:
-                head = twin.head if isinstance(twin, HiddenStates) else None
+                head = getattr(views.get(name.removesuffix("_text")), "head", None)
                 views[name] = response_states(model, batch, T, head=head)[:B]
             else:
                 views[name] = response_logits(model, batch, T)[:B]
     return views
 
 
-@contextmanager
-def in_evaluation(model: nn.Module) -> Iterator[None]:
+def in_evaluation(model: nn.Module) -> AbstractContextManager[None]:
     """Set evaluation mode, and restore that of every module afterwards."""
     # Per module, because a frozen tower may be in evaluation mode while the rest trains.
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module in training:
-            module.training = True
+    return overridden(model, "training", False)
 
 
 @contextmanager
