@@ -14,7 +14,7 @@ from torch import Tensor
 
 from steer_optim.vlm.families import family_of, image_ids
 from steer_optim.vlm.forward import response_logits
-from steer_optim.vlm.prompts import Prompts, Rollout, append_response, render, text_only
+from steer_optim.vlm.prompts import Prompts, Rollout, append_response, render, text_only, unpadded
 from steer_optim.vlm.rollout import evaluating
 
 _TOKENS = 8
@@ -149,7 +149,8 @@ def _difference(views: Prompts, config: Any, processor: Any) -> str:
         from_ids = text_only(views.image, config, tokenizer=processor)
     except ValueError as error:
         return f"text_only makes no text view from ids ({error}); render does"
-    for number, (made, rendered) in enumerate(zip(_rows(from_ids), _rows(views.text), strict=True)):
+    rows = [unpadded(view["input_ids"], view["attention_mask"]) for view in (from_ids, views.text)]
+    for number, (made, rendered) in enumerate(zip(*rows, strict=True)):
         if made != rendered:
             at = next((i for i, pair in enumerate(zip(made, rendered, strict=False)) if len(set(pair)) > 1), 0)
             texts = [processor.decode(ids[max(at - 4, 0) : at + 8]) for ids in (made, rendered)]
@@ -158,7 +159,3 @@ def _difference(views: Prompts, config: Any, processor: Any) -> str:
                 "second is right"
             )
     return ""
-
-
-def _rows(batch: Mapping[str, Tensor]) -> list[list[int]]:
-    return [row[real.bool()].tolist() for row, real in zip(batch["input_ids"], batch["attention_mask"], strict=True)]

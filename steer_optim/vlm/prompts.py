@@ -201,15 +201,12 @@ def render(
     """
     if not messages or isinstance(messages[0], Mapping):
         raise ValueError("messages must be a list of conversations, each a list of messages with role and content")
-    blank = int(
-        blank_image
-        and not any(_is_media(part) for row in messages for message in row for part in message.get("content") or ())
-    )
+    parts = [part for row in messages for message in row for part in message.get("content") or ()]
+    blank = int(blank_image and not any(map(_is_media, parts)))
     messages = [*messages, _blank()] if blank else messages
     bare = [[{**message, "content": _without_media(message.get("content"))} for message in row] for row in messages]
     image = _rendered(processor, messages, "", template_kwargs)
-    hint = " without its images; make the text view with text_only"
-    text = _rendered(processor, bare, hint, template_kwargs)
+    text = _rendered(processor, bare, " without its images; make the text view with text_only", template_kwargs)
     if (empty := ~_real(text).any(dim=1)).any():
         number = _first(empty)
         raise BadConversation(f"conversation {number} has nothing but images: a text-only view needs some text", number)
@@ -387,6 +384,11 @@ def _rendered(processor: Any, messages: Sequence[Any], hint: str, template_kwarg
                 reason = f"the processor cannot render conversation {number}{hint}: {error}"
                 raise BadConversation(reason, number) from error
         raise
+
+
+def unpadded(x_BL: Tensor, real_BL: Tensor) -> list[list[int]]:
+    """Return the values of each row where the mask is True."""
+    return [row[real].tolist() for row, real in zip(x_BL, real_BL.bool(), strict=True)]
 
 
 def _real(batch: Mapping[str, Tensor]) -> Tensor:

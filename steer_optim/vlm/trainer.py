@@ -40,7 +40,7 @@ from steer_optim.vlm.families import image_ids
 from steer_optim.vlm.forward import score
 from steer_optim.vlm.gate import sampled_log_probs, visual_dependency, visual_tokens
 from steer_optim.vlm.heads import HiddenStates
-from steer_optim.vlm.prompts import BadConversation, Prompts, Rollout, render
+from steer_optim.vlm.prompts import BadConversation, Prompts, Rollout, render, unpadded
 from steer_optim.vlm.rollout import evaluating
 
 TESTED = "1.16"
@@ -372,12 +372,12 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         ids: list[list[int]] = []
         for view in views:
             batch = dict(view.image)
-            ids_BL, real_BL = batch.pop("input_ids"), batch.pop("attention_mask").bool()
+            ids_BL, real_BL = batch.pop("input_ids"), batch.pop("attention_mask")
             fields = {
-                key: _unpadded(x, real_BL) if isinstance(x, Tensor) and x.shape == ids_BL.shape else x
+                key: unpadded(x, real_BL) if isinstance(x, Tensor) and x.shape == ids_BL.shape else x
                 for key, x in batch.items()
             }
-            rows = _unpadded(ids_BL, real_BL)
+            rows = unpadded(ids_BL, real_BL)
             real = len(rows) - view.blank
             ids, self._blank_ids = ids + rows[:real], rows[real:]
         if self._colocated:
@@ -537,10 +537,6 @@ class _EpochSampler(RepeatSampler):  # type: ignore[misc]  # trl is untyped
     def set_epoch(self, epoch: int) -> None:
         if self.shuffle:
             self.generator.manual_seed((self.seed or 0) + epoch)
-
-
-def _unpadded(x_BL: Tensor, real_BL: Tensor) -> list[list[int]]:
-    return [row[real].tolist() for row, real in zip(x_BL, real_BL, strict=True)]
 
 
 def _fill_state(optimizer: torch.optim.Optimizer) -> None:
