@@ -22,7 +22,7 @@ from torch import Tensor
 
 from steer_optim.rules import VGS, Rule, Steer, Sum
 from steer_optim.vlm.divergences import TERMS, Term, View, check_floor, check_temperature
-from steer_optim.vlm.engine import check_chunk_size, weighted_sums
+from steer_optim.vlm.engine import weighted_sums
 from steer_optim.vlm.gate import adaptive_strength, check_quantile, select_rows, visual_tokens
 
 Prior = Literal["live", "frozen"]
@@ -266,7 +266,8 @@ class DecomposedDistillation:
         check_quantile(self.quantile)
         check_temperature(self.temperature)
         check_floor(self.floor)
-        check_chunk_size(self.chunk_size)
+        if self.chunk_size is not None and self.chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1, or None for the default; got {self.chunk_size}")
         parts = self._entry.components.values()
         reads = {
             "lam": (bool(self.lam), any(part.factor == "lam" for part in parts)),

@@ -299,11 +299,8 @@ def check_inputs(views: Mapping[str, View], terms: Mapping[str, Term], temperatu
             )
         twin_name = name.removesuffix("_text")
         twin = views.get(twin_name, x)
-        if type(x) is not type(twin) or not (
-            x.head.same(twin.head)
-            if isinstance(x, HiddenStates) and isinstance(twin, HiddenStates)
-            else x.shape == twin.shape
-        ):
+        heads = [view.head for view in (x, twin) if isinstance(view, HiddenStates)]
+        if type(x) is not type(twin) or x.shape != twin.shape or (heads and not heads[0].same(heads[1])):
             raise ValueError(
                 f"{twin_name} and {name} are two views of one model: both must be logits of one shape, or both hidden "
                 "states under one head: pass the head of one to response_states of the other. Name the text-only view "

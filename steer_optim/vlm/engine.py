@@ -20,7 +20,6 @@ from torch.nn.functional import pad
 from steer_optim.vlm.divergences import (
     Term,
     View,
-    check_floor,
     check_inputs,
     check_temperature,
     common_vocabulary,
@@ -56,9 +55,7 @@ def weighted_sums(
     constants, and a loss without weights has no sum. The other arguments and the errors are those of ``token_losses``
     and ``DecomposedDistillation``; a trained view that is logits beside hidden states is a ValueError.
     """
-    check_chunk_size(chunk_size)
     check_temperature(temperature)
-    check_floor(floor)
     check_inputs(views, terms, temperature)
     V = common_vocabulary(views)
     views = {name: views[name] for term in terms.values() for name in term.views}
@@ -113,12 +110,6 @@ def weighted_sums(
             refuse_overflow(losses_N.values())
     sums = {loss: gradients[loss].attach((w * losses_N[loss]).sum()) for loss, w in weights_N.items()}
     return sums, losses_N
-
-
-def check_chunk_size(chunk_size: int | None) -> None:
-    """Raise ValueError unless ``chunk_size`` is None or at least 1."""
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, or None for the default; got {chunk_size}")
 
 
 def _losses(
