@@ -80,8 +80,8 @@ def investigate(trainer: Any, rows: Any, *, batches: int = 8) -> tuple[Findings,
         top_BT = top_share(vds_BT, mask_BT, quantile=0.7, share=1.0) > 0
         visual.append(float(vds_BT[top_BT].sum() / vds_BT.sum().clamp(min=1e-12)))
         geometries.append(measure(losses, student.parameters(), retain_graph=False))
-    looked = examine(trainer, student, rows), examine(trainer, trainer.teacher_model, rows)
-    (student_means, of_student), (teacher_means, of_teacher) = looked
+    student_means, of_student = examine(trainer, student, rows)
+    teacher_means, of_teacher = examine(trainer, trainer.teacher_model, rows)
     differences = [
         theirs["scores"]["text_loss"] - mine["scores"]["text_loss"]
         for mine, theirs in zip(of_student, of_teacher, strict=True)

@@ -160,22 +160,21 @@ class Gradients:
     def __init__(self, inputs: Iterable[Tensor], dtype: torch.dtype) -> None:
         needed = (x for x in inputs if x.requires_grad and torch.is_grad_enabled())
         self._inputs = list({id(x): x for x in needed}.values())
-        self._totals = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in self._inputs]
-        self._by_id = {id(x): total for x, total in zip(self._inputs, self._totals, strict=True)}
+        self._totals = {id(x): torch.zeros(x.shape, dtype=dtype, device=x.device) for x in self._inputs}
 
     def __bool__(self) -> bool:
         return bool(self._inputs)
 
     def of(self, x: Tensor) -> Tensor | None:
         """Return the sum for the gradient of ``x``; None if it needs none."""
-        return self._by_id.get(id(x))
+        return self._totals.get(id(x))
 
     def attach(self, value: Tensor) -> Tensor:
         """Return the scalar ``value`` with these gradients."""
         if not self._inputs:
             return value
         apply: Callable[..., Tensor] = _Attach.apply
-        return apply(value, self._totals, *self._inputs)
+        return apply(value, [*self._totals.values()], *self._inputs)
 
 
 class _Attach(torch.autograd.Function):
