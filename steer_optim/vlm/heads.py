@@ -110,12 +110,8 @@ class Head:
         """Return the head of the first ``vocabulary`` ids; itself if these are all."""
         if vocabulary == len(self.weight_Vd):
             return self
-        return replace(
-            self,
-            weight_Vd=self.weight_Vd[:vocabulary],
-            bias_V=None if self.bias_V is None else self.bias_V[:vocabulary],
-            lora_B_Vr=None if self.lora_B_Vr is None else self.lora_B_Vr[:vocabulary],
-        )
+        cut: dict[str, Any] = {name: x[:vocabulary] for name, x in self.tensors().items() if name != "lora_A_rd"}
+        return replace(self, **cut)
 
     def same(self, other: Head) -> bool:
         """Return whether both have the same tensors, detached or not, and the same numbers."""
@@ -265,17 +261,15 @@ def _after(model: nn.Module) -> dict[str, Any]:
             multiplies = exponent > 0 or str(getattr(text, "model_type", "")).startswith("hyperclovax")
             found["scale"] = float(value if multiplies else 1 / value)
     for name in _SOFTCAPS:
-        if getattr(text, name, None) is not None:
-            found["softcap"] = float(getattr(text, name))
+        if (value := getattr(text, name, None)) is not None:
+            found["softcap"] = float(value)
     return found
 
 
 def _lora(layer: Any) -> dict[str, Any]:
     """Return the active adapter of a PEFT layer; empty if it is disabled or merged into the weight."""
-    if layer.disable_adapters or layer.merged:
-        return {}
     active = [name for name in layer.active_adapters if name in getattr(layer, "lora_A", {})]
-    if not active:
+    if layer.disable_adapters or layer.merged or not active:
         return {}
     name = active[0]
     dropout = getattr(layer.lora_dropout[name], "p", 0.0) if layer.training else 0.0
