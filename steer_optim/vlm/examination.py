@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -23,8 +23,7 @@ from steer_optim.vlm.distillation import DecomposedDistillation
 from steer_optim.vlm.families import image_ids
 from steer_optim.vlm.forward import in_evaluation, score
 from steer_optim.vlm.gate import sampled_log_probs
-from steer_optim.vlm.heads import HiddenStates
-from steer_optim.vlm.prompts import Prompts, Rollout
+from steer_optim.vlm.prompts import Prompts, Rollout, unpadded
 from steer_optim.vlm.rollout import rollout
 
 COLUMNS = {
@@ -186,20 +185,14 @@ def _examine_batch(trainer: Any, model: Any, rows: Sequence[Mapping[str, Any]]) 
         fit = [not image_ids(model.config) & {*each} for each in ids]  # without ids that the model takes for an image
         ids = [each if fits else [tokenizer.eos_token_id] for each, fits in zip(ids, fit, strict=True)]
         answers = Rollout.of(ids, config=model.config, device=device)
-        text_view = score(model, teacher, prompts, answers, method=trainer.method, names=("student_text",))
-        log_p_BT = sampled_log_probs(
-            cast("HiddenStates", text_view["student_text"]), answers.response_BT, answers.mask_BT
-        )
+        only: Any = score(model, teacher, prompts, answers, method=trainer.method, names=("student_text",))
+        log_p_BT = sampled_log_probs(only["student_text"], answers.response_BT, answers.mask_BT)
     decoded = [
-        [
-            tokenizer.decode(ids[real], skip_special_tokens=True).strip()
-            for ids, real in zip(r.response_BT, r.mask_BT, strict=True)
-        ]
-        for r in (seen, blind)
+        tokenizer.batch_decode(unpadded(r.response_BT, r.mask_BT), skip_special_tokens=True) for r in (seen, blind)
     ]
     records = []
     for i, row in enumerate(rows):
-        said = {"with_image": decoded[0][i], "without_image": decoded[1][i]}
+        said = {"with_image": decoded[0][i].strip(), "without_image": decoded[1][i].strip()}
         if right[i] is not None:
             scores[i] |= {name: float(_plain(text) == _plain(str(right[i]))) for name, text in said.items()}
         if right[i] is not None and fit[i]:

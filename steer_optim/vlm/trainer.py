@@ -39,7 +39,6 @@ from steer_optim.vlm.divergences import View
 from steer_optim.vlm.families import image_ids
 from steer_optim.vlm.forward import score
 from steer_optim.vlm.gate import sampled_log_probs, visual_dependency, visual_tokens
-from steer_optim.vlm.heads import HiddenStates
 from steer_optim.vlm.prompts import BadConversation, Prompts, Rollout, render, unpadded
 from steer_optim.vlm.rollout import evaluating
 
@@ -504,13 +503,12 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         values = self.accelerator.reduce(values, reduction="mean")
         return dict(zip(losses, values.tolist(), strict=True))
 
-    def _share_floored(self, views: dict[str, View], response: Rollout, floor: float) -> float:
+    def _share_floored(self, views: dict[str, Any], response: Rollout, floor: float) -> float:
         """Return the share of response tokens to which the teacher, in either view, gives less than the floor."""
         low_BT = torch.zeros_like(response.scored_BT)
         for name in ("teacher", "teacher_text"):
-            view, temperature = cast("HiddenStates", views[name]), self.method.temperature
-            log_p_BT = sampled_log_probs(view, response.response_BT, response.scored_BT, temperature=temperature)
-            low_BT |= response.scored_BT & (log_p_BT.exp() < floor)
+            pair, temperature = (response.response_BT, response.scored_BT), self.method.temperature
+            low_BT |= sampled_log_probs(views[name], *pair, temperature=temperature).exp() < floor  # 1 where not scored
         counts: Tensor = self.accelerator.reduce(torch.stack([low_BT.sum(), response.scored_BT.sum()]))
         return float(counts[0] / counts[1].clamp(min=1))
 
