@@ -79,12 +79,14 @@ def check_views(
         the text view from ids equals the one from messages
         a later token moves logits by at most 0.0e+00, and generate's logits differ by at most 3.8e-06; ...
     """
+    from transformers.feature_extraction_utils import BatchFeature
+
     config, half = model.config, _TOKENS // 2
     views = render(processor, messages or _examples(mixed=family_of(config).mixed), **template_kwargs)
     never = torch.tensor(sorted(image_ids(config)), device=model.device)
     future = generation = scale = 0.0
     for name, view in (("image", views.image), ("text", views.text)):
-        batch = {key: _to(value, model) for key, value in view.items()}
+        batch = dict(BatchFeature(view).to(model.device, model.dtype))
         with evaluating(model):
             said = model.generate(
                 **batch,
@@ -130,12 +132,6 @@ def _examples(*, mixed: bool) -> list[list[dict[str, Any]]]:
     text, more = {"type": "text", "text": "What is this?"}, {"type": "text", "text": "What is in the middle, and why?"}
     contents = [[image, text], [more, image], [text]] if mixed else [[image, text], [more, image]]
     return [[{"role": "user", "content": content}] for content in contents]
-
-
-def _to(value: Any, model: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    return value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
 
 
 def _largest(left: Tensor, right: Tensor) -> float:
