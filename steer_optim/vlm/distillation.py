@@ -390,7 +390,7 @@ class DecomposedDistillation:
         if self.adaptive or self.gated:
             names += ["teacher", "teacher_text"]
         order = ("student", "student_text", "prior", "teacher", "teacher_text")
-        return tuple(sorted({*names}, key=lambda name: order.index(name) if name in order else len(order)))
+        return tuple(name for name in dict.fromkeys((*order, *names)) if name in names)
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -460,19 +460,20 @@ class DecomposedDistillation:
 
     def _components(self, rows: Mapping[str, View], mask_BT: Tensor, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the components as sums over tokens."""
-        parts, every = self._parts, mask_BT[mask_BT]
+        parts, every, score = self._parts, mask_BT[mask_BT], {_SCORE: TERMS["vds"]}
         weight_N = given.get("weight_BT", torch.ones_like(every, dtype=torch.float64))
         if self.reduction == "sequence":
             weight_N = weight_N / mask_BT.sum(dim=-1, keepdim=True).expand_as(mask_BT)[mask_BT]
         losses_of = partial(
             weighted_sums, temperature=self.temperature, chunk_size=self.chunk_size, compile=self.compile
         )
-        gate_N, strength_N, score = given.get("gate_BT"), given.get("strength_BT"), {_SCORE: TERMS["vds"]}
-        known: dict[str, Tensor] = {}  # by term, the losses of all tokens
+        gate_N, strength_N = given.get("gate_BT"), given.get("strength_BT")
         totals: dict[str, Tensor] = {}
+        vds_N = None
         if self.adaptive and strength_N is None:
-            known = losses_of(rows, score, {})[1]
-            strength_N = adaptive_strength(known[_SCORE], every)
+            vds_N = losses_of(rows, score, {})[1][_SCORE]
+            strength_N = adaptive_strength(vds_N, every)
+        graded_N = weight_N if strength_N is None else weight_N * strength_N
         # The heads are not applied to tokens that are not selected.
         for tokens in ("all", "visual", "rest"):
             mine = {n: p for n, p in parts.items() if p.tokens == tokens or (tokens == "all" and p.tokens == "graded")}
@@ -481,20 +482,19 @@ class DecomposedDistillation:
             where = every
             if tokens != "all":
                 if gate_N is None:
-                    known = known or losses_of(rows, score, {})[1]
-                    gate_N = visual_tokens(known[_SCORE], every, quantile=self.quantile)
+                    vds_N = losses_of(rows, score, {})[1][_SCORE] if vds_N is None else vds_N
+                    gate_N = visual_tokens(vds_N, every, quantile=self.quantile)
                 where = gate_N if tokens == "visual" else ~gate_N
-            terms, weights = {name: part.term for name, part in mine.items()}, {}
-            for name, part in mine.items():
-                graded_N = weight_N if strength_N is None or part.tokens != "graded" else weight_N * strength_N
-                assert not isinstance(part.factor, str)
-                weights[name] = part.factor * graded_N[where]
+            terms = {name: part.term for name, part in mine.items()}
+            weights = {
+                n: float(p.factor) * (graded_N if p.tokens == "graded" else weight_N)[where] for n, p in mine.items()
+            }
             if tokens == "all" and self.gated and gate_N is None and not any(term.top for term in terms.values()):
                 terms |= score  # from the same logits
             kept = {name: x if where is every else x[where] for name, x in rows.items()}
             sums, losses = losses_of(kept, terms, weights, floor=self.floor)
             totals |= sums
-            known = losses if tokens == "all" and _SCORE in losses else known
+            vds_N = losses.get(_SCORE, vds_N)
         return {n: totals[n] - totals[p.less] if p.less in totals else totals[n] for n, p in parts.items()}
 
     def _denominator(self, mask_BT: Tensor, count: float | Tensor | None) -> float:
