@@ -59,10 +59,8 @@ def weighted_sums(
     check_inputs(views, terms, temperature)
     V = common_vocabulary(views)
     views = {name: views[name] for term in terms.values() for name in term.views}
-    logits = {
-        name: x[..., :V] if isinstance(x, Tensor) else x for name, x in views.items() if not isinstance(x, HiddenStates)
-    }
-    if len(logits) == len(views):
+    logits: Any = {name: x[..., :V] if isinstance(x, Tensor) else x for name, x in views.items()}
+    if not any(isinstance(x, HiddenStates) for x in views.values()):
         losses = token_losses(logits, terms=terms, temperature=temperature, floor=floor)
         sums = {loss: (w.detach().to(losses[loss].dtype) * losses[loss]).sum() for loss, w in weights.items()}
         return sums, {loss: losses[loss].detach() for loss in terms}
@@ -128,10 +126,8 @@ def _losses(
     log_probs = {**(full if ids is None else {name: collapse(x, ids) for name, x in full.items()}), **bins_cK}
     values, found = {}, {}
     for loss, term in terms.items():
-        log_q = log_target(term, log_probs, floor)
-        values[loss], left, target = value_and_gradients(
-            term, log_probs[term.left], log_q, attached=bool(term.attached)
-        )
+        log_p, log_q = log_probs[term.left], log_target(term, log_probs, floor)
+        values[loss], left, target = value_and_gradients(term, log_p, log_q, attached=bool(term.attached))
         for name in (view for of, view in pulls if of == loss):
             shares = [left] if name == term.left else []
             shares += [target * term.target[name]] if target is not None and name in term.attached else []
