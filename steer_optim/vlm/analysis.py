@@ -14,12 +14,7 @@ from steer_optim.gramian import Geometry, measure
 
 
 def angles_by_decile(
-    token_losses: Mapping[str, Tensor],
-    vds_BT: Tensor,
-    mask_BT: Tensor,
-    parameters: Iterable[Tensor],
-    *,
-    bins: int = 10,
+    token_losses: Mapping[str, Tensor], vds_BT: Tensor, mask_BT: Tensor, parameters: Iterable[Tensor], *, bins: int = 10
 ) -> Geometry:
     """Return the geometry of the components in each decile of visual dependency (Fig. 3).
 
@@ -74,6 +69,5 @@ def angles_by_decile(
     losses_N = {name: value[mask_BT] for name, value in token_losses.items()}
     groups = torch.tensor_split(vds_N.argsort(stable=True), bins)
     steps = [measure({name: loss_N[group].mean() for name, loss_N in losses_N.items()}, parameters) for group in groups]
-    return Geometry(
-        tuple(losses_N), torch.stack([step.G for step in steps]), torch.stack([step.weights for step in steps])
-    )
+    G, weights = (torch.stack(each) for each in zip(*((step.G, step.weights) for step in steps), strict=True))
+    return Geometry(tuple(losses_N), G, weights)

@@ -47,10 +47,7 @@ class ViewReport:
 
 @torch.no_grad()
 def check_views(
-    model: Any,
-    processor: Any,
-    messages: Sequence[Sequence[Mapping[str, Any]]] | None = None,
-    **template_kwargs: Any,
+    model: Any, processor: Any, messages: Sequence[Sequence[Mapping[str, Any]]] | None = None, **template_kwargs: Any
 ) -> ViewReport:
     """Check that views and responses are correct for a model and its processor. Run it once before training.
 
