@@ -114,10 +114,10 @@ _STD, _VIS = Component(TERMS["std"]), Component(TERMS["vis"], "graded")
 _LP = Component(TERMS["lang"], "visual", factor="lam")
 _VGS = {"std": _STD, "vis": _VIS, "lp": _LP}
 _LANGUAGE = {"std": _STD, "lang": Component(TERMS["lang"])}
-_towards_language = partial(VGS, toward="lang")
+_to_language = partial(VGS, toward="lang")
 
 
-def _towards_vision(gamma: float) -> Rule:
+def _to_vision(gamma: float) -> Rule:
     return Steer("vis", gain=gamma, project="never")
 
 
@@ -129,16 +129,10 @@ DECOMPOSITIONS: dict[str, Decomposition] = {
     "vgs-frozen": Decomposition({"std": _STD, "vis": _VIS}, VGS, prior="frozen", floor=1e-3),
     "vgs": Decomposition(_VGS, VGS, lam=0.01),
     "vgs-unscaled": Decomposition({**_VGS, "vis": replace(_VIS, factor="gamma")}, _sum, lam=0.01),
-    "exact": Decomposition({"lang": replace(_STD, less="vis"), "vis": _VIS}, _towards_vision),
-    "tokens": Decomposition(
-        {"lang": replace(_STD, tokens="rest"), "vis": replace(_STD, tokens="visual")}, _towards_vision
-    ),
-    "language": Decomposition(
-        {**_LANGUAGE, "vp": Component(TERMS["vp"], "visual", factor="lam")}, _towards_language, lam=0.01
-    ),
-    "language-image": Decomposition(
-        {**_LANGUAGE, "vp": Component(TERMS["vis"], "visual", factor="lam")}, _towards_language, lam=0.01
-    ),
+    "exact": Decomposition({"lang": replace(_STD, less="vis"), "vis": _VIS}, _to_vision),
+    "tokens": Decomposition({"lang": replace(_STD, tokens="rest"), "vis": replace(_STD, tokens="visual")}, _to_vision),
+    "language": Decomposition({**_LANGUAGE, "vp": replace(_LP, term=TERMS["vp"])}, _to_language, lam=0.01),
+    "language-image": Decomposition({**_LANGUAGE, "vp": replace(_LP, term=TERMS["vis"])}, _to_language, lam=0.01),
     "standard": Decomposition({"std": _STD}, _sum),
     "both-views": Decomposition(_LANGUAGE, _sum),
     "forward": Decomposition({"std": Component(TERMS["forward"])}, _sum),

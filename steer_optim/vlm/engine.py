@@ -9,8 +9,8 @@ Dimensions: ``N`` rows, ``C`` rows of a chunk, ``c`` rows of a block, ``V`` voca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache, reduce
+from collections.abc import Mapping, Sequence
+from functools import cache, partial, reduce
 from typing import Any
 
 import torch
@@ -170,6 +170,5 @@ def _compiled(
     return {loss: value[:C] for loss, value in values.items()}, [gradient[:C] for gradient in found]
 
 
-@cache
-def _compile() -> Callable[..., Any]:
-    return torch.compile(_losses, dynamic=False)
+# Made when it is first needed, because the compiler takes long to import.
+_compile = cache(partial(torch.compile, _losses, dynamic=False))

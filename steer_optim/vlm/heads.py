@@ -13,7 +13,7 @@ Dimensions: ``B`` prompts, ``T`` response tokens, ``N`` rows, ``d`` hidden size,
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass, fields, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 import torch
@@ -115,7 +115,7 @@ class Head:
 
     def same(self, other: Head) -> bool:
         """Return whether both have the same tensors, detached or not, and the same numbers."""
-        return all(_same(getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
+        return [*map(_key, vars(self).values())] == [*map(_key, vars(other).values())]
 
     @classmethod
     def of(cls, model: nn.Module) -> Head:
@@ -152,10 +152,9 @@ class Head:
         adapter = {}
         if hasattr(module, "base_layer"):
             adapter, module = _lora(module), module.base_layer
-        weight_Vd, bias_V = getattr(module, "weight", None), getattr(module, "bias", None)
-        if not isinstance(module, nn.Linear) or weight_Vd is None:
+        if not isinstance(module, nn.Linear):
             raise ValueError(f"the head must be a torch.nn.Linear; got {type(module).__name__}: pass logits instead")
-        return cls(weight_Vd, bias_V=bias_V, **_after(owner), **adapter)
+        return cls(module.weight, bias_V=module.bias, **_after(owner), **adapter)
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,10 +243,8 @@ def gather(x: Any) -> Tensor:
     return whole
 
 
-def _same(a: Any, b: Any) -> bool:
-    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
-        return type(a) is type(b) and bool(a == b)
-    return a.dtype == b.dtype and (a.data_ptr(), a.shape, a.stride()) == (b.data_ptr(), b.shape, b.stride())
+def _key(x: Any) -> Any:
+    return (x.data_ptr(), x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else x
 
 
 def _after(model: nn.Module) -> dict[str, Any]:
