@@ -107,12 +107,8 @@ def response_states(
         # A leaf, at which the backward pass that runs the hooks of FSDP2 ends; also under a frozen head.
         return output.detach().clone().requires_grad_(taken[-1].requires_grad) if around else output
 
-    handles = [module.register_forward_pre_hook(take, prepend=True), module.register_forward_hook(give)]
-    try:
+    with module.register_forward_pre_hook(take, prepend=True), module.register_forward_hook(give):
         logits_BLV = _forward(model, batch, num_tokens).logits
-    finally:
-        for handle in handles:
-            handle.remove()
     if len(taken) != 1:
         raise RuntimeError(
             f"{type(model).__name__} must call its head, {type(module).__name__}, once in a forward pass, with its "

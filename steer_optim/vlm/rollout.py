@@ -82,9 +82,7 @@ def rollout(
     refuse(model.config, batch)
     defaults = model.generation_config
     eos = sorted(_ids(defaults.eos_token_id) if eos_ids is None else set(eos_ids))
-    pad = pad_id if pad_id is not None else defaults.pad_token_id
-    if pad is None and eos:
-        pad = eos[0]
+    pad = next((x for x in (pad_id, defaults.pad_token_id, *eos) if x is not None), None)
     suppress = image_ids(model.config) | set(suppress_ids) | (_ids(pad) - set(eos))
     # top_k=0 disables the default of 50.
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
