@@ -205,6 +205,7 @@ def score(
     others = teacher_prompts or prompts
     batches = {"student": prompts.image, "student_text": prompts.text, "prior": prompts.text}
     batches |= {"teacher": others.image, "teacher_text": others.text}
+    models: dict[str, Any] = {"student": student, "prior": prior or student, "teacher": teacher}
     if unknown := {*(names or ())} - {*batches}:
         raise ValueError(f"score computes the views {', '.join(batches)}; got {', '.join(sorted(unknown))}")
     views: dict[str, View] = dict(known or {})
@@ -212,25 +213,23 @@ def score(
     without_adapter: Any = _without_adapter(student) if "prior" in wanted and prior is None else nullcontext
     if prior is student:
         raise ValueError("prior is the student itself, which is trained: pass a copy made before training")
-    models: dict[str, Any] = {"student": student, "student_text": student, "prior": prior or student}
-    models |= {"teacher": teacher, "teacher_text": teacher}
     for name in wanted:
-        if models[name] is None:
+        if models[name.removesuffix("_text")] is None:
             raise ValueError(
                 f"the view {name} needs a teacher: pass one, or the view itself as known={{{name!r}: ...}}"
             )
     for name in wanted:
-        model = models[name]
-        blank = (others if name.startswith("teacher") else prompts).blank
+        role = name.removesuffix("_text")
+        model, blank = models[role], (others if role == "teacher" else prompts).blank
         batch = append_response(batches[name], response.with_empty(blank), _config(model))
         trained = name == "student" or (name == "student_text" and method.trains_text)
         with (
             torch.set_grad_enabled(trained and torch.is_grad_enabled()),
-            nullcontext() if name in ("student", "student_text") else in_evaluation(model),
+            nullcontext() if role == "student" else in_evaluation(model),
             without_adapter() if name == "prior" else nullcontext(),
         ):
             if hidden_states:
-                head = getattr(views.get(name.removesuffix("_text")), "head", None)
+                head = getattr(views.get(role), "head", None)
                 views[name] = response_states(model, batch, T, head=head)[:B]
             else:
                 views[name] = response_logits(model, batch, T)[:B]
