@@ -284,7 +284,7 @@ def check_inputs(views: Mapping[str, View], terms: Mapping[str, Term], temperatu
     if len({term.top for term in terms.values()}) > 1:
         raise ValueError("all losses must be over the same ids: give all terms the same top, or none")
     first_name, first = next(iter(views.items()))
-    servers: list[TopLogProbs] = []
+    servers = [x for x in views.values() if isinstance(x, TopLogProbs)]
     for name, x in views.items():
         if isinstance(x, Tensor) and not x.is_floating_point():
             raise TypeError(f"{name} must be floating logits; got {x.dtype}")
@@ -307,7 +307,6 @@ def check_inputs(views: Mapping[str, View], terms: Mapping[str, Term], temperatu
                 "of a frozen copy of the student prior"
             )
         if isinstance(x, TopLogProbs):
-            servers.append(x)
             if temperature != 1:
                 raise ValueError(f"TopLogProbs are valid at temperature 1 only; got {temperature}: pass temperature=1")
             if name in {term.left for term in terms.values()} - {"teacher"} or not x.ids_BTk.equal(servers[0].ids_BTk):

@@ -33,14 +33,17 @@ from steer_optim.vlm.heads import HiddenStates
 from steer_optim.vlm.rows import Gradients, Place, Rows, chunks, default_size
 from steer_optim.vlm.topk import TopLogProbs, collapse, expand, heaviest
 
-# The loss and the view of a gradient.
-_Pull = tuple[str, str]
+_Terms = Mapping[str, Term]
+# The loss and the view of each gradient.
+_Pulls = Sequence[tuple[str, str]]
+_Rows = Mapping[str, Tensor]
+_Found = tuple[dict[str, Tensor], list[Tensor]]
 
 
 def weighted_sums(
     views: Mapping[str, View],
-    terms: Mapping[str, Term],
-    weights: Mapping[str, Tensor],
+    terms: _Terms,
+    weights: _Rows,
     *,
     temperature: float = 1.0,
     floor: float | None = None,
@@ -110,16 +113,9 @@ def weighted_sums(
     return sums, losses_N
 
 
-def _losses(
-    terms: Mapping[str, Term],
-    floor: float | None,
-    pulls: Sequence[_Pull],
-    logits_cV: Mapping[str, Tensor],
-    bins_cK: Mapping[str, Tensor],
-    weights_c: Mapping[str, Tensor],
-    ids_ck: Mapping[str, Tensor],
-) -> tuple[dict[str, Tensor], list[Tensor]]:
+def _losses(terms: _Terms, floor: float | None, pulls: _Pulls, *rows: _Rows) -> _Found:
     """Return the losses of some rows, and the weighted gradients ``(c, V)`` at the logits of each pull."""
+    logits_cV, bins_cK, weights_c, ids_ck = rows
     top = next(iter(terms.values())).top
     ids = ids_ck.get("ids") if top is None else heaviest(logits_cV[top[0]], top[1])
     full = {name: x.log_softmax(-1) for name, x in logits_cV.items()}
@@ -136,9 +132,7 @@ def _losses(
     return values, [found[pull] for pull in pulls]
 
 
-def _by_blocks(
-    size: int, terms: Mapping[str, Term], floor: float | None, pulls: Sequence[_Pull], *rows: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], list[Tensor]]:
+def _by_blocks(size: int, terms: _Terms, floor: float | None, pulls: _Pulls, *rows: _Rows) -> _Found:
     """Run :func:`_losses` on blocks of a few rows, so that its intermediates stay small and in cache."""
     logits_CV = rows[0]
     first = next(iter(logits_CV.values()))
@@ -160,9 +154,7 @@ def _by_blocks(
     return values, out
 
 
-def _compiled(
-    size: int, terms: Mapping[str, Term], floor: float | None, pulls: Sequence[_Pull], *rows: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], list[Tensor]]:
+def _compiled(size: int, terms: _Terms, floor: float | None, pulls: _Pulls, *rows: _Rows) -> _Found:
     """Run :func:`_losses` compiled for chunks of one size; the last chunk is padded with rows of weight zero."""
     C = len(next(iter(rows[0].values())))
     padded = [{name: pad(x, (0, 0) * (x.ndim - 1) + (0, size - C)) for name, x in y.items()} for y in rows]

@@ -66,9 +66,11 @@ class Rows:
         if isinstance(view, Tensor):
             return out_CV.copy_(view[part]).mul_(self._factor)  # in the dtype of the result
         x_Cd, head = view.hidden_BTd[part], view.head
-        self._multiply(out_CV, x_Cd, head.weight_Vd, keep=False)
+        x, w = self._operands(x_Cd, head.weight_Vd)
+        _add_product(out_CV, x, w.T, keep=False)
         if head.lora_B_Vr is not None:
-            self._multiply(out_CV, head.adapt(x_Cd.to(self._dtype)), head.lora_B_Vr)
+            x, w = self._operands(head.adapt(x_Cd.to(self._dtype)), head.lora_B_Vr)
+            _add_product(out_CV, x, w.T)
         if head.bias_V is not None:
             out_CV += head.bias_V
         if self._factor != 1:
@@ -101,10 +103,6 @@ class Rows:
             self._pull(dinner_Cr.mul_(head.lora_scaling), x_Cd, head.lora_A_rd, dx_Cd, into.of(head.lora_A_rd))
         if head.bias_V is not None and (db_V := into.of(head.bias_V)) is not None:
             db_V += gradient_CV.sum(0)
-
-    def _multiply(self, out_Cn: Tensor, x_Ck: Tensor, w_nk: Tensor, *, keep: bool = True) -> None:
-        x_Ck, w_nk = self._operands(x_Ck, w_nk)
-        _add_product(out_Cn, x_Ck, w_nk.T, keep=keep)
 
     def _pull(
         self, gradient_Cn: Tensor, x_Ck: Tensor, w_nk: Tensor, dx_Ck: Tensor | None, dw_nk: Tensor | None
