@@ -18,8 +18,8 @@ from benchmarks.common import table as as_table
 from steer_optim.plots import COLOURS
 from studies.vgs.figures import band
 from studies.vgs.grid import Place
-from studies.vgs.intervals import Interval, cell, interval, paired, points
-from studies.vgs.table import Row
+from studies.vgs.intervals import cell, interval, paired, points
+from studies.vgs.table import Row, Setting, settings
 
 TASKS = ("shapes-topics", "shapes-topics-voices")  # both speak alike; each has a language of its own
 WIDTHS = (16, 32, 64, 96)
@@ -28,13 +28,8 @@ METHODS = (*MAIN, "tokens", "vgs,detach_prior=False", "reweighting-frozen")
 ABLATIONS = ("vgs,floor=1e-3,lam=0", "vgs,lam=0", "vgs,lam=0.1", "vgs,lam=0.3,quantile=0")  # where it collapsed
 SEEDS = (1, 2, 3, 4, 5)  # seed 0 was for trying the task out
 MORE = (6, 7, 8, 9, 10)  # where five had an interval that ended within two points of zero
-LITTLE = 1e-4
 RATES = RATE, SLOW = 1e-3, 3e-4  # of learning: the task's own, and one at which less can go wrong
 COMPARISONS = (*((method, "standard") for method in MAIN[1:]), ("vgs", "reweighting"))  # planned
-BLURRED, SHARP = (
-    30,
-    200,
-)  # steps of the student's eye: the task's own, and until the dose at the start is over 25 degrees
 EARLY = (1, 2)  # fifths of the steps
 OUTCOMES = {"named": "things named right, %", "perception": "all seen, %", "answer": "right, %"}
 
@@ -53,43 +48,23 @@ class Condition(NamedTuple):
     task: str = TASKS[0]
     width: int = WIDTHS[0]
     rate: float = RATE
-    eye_steps: int = BLURRED
+    eye_steps: int = 30
     steps: int = 400
 
     def place(self, method: str, seed: int) -> Place:
-        changes = (
-            ("student_size", self.width),
-            ("lr", self.rate),
-            ("eye_steps", self.eye_steps),
-            ("steps", self.steps),
-        )
-        return Place(self.task, changes, method, seed)
+        names = ("student_size", "lr", "eye_steps", "steps")
+        return Place(self.task, tuple(zip(names, self[1:], strict=True)), method, seed)
 
-    def runs(self, rows: Sequence[Row], method: str) -> list[Row]:
-        key = self.place(method, 0).key[:-1]
-        return [row for row in rows if (row["task"], row["setting"], row["method"]) == key]
-
-    def values(self, rows: Sequence[Row], method: str, column: str) -> dict[int, float]:
-        """A number by seed."""
-        return {int(row["seed"]): float(row[column]) for row in self.runs(rows, method) if row[column]}
-
-    def gain(self, rows: Sequence[Row], method: str, column: str) -> Interval | None:
-        """Over standard distillation, paired by seed."""
-        return paired(*(self.values(rows, m, column) for m in (method, "standard")))
-
-    def series(self, rows: Sequence[Row], method: str, column: str) -> dict[int, dict[int, float]]:
-        """A number at the checkpoints, by seed and step."""
-        return {
-            int(row["seed"]): dict(
-                zip(map(int, row["step at"].split()), map(float, row[f"{column} at"].split()), strict=True)
-            )
-            for row in self.runs(rows, method)
-        }
+    def among(self, rows: Sequence[Row]) -> Setting:
+        """Its runs."""
+        task, name = self.place("standard", 0).key[:2]
+        found = settings([row for row in rows if (row["task"], row["setting"]) == (task, name)])
+        return found[0] if found else Setting(task, name, {})
 
 
 SMALL, LARGE = (tuple(Condition(width=w, rate=rate) for rate in RATES) for w in (WIDTHS[0], WIDTHS[-1]))
-SIGHTED = tuple(Condition(task, rate=SLOW, eye_steps=SHARP) for task in TASKS)
-SHORT = tuple(Condition(task, WIDTHS[1], LITTLE, SHARP, steps=100) for task in TASKS)
+SIGHTED = tuple(Condition(task, rate=SLOW, eye_steps=200) for task in TASKS)
+SHORT = tuple(Condition(task, WIDTHS[1], 1e-4, eye_steps=200, steps=100) for task in TASKS)
 PLANNED = (SMALL[0], LARGE[0], SMALL[1], LARGE[1], *SIGHTED, *SHORT)
 CONDITIONS = [
     *(Condition(TASKS[0], width, rate) for rate in RATES for width in WIDTHS),
@@ -97,6 +72,14 @@ CONDITIONS = [
     *SHORT,
     *(Condition(TASKS[1], width, SLOW) for width in (WIDTHS[0], WIDTHS[-1])),
 ]
+SHOWN = {
+    "16": SMALL[1],
+    "32": Condition(width=32, rate=SLOW),
+    "96": LARGE[1],
+    "16,\nsees": SIGHTED[0],
+    "16, sees,\nown words": SIGHTED[1],
+    "32, sees,\nbriefly": SHORT[0],
+}
 
 
 def places(seeds: Sequence[int] = SEEDS) -> list[Place]:
@@ -118,89 +101,84 @@ def study(rows: Sequence[Row]) -> list[Row]:
 
 
 def results(rows: Sequence[Row]) -> str:
-    """A row for each task, rate, width and method of which there are runs."""
-    head = [
-        "task",
-        "lr",
-        "width",
-        "steps of the eye",
-        "steps",
-        "method",
-        "seeds",
-        *OUTCOMES.values(),
-        "language left, nats, first → last",
-    ]
+    """A row for each condition and method of which there are runs."""
+    head = [*_WHERE, "method", "seeds", *OUTCOMES.values(), "language left, nats, first → last"]
     head += ["dose at the start", "first-order gain, first step", "over training"]
     lines = []
-    for condition, method in itertools.product(CONDITIONS, (*METHODS, *ABLATIONS, "vgs,reduction=sequence")):
-
-        def mean(column: str, of: Condition = condition, method: str = method) -> Interval:
-            return interval([*of.values(rows, method, column).values()])
-
-        seeds = len(condition.values(rows, method, "named"))
-        if seeds:
-            task, width, rate, *steps = condition
-            line = [f"`{task}`", f"{rate:g}", str(width), *map(str, steps), f"`{method}`", str(seeds)]
+    for condition in CONDITIONS:
+        found = condition.among(rows)
+        for method, runs in found.runs.items():
+            line = [*_where(condition), f"`{method}`", str(len(runs))]
             for column in OUTCOMES:
-                to_standard = points(condition.gain(rows, method, column))
-                line.append(cell(mean(column), scale=100) if method == "standard" else to_standard)
-            line.append(f"{cell(mean('lang first'), digits=2)} → {cell(mean('lang'), digits=2)}")
-            line.append(f"{cell(mean('dose first'), digits=0)}°")
-            lines.append([*line, *(cell(mean(column), digits=3) for column in ("gain first", "gain"))])
+                own, gain = found.interval(method, column), found.difference(method, column)
+                line.append(cell(own, scale=100) if method == "standard" else points(gain))
+            first, last = (cell(found.interval(method, column), digits=2) for column in ("lang first", "lang"))
+            line += [f"{first} → {last}", f"{cell(found.interval(method, 'dose first'), digits=0)}°"]
+            lines.append(
+                [*line, *(cell(found.interval(method, column), digits=3) for column in ("gain first", "gain"))]
+            )
     return as_table(head, lines)
 
 
-def planned(rows: Sequence[Row], conditions: Sequence[Condition]) -> str:
+def planned(rows: Sequence[Row]) -> str:
     """The comparisons that were planned, on things named: early, half-way, and at the end."""
-    head = [
-        "task",
-        "lr",
-        "width",
-        "steps of the eye",
-        "steps",
-        "comparison",
-        "seeds",
-        *(f"after {fifths}/5 of the steps" for fifths in EARLY),
-        "at the end",
-    ]
+    head = [*_WHERE, "comparison", "seeds", *(f"after {fifths}/5 of the steps" for fifths in EARLY), "at the end"]
     lines = []
-    for of, (method, other) in itertools.product(conditions, COMPARISONS):
-        ends = [of.values(rows, m, "named") for m in (method, other)]
-        if not (difference := paired(*ends)):
+    for of, (method, other) in itertools.product(PLANNED, COMPARISONS):
+        found = of.among(rows)
+        if not (difference := found.difference(method, "named", to=other)):
             continue
-        curves = [of.series(rows, m, "named") for m in (method, other)]
+        curves = [series(found, m, "named") for m in (method, other)]
         early = [
             paired(*({seed: run[step] for seed, run in curve.items()} for curve in curves))
             for step in (of.steps * fifths // 5 for fifths in EARLY)
         ]
-        cells = map(points, [*early, difference])
-        where = [f"`{of.task}`", f"{of.rate:g}", str(of.width), str(of.eye_steps), str(of.steps)]
-        lines.append([*where, f"`{method}` to `{other}`", str(difference.n), *cells])
+        compared = [f"`{method}` to `{other}`", str(difference.n)]
+        lines.append([*_where(of), *compared, *map(points, [*early, difference])])
     return as_table(head, lines)
 
 
+_WHERE = ["task", "lr", "width", "steps of the eye", "steps"]
+
+
+def _where(condition: Condition) -> list[str]:
+    task, width, rate, *steps = condition
+    return [f"`{task}`", f"{rate:g}", str(width), *map(str, steps)]
+
+
+def series(found: Setting, method: str, column: str) -> dict[int, dict[int, float]]:
+    """A number at the checkpoints, by seed and step."""
+    return {
+        seed: dict(zip(map(int, row["step at"].split()), map(float, row[f"{column} at"].split()), strict=True))
+        for seed, row in found.runs.get(method, {}).items()
+    }
+
+
 def figure(rows: Sequence[Row]) -> Figure:
-    """Things named over standard distillation, by width and learning rate; language left over training."""
+    """Things named over standard distillation, by student; language left over training."""
     drawing = Figure(figsize=(14, 4.2), dpi=100, layout="constrained")
-    gains, lefts = (part.subplots(1, 2) for part in drawing.subfigures(1, 2, width_ratios=(1.1, 1)))
-    for rate, axes in zip(RATES, gains, strict=True):
-        axes.axhline(0, color=COLOURS[0], linewidth=1.4, label=METHODS[0])
-        for i, method in enumerate(MAIN[1:], start=1):
-            found = [(x, Condition(TASKS[0], w, rate).gain(rows, method, "named")) for x, w in enumerate(WIDTHS)]
-            there = [(x + 0.15 * (i - 2), d) for x, d in found if d is not None and d.n > 1]
-            x, means, halves = zip(*((x, 100 * d.mean, 100 * d.half) for x, d in there), strict=True)
-            axes.errorbar(x, means, yerr=halves, fmt="o", markersize=5, color=COLOURS[i], label=method)
-        axes.set_xticks(range(len(WIDTHS)), [str(width) for width in WIDTHS])
-        axes.set(xlim=(-0.5, len(WIDTHS) - 0.5), xlabel="width of the student", title=f"Things named, lr {rate:g}")
-    gains[0].set_ylabel("points to standard distillation")
-    gains[1].sharey(gains[0])
-    for width, axes in zip((WIDTHS[0], WIDTHS[-1]), lefts, strict=True):
+    left, right = drawing.subfigures(1, 2, width_ratios=(1.2, 1))
+    gains, lefts = left.subplots(), right.subplots(1, 2)
+    gains.axhline(0, color=COLOURS[0], linewidth=1.4, label=METHODS[0])
+    for i, method in enumerate(MAIN[1:], start=1):
+        found = [(x, condition.among(rows).difference(method, "named")) for x, condition in enumerate(SHOWN.values())]
+        there = [(x + 0.15 * (i - 2), 100 * d.mean, 100 * d.half) for x, d in found if d is not None and d.n > 1]
+        if there:
+            x, means, halves = zip(*there, strict=True)
+            gains.errorbar(x, means, yerr=halves, fmt="o", markersize=5, color=COLOURS[i], label=method)
+    gains.set_xticks(range(len(SHOWN)), [*SHOWN])
+    gains.set(
+        xlim=(-0.5, len(SHOWN) - 0.5),
+        xlabel="width of the student",
+        ylabel="points to standard distillation",
+        title="Things named right",
+    )
+    for condition, axes in zip((SMALL[0], LARGE[0]), lefts, strict=True):
         for i, method in enumerate(MAIN):
-            runs = [*Condition(width=width).series(rows, method, "lang").values()]
+            runs = [*series(condition.among(rows), method, "lang").values()]
             steps = [*runs[0]] if runs else []
             band(axes, steps, [interval([run[step] for run in runs]) for step in steps], i, method)
-        axes.set(
-            xlabel="step", ylabel="nats per word", ylim=(0, None), title=f"Language left, width {width}, lr {RATE:g}"
-        )
-    drawing.legend(*gains[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+        title = f"Language left, width {condition.width}"
+        axes.set(xlabel="step", ylabel="nats per word", ylim=(0, None), title=title)
+    drawing.legend(*gains.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return drawing

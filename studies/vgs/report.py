@@ -53,7 +53,7 @@ def pages(settings: Sequence[Setting], rows: Sequence[Row] = ()) -> dict[str, st
         parts += ["### In other settings", other]
     if rows := capacity.study(rows):
         parts += ["### Capacity and language", "The planned comparisons: points of things named right, paired by seed."]
-        parts.append(capacity.planned(rows, capacity.PLANNED))
+        parts.append(capacity.planned(rows))
         how = "All runs: points to standard distillation, paired by seed; of standard distillation the share itself."
         parts += [how, capacity.results(rows)]
         parts += ["### What the start tells", dose.results([*settings, *table.settings(rows)])]
