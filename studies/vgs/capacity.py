@@ -90,6 +90,7 @@ def places(seeds: Sequence[int] = SEEDS) -> list[Place]:
     wanted += [c.place(m, s) for s in seeds for c in SIGHTED for m in (*MAIN, "tokens")]
     wanted += [c.place(m, s) for s in MORE for c in SIGHTED for m in MAIN]
     wanted += [c.place(m, s) for s in seeds for c in SHORT for m in (*MAIN, "vgs,reduction=sequence")]
+    wanted += [c.place(m, s) for s in MORE for c in SHORT for m in MAIN]
     wanted += [LARGE[1].place(m, s) for s in seeds for m in METHODS]
     wanted += [c.place(m, s) for c in reversed(CONDITIONS) for s in seeds for m in MAIN]
     return list(dict.fromkeys(wanted))
