@@ -111,7 +111,9 @@ def advise(found: Findings) -> str:
     Example:
         >>> found = Findings({"std, vis": 12.0}, 8.0, {"std": 1.0}, {"std": 0.3, "lang": 0.1}, 0.9, (-0.4, 0.1))
         >>> print(advise(found).splitlines()[-1])
-        Advice: --decomposition standard. The teacher knows the language of the answers better, or as well.
+        Advice: --decomposition standard. The teacher knows the language of the answers better, or as well. If much is
+        left to learn without the image, and training does not change that, the student is too small for it: try
+        --decomposition tokens.
     """
     lines = [
         f"angles between gradients: {', '.join(f'{pair} {angle:.0f}°' for pair, angle in found.angles.items())}",
@@ -135,7 +137,12 @@ def advise(found: Findings) -> str:
         elif gain > max(_ERRORS * error, _LEAST):
             choice, reason = "vgs-frozen", "The student knows the language of the answers better; steering keeps it."
         else:
-            choice, reason = "standard", "The teacher knows the language of the answers better, or as well."
+            choice = "standard"
+            reason = (
+                "The teacher knows the language of the answers better, or as well. If much is left to learn without "
+                "the image, and training does not change that, the student is too small for it: try --decomposition "
+                "tokens."
+            )
     return "\n".join([*lines, f"Advice: --decomposition {choice}. {reason}"])
 
 

@@ -171,7 +171,8 @@ class DecomposedDistillation:
     reading of the text around the equation. Both are on the most visual tokens only.
 
     Unsteered, ``exact`` and ``tokens`` each sum to standard distillation. ``tokens`` needs no text-only pass of the
-    student and no ``q*``: steered with ``gain=gamma`` it reweights the visual tokens.
+    student and no ``q*``. With its rule it is plain reweighting, ``1 + gamma`` times the weight on the most visual
+    tokens, which helped students that are too small for their teacher's language (docs/evidence.md).
 
     To add a policy loss (Eq. 22), pass it to the rule beside these components::
 

@@ -65,16 +65,19 @@ class Condition(NamedTuple):
 SMALL, LARGE = (tuple(Condition(width=w, rate=rate) for rate in RATES) for w in (WIDTHS[0], WIDTHS[-1]))
 SIGHTED = tuple(Condition(task, rate=SLOW, eye_steps=200) for task in TASKS)
 SHORT = tuple(Condition(task, WIDTHS[1], 1e-4, eye_steps=200, steps=100) for task in TASKS)
+FASTER = tuple(condition._replace(rate=SLOW) for condition in SHORT)  # afterwards: nobody had learnt much
 PLANNED = (SMALL[0], LARGE[0], SMALL[1], LARGE[1], *SIGHTED, *SHORT)
 CONDITIONS = [
     *(Condition(TASKS[0], width, rate) for rate in RATES for width in WIDTHS),
     *SIGHTED,
     *SHORT,
+    *FASTER,
     *(Condition(TASKS[1], width, SLOW) for width in (WIDTHS[0], WIDTHS[-1])),
 ]
 SHOWN = {
     "16": SMALL[1],
     "32": Condition(width=32, rate=SLOW),
+    "64": Condition(width=64, rate=SLOW),
     "96": LARGE[1],
     "16,\nsees": SIGHTED[0],
     "16, sees,\nown words": SIGHTED[1],
@@ -91,6 +94,7 @@ def places(seeds: Sequence[int] = SEEDS) -> list[Place]:
     wanted += [c.place(m, s) for s in MORE for c in SIGHTED for m in MAIN]
     wanted += [c.place(m, s) for s in seeds for c in SHORT for m in (*MAIN, "vgs,reduction=sequence")]
     wanted += [c.place(m, s) for s in MORE for c in SHORT for m in MAIN]
+    wanted += [c.place(m, s) for s in (*seeds, *MORE) for c in FASTER for m in MAIN]
     wanted += [LARGE[1].place(m, s) for s in seeds for m in METHODS]
     wanted += [c.place(m, s) for c in reversed(CONDITIONS) for s in seeds for m in MAIN]
     return list(dict.fromkeys(wanted))

@@ -15,7 +15,7 @@ from benchmarks.common import table as as_table
 from studies.vgs.intervals import cell, interval, paired, points
 
 RESULTS = Path(__file__).parents[2] / "examples" / "results"
-SAMPLES = (range(3, 10), range(10, 20))
+SAMPLES = (range(3, 10), range(10, 20), range(3, 20))  # the third, both together, is exploratory
 COMPARISONS = (("vgs", "standard"), ("reweighting", "standard"), ("vgs", "reweighting"))
 COLUMNS = {"answer": "right", "perception": "all seen"}
 
