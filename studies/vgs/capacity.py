@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from statistics import fmean
 from typing import NamedTuple
 
 from matplotlib.figure import Figure
@@ -108,20 +109,27 @@ def study(rows: Sequence[Row]) -> list[Row]:
 def results(rows: Sequence[Row]) -> str:
     """A row for each condition and method of which there are runs."""
     head = [*_WHERE, "method", "seeds", *OUTCOMES.values(), "language left, nats, first → last"]
-    head += ["dose at the start", "first-order gain, first step", "over training"]
+    head += [
+        "dose at the start",
+        "named, %, at first → after 2/5 → at the end",
+        "first-order gain, first step",
+        "over training",
+    ]
     lines = []
-    for condition in CONDITIONS:
-        found = condition.among(rows)
+    for of in CONDITIONS:
+        found = of.among(rows)
         for method, runs in found.runs.items():
-            line = [*_where(condition), f"`{method}`", str(len(runs))]
+            line = [*_where(of), f"`{method}`", str(len(runs))]
             for column in OUTCOMES:
                 own, gain = found.interval(method, column), found.difference(method, column)
                 line.append(cell(own, scale=100) if method == "standard" else points(gain))
             first, last = (cell(found.interval(method, column), digits=2) for column in ("lang first", "lang"))
             line += [f"{first} → {last}", f"{cell(found.interval(method, 'dose first'), digits=0)}°"]
-            lines.append(
-                [*line, *(cell(found.interval(method, column), digits=3) for column in ("gain first", "gain"))]
-            )
+            curves = series(found, method, "named").values()
+            at = (0, of.steps * max(EARLY) // 5, of.steps)
+            line.append(" → ".join(f"{100 * fmean(curve[step] for curve in curves):.1f}" for step in at))
+            line += [cell(found.interval(method, column), digits=3) for column in ("gain first", "gain")]
+            lines.append(line)
     return as_table(head, lines)
 
 

@@ -38,6 +38,7 @@ class Method:
         trains: the whole student, or its ``eye`` alone, the tower and what joins it to the decoder: then its language
             cannot change.
         text: the weight of a further component ``text``, ``KL(p_tx || q_tx)`` over all tokens; absent where it is 0.
+        off_policy: whether the responses are the right answers of the teacher's kind, not samples of the student.
         reward: the share of GRPO on right answers in the loss, ``1 - alpha`` of Eq. 22; 1 is GRPO alone.
         weight: a factor of the distillation in that mixture.
     """
@@ -49,6 +50,7 @@ class Method:
     prior: Literal["live", "frozen", "ema"] = "live"
     trains: Literal["everything", "eye"] = "everything"
     text: float = 0.0
+    off_policy: bool = False
     reward: float = 0.0
     weight: float = 1.0
 

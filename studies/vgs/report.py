@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.common import table as as_table
-from studies.vgs import capacity, dose, figures, repeated, table
+from studies.vgs import capacity, dose, figures, pilot, repeated, table
 from studies.vgs.claims import claims
 from studies.vgs.intervals import cell, points
 from studies.vgs.methods import FOREVER, parse
@@ -57,7 +57,13 @@ def pages(settings: Sequence[Setting], rows: Sequence[Row] = ()) -> dict[str, st
         how = "All runs: points to standard distillation, paired by seed; of standard distillation the share itself."
         parts += [how, capacity.results(rows)]
         parts += ["### What the start tells", dose.results([*settings, *table.settings(rows)])]
-    parts += ["### The main job, again", repeated.results(), *(section(setting) for setting in settings)]
+    parts += [
+        "### The pilot, rerun",
+        pilot.results(),
+        "### The main job, again",
+        repeated.results(),
+        *(section(setting) for setting in settings),
+    ]
     return {"evidence.md": "\n\n".join(parts), "how-to-choose.md": by_task(settings)}
 
 

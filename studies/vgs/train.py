@@ -111,6 +111,8 @@ class Run:
         """One step of training; returns the weights of the components and the like."""
         method, optimizer = self.method, self.optimizer
         prompt, answer_BT, response_BT, seen = self.rollout("distillation", step)
+        if method.off_policy:
+            response_BT = answer_BT
         views = self.views(prompt, response_BT, seen, method.views, train_text=method.trains_text)
         mask_BT = self.questions.mask(response_BT)
         optimizer.zero_grad()
