@@ -10,7 +10,7 @@ for needed in ("sklearn", "scipy", "tokenizers", "tqdm", "transformers", "matplo
     pytest.importorskip(needed)
 
 from studies.vgs import __main__ as study  # noqa: E402
-from studies.vgs import grid, report, shapes, table, train  # noqa: E402
+from studies.vgs import capacity, grid, report, shapes, table, train  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--steps=2", "--batch-size=4", "--teacher-size=16", "--student-size=16", "--teacher-steps=1"]
@@ -71,6 +71,11 @@ def test_runs_become_rows_and_rows_a_page(tmp_path, monkeypatch, capsys):
     (docs / "evidence.md").write_text(framed)
     report.write(runs, tmp_path / "curves.json.gz", docs)
     assert (docs / "evidence.md").read_text() == framed
+
+
+def test_the_experiment_on_capacity_is_complete():
+    there = {tuple(row[name] for name in table.KEY) for row in table.read()}
+    assert {place.key for place in capacity.places()} <= there
 
 
 def test_the_numbers_of_the_pages_are_those_of_the_table():

@@ -9,7 +9,7 @@ The page says beforehand which outcome would mean what.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import fmean
 from typing import NamedTuple
 
@@ -68,12 +68,15 @@ SIGHTED = tuple(Condition(task, rate=SLOW, eye_steps=200) for task in TASKS)
 SHORT = tuple(Condition(task, WIDTHS[1], 1e-4, eye_steps=200, steps=100) for task in TASKS)
 FASTER = tuple(condition._replace(rate=SLOW) for condition in SHORT)  # afterwards: nobody had learnt much
 PLANNED = (SMALL[0], LARGE[0], SMALL[1], LARGE[1], *SIGHTED, *SHORT)
+PLANNED_PAIRS = [*itertools.product(PLANNED, COMPARISONS)]
+ANSWERS = [(SMALL[1], (f"{m},off_policy=True", "standard,off_policy=True")) for m in MAIN[1:]]  # afterwards: why
 CONDITIONS = [
-    *(Condition(TASKS[0], width, rate) for rate in RATES for width in WIDTHS),
+    SMALL[0],
+    LARGE[0],
+    *(Condition(width=width, rate=SLOW) for width in WIDTHS),
     *SIGHTED,
     *SHORT,
     *FASTER,
-    *(Condition(TASKS[1], width, SLOW) for width in (WIDTHS[0], WIDTHS[-1])),
 ]
 SHOWN = {
     "16": SMALL[1],
@@ -91,13 +94,13 @@ def places(seeds: Sequence[int] = SEEDS) -> list[Place]:
     wanted = [c.place(m, s) for pair in zip(SMALL, LARGE, strict=True) for s in seeds for c in pair for m in MAIN]
     wanted += [SMALL[1].place(m, s) for s in MORE for m in ("standard", "reweighting", "vgs-frozen")]
     wanted += [SMALL[1].place(m, s) for s in seeds for m in (*METHODS, *ABLATIONS)]
+    wanted += [SMALL[1].place(f"{m},off_policy=True", s) for s in seeds for m in MAIN]
     wanted += [c.place(m, s) for s in seeds for c in SIGHTED for m in (*MAIN, "tokens")]
     wanted += [c.place(m, s) for s in MORE for c in SIGHTED for m in MAIN]
     wanted += [c.place(m, s) for s in seeds for c in SHORT for m in (*MAIN, "vgs,reduction=sequence")]
     wanted += [c.place(m, s) for s in MORE for c in SHORT for m in MAIN]
     wanted += [c.place(m, s) for s in (*seeds, *MORE) for c in FASTER for m in MAIN]
-    wanted += [LARGE[1].place(m, s) for s in seeds for m in METHODS]
-    wanted += [c.place(m, s) for c in reversed(CONDITIONS) for s in seeds for m in MAIN]
+    wanted += [c.place(m, s) for c in CONDITIONS for s in seeds for m in MAIN]
     return list(dict.fromkeys(wanted))
 
 
@@ -133,11 +136,11 @@ def results(rows: Sequence[Row]) -> str:
     return as_table(head, lines)
 
 
-def planned(rows: Sequence[Row]) -> str:
-    """The comparisons that were planned, on things named: early, half-way, and at the end."""
+def compared(rows: Sequence[Row], wanted: Iterable[tuple[Condition, tuple[str, str]]]) -> str:
+    """One method to another, on things named: early, half-way, and at the end."""
     head = [*_WHERE, "comparison", "seeds", *(f"after {fifths}/5 of the steps" for fifths in EARLY), "at the end"]
     lines = []
-    for of, (method, other) in itertools.product(PLANNED, COMPARISONS):
+    for of, (method, other) in wanted:
         found = of.among(rows)
         if not (difference := found.difference(method, "named", to=other)):
             continue
@@ -146,8 +149,8 @@ def planned(rows: Sequence[Row]) -> str:
             paired(*({seed: run[step] for seed, run in curve.items()} for curve in curves))
             for step in (of.steps * fifths // 5 for fifths in EARLY)
         ]
-        compared = [f"`{method}` to `{other}`", str(difference.n)]
-        lines.append([*_where(of), *compared, *map(points, [*early, difference])])
+        pair = [f"`{method}` to `{other}`", str(difference.n)]
+        lines.append([*_where(of), *pair, *map(points, [*early, difference])])
     return as_table(head, lines)
 
 

@@ -53,7 +53,8 @@ def pages(settings: Sequence[Setting], rows: Sequence[Row] = ()) -> dict[str, st
         parts += ["### In other settings", other]
     if rows := capacity.study(rows):
         parts += ["### Capacity and language", "The planned comparisons: points of things named right, paired by seed."]
-        parts.append(capacity.planned(rows))
+        parts += [capacity.compared(rows, capacity.PLANNED_PAIRS), "Exploratory: right answers instead of samples."]
+        parts.append(capacity.compared(rows, capacity.ANSWERS))
         how = "All runs: points to standard distillation, paired by seed; of standard distillation the share itself."
         parts += [how, capacity.results(rows)]
         parts += ["### What the start tells", dose.results([*settings, *table.settings(rows)])]
