@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -62,8 +61,8 @@ def results(settings: Sequence[Setting]) -> str:
     lines = []
     for one in gains(settings):
         start = [cell(one.start["dose first"], digits=0), cell(one.start["lang first"], digits=2)]
-        name = "" if one.setting.name == "default" else one.setting.name.replace(",", ", ").replace("=", " = ")
-        lines.append([f"`{one.setting.task}`", name, *start, *(points(one.gains.get(method)) for method in METHODS)])
+        of = (points(one.gains.get(method)) for method in METHODS)
+        lines.append([f"`{one.setting.task}`", one.setting.title, *start, *of])
     return as_table(head, lines)
 
 
@@ -78,7 +77,7 @@ def figure(settings: Sequence[Setting]) -> Figure:
             axes.errorbar(
                 [x for x, _ in there],
                 [100 * gain.mean for _, gain in there],
-                yerr=[0.0 if math.isnan(gain.half) else 100 * gain.half for _, gain in there],
+                yerr=[100 * gain.half for _, gain in there],
                 fmt="o",
                 markersize=5,
                 elinewidth=0.8,

@@ -101,7 +101,7 @@ def drawn(
 
 def section(setting: Setting) -> str:
     """The table of a setting, and the command that does its runs."""
-    parts = [f"### `{setting.task}`, {_title(setting)}", _facts(setting), scores(setting)]
+    parts = [f"### `{setting.task}`, {setting.title}", _facts(setting), scores(setting)]
     if cosines := refreshed(setting):
         parts.append(cosines)
     parts.append(f"```sh\n{command(setting)}\n```")
@@ -132,7 +132,7 @@ def elsewhere(settings: Sequence[Setting]) -> str | None:
     for setting in own:
         standard = cell(setting.interval("standard", "answer"), scale=100)
         differences = (points(setting.difference(method, "answer")) for method in methods)
-        rows.append([f"`{setting.task}`", _title(setting), standard, *differences])
+        rows.append([f"`{setting.task}`", setting.title, standard, *differences])
     return as_table(head, rows) if rows else None
 
 
@@ -218,7 +218,3 @@ def _facts(setting: Setting) -> str:
         f"{settings['batch_size']} responses, AdamW, learning rate {float(settings['lr']):g}. Intervals are 95 % over "
         "seeds; differences are paired by seed, and bold where their interval excludes zero."
     )
-
-
-def _title(setting: Setting) -> str:
-    return "its own settings" if setting.name == "default" else setting.name.replace(",", ", ").replace("=", " = ")

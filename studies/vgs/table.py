@@ -180,6 +180,11 @@ class Setting:
         self.task, self.name = task, name
         self.runs = {method: runs[method] for method in sorted(runs, key=_rank)}
 
+    @property
+    def title(self) -> str:
+        """Its name in words."""
+        return "its own settings" if self.name == "default" else self.name.replace(",", ", ").replace("=", " = ")
+
     def values(self, method: str, column: str) -> dict[int, float]:
         """A number of every run of a method by seed, where the run has it; of none where the method was not run."""
         return {seed: float(row[column]) for seed, row in self.runs.get(method, {}).items() if row[column]}
