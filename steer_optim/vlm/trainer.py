@@ -255,10 +255,12 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
             values = self._mean(losses)
             for name, number in values.items():
                 self._metrics["eval"][f"steer/loss/{name}"].append(number)
-            return torch.tensor(values.get("std", sum(values.values())))
+            loss = torch.tensor(values.get("std", sum(values.values())))
+            return (loss, None) if return_outputs else loss
         if self.method.floor and (self.state.global_step + 1) % max(int(self.state.logging_steps), 1) == 0:
             self._metrics["train"]["steer/floored"].append(self._share_floored(views, response, self.method.floor))
-        return self.steered.join(losses, accumulate=not self.accelerator.sync_gradients)
+        loss = self.steered.join(losses, accumulate=not self.accelerator.sync_gradients)
+        return (loss, None) if return_outputs else loss
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any) -> Tensor:
         """Backpropagate a micro-batch; return the trained loss at the last one of a step, else 0."""
@@ -507,8 +509,10 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         """Return the share of response tokens to which the teacher, in either view, gives less than the floor."""
         low_BT = torch.zeros_like(response.scored_BT)
         for name in ("teacher", "teacher_text"):
-            pair, temperature = (response.response_BT, response.scored_BT), self.method.temperature
-            low_BT |= sampled_log_probs(views[name], *pair, temperature=temperature).exp() < floor  # 1 where not scored
+            log_p_BT = sampled_log_probs(
+                views[name], response.response_BT, response.scored_BT, temperature=self.method.temperature
+            )
+            low_BT |= log_p_BT.exp() < floor  # 1 where not scored
         counts: Tensor = self.accelerator.reduce(torch.stack([low_BT.sum(), response.scored_BT.sum()]))
         return float(counts[0] / counts[1].clamp(min=1))
 

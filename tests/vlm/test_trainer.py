@@ -144,6 +144,16 @@ def test_evaluation_shows_the_components(tmp_path):
     assert metrics["eval_steer/loss/vis"] > 0
 
 
+def test_outputs_come_with_the_loss_if_asked_for(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1)
+    batches = recorded(trainer)
+    trainer.train()
+    trainer.model.eval()
+    loss = trainer.compute_loss(trainer.model, batches[0])
+    both = trainer.compute_loss(trainer.model, batches[0], return_outputs=True)
+    assert both == (loss, None)
+
+
 def png(path):
     Image.new("RGB", (8, 8), "red").save(path)
     return path
