@@ -16,7 +16,9 @@ import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import date
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -125,6 +128,26 @@ def in_child(module: str, *arguments: str, exact_peak: bool = False) -> Any:
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def in_group(size: int, work: Callable[..., Any], *arguments: Any) -> Any:
+    """What ``work(*arguments)`` returns in the first of ``size`` processes of one group (gloo)."""
+    answers = torch.multiprocessing.get_context("forkserver").SimpleQueue()
+    with tempfile.TemporaryDirectory() as folder:
+        given = (size, f"file://{folder}/store", answers, work, arguments)
+        torch.multiprocessing.start_processes(_member, given, nprocs=size, start_method="forkserver")
+        return answers.get()
+
+
+def _member(rank: int, size: int, store: str, answers: Any, work: Callable[..., Any], arguments: Any) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=store, world_size=size, rank=rank)
+    found = work(*arguments)
+    if rank == 0:
+        answers.put(found)
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def machine() -> dict[str, Any]:

@@ -6,17 +6,13 @@ Four processes on the CPU (gloo) train one model in every configuration. Each ta
 parameters are compared with those of one process that has the whole batch.
 """
 
-import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from unittest import mock
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -24,6 +20,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks import common
 from steer_optim import GradVac, SteeredOptimizer, holding
 
 RESULT = Path(__file__).parents[1] / "docs" / "parity.md"
@@ -147,10 +144,7 @@ def traffic(k: int) -> float:
     return sum(sent) / (2 * p.nbytes)
 
 
-def work(rank: int, store: str, answers: torch.multiprocessing.SimpleQueue) -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", f"file://{store}", timedelta(seconds=60), PROCESSES, rank)
+def work() -> tuple[dict[str, list[tuple[float, bool]]], list[tuple[int, float]]]:
     parity: dict[str, list[tuple[float, bool]]] = {name: [] for name in CONFIGURATIONS}
     for dtype in (torch.float64, torch.float32):
         alone = {
@@ -159,11 +153,7 @@ def work(rank: int, store: str, answers: torch.multiprocessing.SimpleQueue) -> N
         }
         for name, row in parity.items():
             row.append(compare(name, dtype, alone[refresh_every(name)]))
-    sent = [(k, traffic(k)) for k in (1, 2, 3, 4)]
-    if rank == 0:
-        answers.put((parity, sent))
-    dist.barrier()
-    dist.destroy_process_group()
+    return parity, [(k, traffic(k)) for k in (1, 2, 3, 4)]
 
 
 def report(parity: dict[str, list[tuple[float, bool]]], sent: list[tuple[int, float]]) -> str:
@@ -215,11 +205,7 @@ Sharded parameters (FSDP2, tensor parallel) add only the Gramian to their own k 
 
 
 def main() -> None:
-    context = torch.multiprocessing.get_context("spawn")
-    answers = context.SimpleQueue()
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(work, (f"{folder}/store", answers), nprocs=PROCESSES)
-    RESULT.write_text(report(*answers.get()), encoding="utf-8")
+    RESULT.write_text(report(*common.in_group(PROCESSES, work)), encoding="utf-8")
     print(RESULT.read_text(encoding="utf-8"))
 
 

@@ -9,7 +9,6 @@ of gloo frees.
 
 from __future__ import annotations
 
-import tempfile
 from typing import Any
 
 import torch
@@ -49,16 +48,11 @@ def measure(k: int, *, repeats: int = 3) -> dict[str, Any]:
     }
 
 
-def work(rank: int, replicas: int, store: str, answers: Any) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=replicas)
-    found = [measure(k) for k in COMPONENTS]
-    everywhere = [None] * replicas
-    dist.all_gather_object(everywhere, found)
-    if rank == 0:  # the replica that held the most
-        answers.put([max(rows, key=lambda row: row["sets over plain"]) for rows in zip(*everywhere, strict=True)])
-    dist.barrier()
-    dist.destroy_process_group()
+def work() -> list[dict[str, Any]]:
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, [measure(k) for k in COMPONENTS])
+    # Of the replica that held the most.
+    return [max(rows, key=lambda row: row["sets over plain"]) for rows in zip(*everywhere, strict=True)]
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -71,14 +65,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 def main() -> None:
     options = common.parser(__doc__).parse_args()
-    torch.set_num_threads(1)
-    rows = []
-    for replicas in REPLICAS:
-        answers = torch.multiprocessing.get_context("spawn").SimpleQueue()
-        with tempfile.TemporaryDirectory() as folder:
-            torch.multiprocessing.spawn(work, (replicas, f"{folder}/store", answers), nprocs=replicas)
-        rows += answers.get()
-    result = {"rows": rows}
+    result = {"rows": [row for replicas in REPLICAS for row in common.in_group(replicas, work)]}
     common.write("replica_memory", result, options.results, partial=options.partial)
     print(markdown(result))
 

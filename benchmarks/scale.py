@@ -14,8 +14,6 @@ Dimensions: ``R`` processes, ``k`` components; the others as in ``memory_model``
 from __future__ import annotations
 
 import copy
-import tempfile
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
@@ -24,7 +22,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -179,28 +176,18 @@ def count(setup: str, name: str, refresh_every: int, mesh: Any) -> list[dict[str
 
 def count_all(steps: Mapping[str, tuple[str, int]] = STEPS, setups: tuple[str, ...] = SETUPS) -> dict[str, Any]:
     """The messages of every step in both setups, of the first of two processes."""
-    answers = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_work, (f"{folder}/store", dict(steps), setups, answers), nprocs=2)
-    found: dict[str, Any] = answers.get()
+    found: dict[str, Any] = common.in_group(2, _count_all, dict(steps), setups)
     return found
 
 
-def _work(rank: int, store: str, steps: dict[str, tuple[str, int]], setups: tuple[str, ...], answers: Any) -> None:
+def _count_all(steps: Mapping[str, tuple[str, int]], setups: tuple[str, ...]) -> dict[str, Any]:
     from torch.distributed.device_mesh import init_device_mesh
 
     from steer_optim import holding
 
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     holding._COPYING = ()  # reduce-scatters as with NCCL; with gloo they are all-reduces
     mesh = init_device_mesh("cpu", (2,))
-    found = {setup: {step: count(setup, *of, mesh) for step, of in steps.items()} for setup in setups}
-    if rank == 0:
-        answers.put(found)
-    dist.barrier()
-    dist.destroy_process_group()
+    return {setup: {step: count(setup, *of, mesh) for step, of in steps.items()} for setup in setups}
 
 
 def real_parts() -> dict[str, Any]:

@@ -18,7 +18,6 @@ block of it, ``R`` processes.
 from __future__ import annotations
 
 import gc
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -259,34 +258,24 @@ def _awaited(collective: Callable[..., Any]) -> Callable[..., Any]:
 
 def in_processes(name: str, sizes: list[Sizes]) -> list[dict[str, Any]]:
     """One path at some sizes, by as many processes as these say; the rows of the first process."""
-    answers = torch.multiprocessing.get_context("spawn").SimpleQueue()
     rows = []
     for R in dict.fromkeys(s.R for s in sizes):
-        mine = [s for s in sizes if s.R == R]
-        with tempfile.TemporaryDirectory() as folder:
-            torch.multiprocessing.spawn(_work, (R, f"{folder}/store", name, mine, answers), nprocs=R)
-        rows += answers.get()
+        rows += common.in_group(R, _work, name, [s for s in sizes if s.R == R])
     return rows
 
 
-def _work(rank: int, R: int, store: str, name: str, sizes: list[Sizes], answers: Any) -> None:
-    torch.set_num_threads(1)
+def _work(name: str, sizes: list[Sizes]) -> list[dict[str, Any]]:
     mesh = None
     if (PATHS | METHODS)[name].sharded:
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=R)
-        mesh = init_device_mesh("cpu", (R,))
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         await_collectives()
     rows = []
     for s in sizes:
         rows.append(measure_here(name, s, mesh))
-        if rank == 0:
+        if dist.get_rank() == 0:
             peaks = {phase: round(marks["peak"] / common.MIB, 1) for phase, marks in rows[-1]["phases"].items()}
             print(name, s, peaks, flush=True)
-    if rank == 0:
-        answers.put(rows)
-    if mesh is not None:
-        dist.barrier()
-        dist.destroy_process_group()
+    return rows
 
 
 def main() -> None:

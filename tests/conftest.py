@@ -1,9 +1,11 @@
+import gc
 import os
 
 import pytest
 import torch
 from hypothesis import settings
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # else a name that is no file is asked for again and again
 # Two test processes of one thread each; deadlines measure the machine, not the code.
 torch.set_num_threads(1)
 settings.register_profile("ci", deadline=None, derandomize=bool(os.environ.get("CI")), max_examples=100)
@@ -29,3 +31,7 @@ def fresh_accelerate(monkeypatch):
 def pytest_collection_modifyitems(items):
     # The slow ones first, so that no process is left with one of them when the other has finished.
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what was imported stays: each of the collections that trainers ask for took a second

@@ -4,6 +4,7 @@ So several runs of an example pay for its imports once, and each is still a proc
 """
 
 import contextlib
+import gc
 import importlib
 import multiprocessing
 import os
@@ -65,6 +66,7 @@ def _serve(jobs: Any, folder: str, modules: Sequence[str], environment: Mapping[
     sys.path.insert(0, folder)
     for name in modules:
         importlib.import_module(name)
+    gc.freeze()
     fork = multiprocessing.get_context("fork")
     while True:
         try:

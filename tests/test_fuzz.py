@@ -1,7 +1,6 @@
 """Random training programs, held against the dense float64 model of `fuzzing.py`, and interrupts at any line."""
 
 import functools
-import gc
 import linecache
 import os
 import sys
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 import steer_optim
 from steer_optim import SteeredOptimizer, Steering, Sum
+from steer_optim.steering import _ALIVE
 
 # torch's own, of an empty parameter that is stored column by column.
 pytestmark = pytest.mark.filterwarnings("ignore:grad and param do not obey the gradient layout contract")
@@ -72,6 +72,7 @@ class Scene:
     """
 
     def __init__(self, way: str, moment: str) -> None:
+        _ALIVE.clear()  # those of earlier scenes would be asked for their parameters: further lines
         random = torch.Generator().manual_seed(0)
         make = lambda *shape: nn.Parameter(torch.randn(*shape, generator=random, dtype=torch.float64))  # noqa: E731
         self.way, self.accumulate = way, moment.endswith("micro-batch") and not moment.startswith("last")
@@ -186,7 +187,7 @@ def states(way: str, moment: str) -> dict[str, tuple[Any, Any]]:
 
 def trouble(way: str, moment: str, n: int) -> tuple[Line | None, str]:
     """The line of an interrupt, and what is wrong after it."""
-    gc.collect()  # steerings that live on, of a test that failed, are asked for their parameters: further lines
+    known, written = states(way, moment), length(way, moment).written  # by scenes of their own
     scene = Scene(way, moment)
     before = [p.grad for p in scene.parameters]
     line = interrupted(scene.call, n)
@@ -195,9 +196,9 @@ def trouble(way: str, moment: str, n: int) -> tuple[Line | None, str]:
     for p in [*scene.parameters, scene.outside]:
         if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
             return line, "a hook is left"
-    known, state = states(way, moment), scene.state()
+    state = scene.state()
     possible = [name for name, (expected, _) in known.items() if state == expected]
-    if n <= length(way, moment).written:
+    if n <= written:
         possible = [name for name in possible if name != "complete"]
         if not all(p.grad is g for p, g in zip(scene.parameters, before, strict=True)):
             return line, "other tensors in .grad"
@@ -217,7 +218,6 @@ class Length:
 def length(way: str, moment: str) -> Length:
     """How many lines of the package a call runs."""
     lines: list[Line] = []
-    gc.collect()
     scene = Scene(way, moment)
     with tracing(lines.append):
         scene.call()

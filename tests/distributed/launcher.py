@@ -5,6 +5,7 @@ costs less than a second, and none can disturb the next. One that hangs in a col
 """
 
 import functools
+import gc
 import importlib
 import inspect
 import itertools
@@ -94,6 +95,7 @@ def _work(
 ) -> None:
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", "DTensor random operators")  # torch 2.6 says so of every mesh on the CPU
+    gc.freeze()  # as in conftest.py
     torch.set_num_threads(1)
     call, error = None, None
     try:

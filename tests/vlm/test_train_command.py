@@ -1,12 +1,10 @@
 """The command: from two checkpoints and a data set on disk to a student, a table and figures; and after a kill."""
 
 import json
-import os
+import runpy
 import shutil
 import signal
-import subprocess
-import sys
-import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ pytest.importorskip("trl")
 
 from datasets import Dataset, DatasetDict
 from PIL import Image
+from preloaded import preloaded
 from safetensors.torch import load_file
 from tiny_trainer import make_model, make_processor, make_rows
 from toys import assert_equal
@@ -98,28 +97,43 @@ def test_families_are_distilled_from_their_checkpoints(tmp_path, name):
     assert state["log_history"][0]["steer/loss/std"] == pytest.approx(0, abs=0.05)
 
 
+COMMAND = """
+import os, pathlib, runpy, signal, threading, time
+from steer_optim.vlm.train import last_checkpoint
+
+folder = os.environ.get("KILLED_AT_A_CHECKPOINT_IN")
+
+def kill():
+    while last_checkpoint(pathlib.Path(folder)) is None:
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if folder:
+    threading.Thread(target=kill, daemon=True).start()
+runpy.run_module("steer_optim.vlm.train", run_name="__main__", alter_sys=True)
+"""
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_same_command(folder, tmp_path):
-    options = {"max_steps": 30, "save_steps": 4, "save_total_limit": 2, "logging_steps": 3, "eval_strategy": "steps"}
+    options = {"max_steps": 15, "save_steps": 4, "save_total_limit": 2, "logging_steps": 3, "eval_strategy": "steps"}
     options |= {"eval_steps": 5, "decomposition": "vgs-frozen", "gradient_accumulation_steps": 2}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    with preloaded(Path(__file__).parent, "steer_optim.vlm.train", "peft") as server:
 
-    def start(out):
-        command = [sys.executable, "-m", "steer_optim.vlm.train", *arguments(folder, out, **options)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        def run(out, **environment):
+            (done,) = server.run(COMMAND, arguments(folder, out, **options), each=[environment])
+            return done
 
-    whole, killed = start(tmp_path / "whole"), start(tmp_path / "killed")
-    deadline = time.monotonic() + 120
-    while last_checkpoint(tmp_path / "killed") is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    assert not (tmp_path / "killed" / "answers.jsonl").exists()
-    assert start(tmp_path / "killed").wait(120) == whole.wait(120) == 0
-    found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("killed", "whole"))
-    assert_equal(found, expected)
+        done = run(killed, KILLED_AT_A_CHECKPOINT_IN=str(killed))
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert not (killed / "answers.jsonl").exists()
+        for out in (killed, whole):
+            done = run(out)
+            assert done.returncode == 0, done.stderr
+    assert_equal(load_file(killed / "model.safetensors"), load_file(whole / "model.safetensors"))
     for file in ("evaluation.json", "answers.jsonl"):
-        assert (tmp_path / "killed" / file).read_text() == (tmp_path / "whole" / file).read_text()
+        assert (killed / file).read_text() == (whole / file).read_text()
 
 
 def test_a_finished_run_trains_no_further(folder, tmp_path, capsys):
@@ -199,7 +213,8 @@ def test_files_that_hold_no_rows_are_named(tmp_path, text, said):
         load(DataArguments(dataset_name=str(tmp_path / "rows.jsonl")))
 
 
-def test_a_stream_is_trained_on(folder, tmp_path):
+def test_a_stream_is_trained_on(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # 5 s
     out = tmp_path / "run"
     assert main(arguments(folder, out, dataset_streaming=True)) == 0
     assert len((out / "answers.jsonl").read_text().splitlines()) == 3
@@ -283,17 +298,19 @@ def test_a_damaged_checkpoint_is_named(folder, tmp_path, capsys):
     assert f"{damaged} or {folder / 'teacher'} cannot be loaded: " in capsys.readouterr().err
 
 
-def test_the_configurations_of_accelerate_are_found():
-    def run(*names):
-        command = [sys.executable, "-m", "steer_optim.vlm.configs", *names]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
-
+def test_the_configurations_of_accelerate_are_found(capsys, monkeypatch):
     import yaml
 
-    paths = run().stdout.split()
+    def run(*names):
+        monkeypatch.setattr("sys.argv", ["configs", *names])
+        runpy.run_module("steer_optim.vlm.configs", run_name="__main__")
+        return capsys.readouterr().out.split()
+
+    paths = run()
     assert len(paths) == 3
     for path in paths:
         with open(path) as file:
             assert yaml.safe_load(file)["mixed_precision"] == "bf16"
-    assert run("fsdp2").stdout.strip() == next(path for path in paths if "fsdp2" in path)
-    assert "choose from" in run("zero3").stderr
+    assert run("fsdp2") == [path for path in paths if "fsdp2" in path]
+    with pytest.raises(SystemExit, match="choose from"):
+        run("zero3")
