@@ -409,8 +409,12 @@ class Steering:
         return {
             "their components, or the order of these": ", ".join(map(repr, step.pending.names)),
             "the number of their parameters": str(len(step.parameters)),
-            "the shapes, dtypes or names of their parameters": ", ".join(
-                f"{name} {tuple(p.shape)} {p.dtype}" for name, p in zip(self._labels(), self._parameters(), strict=True)
+            "the shapes, dtypes, names or groups of their parameters, or in which are frozen": "; ".join(
+                ", ".join(
+                    f"{name} {tuple(p.shape)} {p.dtype}" + " frozen" * (p not in step.pending.parameters)
+                    for name, p in zip(_names(group, i), group["params"], strict=True)
+                )
+                for i, group in enumerate(self._source.param_groups)
             ),
             "their rule or its hyperparameters": self._rule_key(),
             "refresh_every, or in the age of their weights": f"refresh_every={self.refresh_every} and age {age}",
@@ -446,9 +450,7 @@ class Steering:
         return [(name, [p]) for name, p in zip(self._labels(), self._parameters(), strict=True)]
 
     def _labels(self) -> list[str]:
-        groups = enumerate(self._source.param_groups)
-        names = (g.get("param_names") or [f"group {i} tensor {j}" for j in range(len(g["params"]))] for i, g in groups)
-        return [*chain.from_iterable(names)]
+        return [*chain.from_iterable(_names(group, i) for i, group in enumerate(self._source.param_groups))]
 
     def _owner(self) -> str:
         """Return the class of the rule and the scope: a memory saved with others is refused."""
@@ -457,3 +459,7 @@ class Steering:
     def _rule_key(self) -> str:
         """Return the rule with its hyperparameters, without addresses: the same in all processes."""
         return f"{re.sub(' at 0x[0-9a-f]+', '', repr(self.rule))}, scope={self.scope!r}"
+
+
+def _names(group: Mapping[str, Any], number: int) -> list[str]:
+    return group.get("param_names") or [f"group {number} tensor {j}" for j in range(len(group["params"]))]

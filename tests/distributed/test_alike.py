@@ -64,8 +64,8 @@ def swapped_model(model: nn.Module, parameters: list[nn.Parameter]) -> nn.Module
 def test_parameters_of_other_shapes_dtypes_names_or_numbers():
     rank = dist.get_rank()
     for there, match in (
-        ([torch.ones(3), torch.ones(2)], "the shapes, dtypes or names"),
-        ([torch.ones(2), torch.ones(3).double()], "the shapes, dtypes or names"),
+        ([torch.ones(3), torch.ones(2)], "the shapes, dtypes, names or groups"),
+        ([torch.ones(2), torch.ones(3).double()], "the shapes, dtypes, names or groups"),
         ([torch.ones(2)], "the number of their parameters"),
         ([torch.ones(2), torch.ones(3) + 1e-7], "the order or the values of 1 parameters, first in number 1"),
     ):
@@ -78,8 +78,27 @@ def test_parameters_of_other_shapes_dtypes_names_or_numbers():
     p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     names = ["p", "q"] if rank == 0 else ["q", "p"]
     inner = torch.optim.SGD([*zip(names, (p, q), strict=True)], lr=0.1)
-    with pytest.raises(ValueError, match="the shapes, dtypes or names of their parameters; this one has"):
+    with pytest.raises(ValueError, match=r"the shapes, dtypes, names or groups of their parameters.*; this one has"):
         SteeredOptimizer(inner, Sum(), data_parallel=True).backward_components({"loss": (p * q).sum()})
+
+
+@processes(2, what=["frozen", "frozen after a micro-batch", "in another group"])
+def test_parameters_that_only_their_state_tells_apart(what):
+    rank, (a, b, c) = dist.get_rank(), [nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    first, named = 1 + (what == "in another group" and rank), [("a", a), ("b", b), ("c", c)]
+    inner = torch.optim.SGD([{"params": named[:first]}, {"params": named[first:]}], lr=0.1)
+    optimizer = SteeredOptimizer(inner, Sum(), scope="group", data_parallel=True)
+    if what == "frozen after a micro-batch":
+        a.requires_grad_(not rank)
+        optimizer.backward_components({"loss": (a + b + c).sum()}, accumulate=True)
+        a.requires_grad_(False)
+    if what == "frozen":
+        (a if rank else b).requires_grad_(False)
+    with pytest.raises(
+        ValueError, match="names or groups of their parameters, or in which are frozen; this one has a "
+    ):
+        optimizer.backward_components({"loss": (a + b + c).sum()})
+    assert a.grad is b.grad is c.grad is None
 
 
 DIFFERENT = {
