@@ -16,6 +16,7 @@ from torch import Tensor
 
 _ODD = 0x9E3779B97F4A7C15 - 2**64
 _SAMPLED = 8  # tensors of an update
+_PIECE = 2**20  # elements that are hashed at once
 
 
 class Agreement:
@@ -61,7 +62,7 @@ class Agreement:
         device = parameters[0].device
         none = torch.zeros((), dtype=torch.int64, device=device)
         sums = [int(not self._compared), *(zlib.crc32(fact.encode()) for fact in facts.values())]
-        digest = sum((_bits(t.to(device)) for t in memory), start=none)
+        digest = _bits(torch.stack([none, *(_bits(t.to(device)) for t in memory)]))
         # Filled one by one: torch.tensor(list, device=...) copies from the host, which synchronizes.
         numbers = [none.new_full((), number) for number in sums]
         mine = torch.stack([*numbers, digest, none + self._update, none + self._trouble])
@@ -130,10 +131,13 @@ def _differing(sums: Sequence[Tensor], group: dist.ProcessGroup) -> list[int]:
 
 
 def _bits(t: Tensor) -> Tensor:
-    """Return a 31-bit hash of the sum of a tensor's bit patterns: exact, so the same on every device."""
+    """Return a 31-bit hash of a tensor's bit patterns and their order: exact, so the same on every device."""
     t = t.detach()
     t = torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
     if t.dtype is not torch.bool:
         t = t.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=t.device)
+    for piece in t.reshape(-1).split(_PIECE):
+        total = total * _ODD + (piece * torch.arange(1, 2 * len(piece), 2, device=t.device)).sum()
     # Upper bits of a product that wraps: multiplicative hashing. 31 of them, so that sums of hashes do not overflow.
-    return (t.sum(dtype=torch.int64) * _ODD >> 32) & (2**31 - 1)
+    return (total * _ODD >> 32) & (2**31 - 1)

@@ -82,6 +82,16 @@ def test_parameters_of_other_shapes_dtypes_names_or_numbers():
         SteeredOptimizer(inner, Sum(), data_parallel=True).backward_components({"loss": (p * q).sum()})
 
 
+@processes(2)
+def test_values_in_another_order():
+    for here, there in (([[1.0, 0.0]], [[0.0, 1.0]]), ([[1.0], [2.0]], [[2.0], [1.0]])):
+        parameters = [nn.Parameter(torch.tensor(values)) for values in (there if dist.get_rank() else here)]
+        optimizer = SteeredOptimizer(torch.optim.SGD(parameters, lr=0.1), Sum(), data_parallel=True)
+        with pytest.raises(ValueError, match=f"the order or the values of {len(here)} parameters"):
+            optimizer.backward_components({"loss": sum(p.sum() for p in parameters)})
+        dist.barrier()
+
+
 @processes(2, what=["frozen", "frozen after a micro-batch", "in another group"])
 def test_parameters_that_only_their_state_tells_apart(what):
     rank, (a, b, c) = dist.get_rank(), [nn.Parameter(torch.zeros(2)) for _ in range(3)]
