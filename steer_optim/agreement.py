@@ -24,7 +24,7 @@ class Agreement:
 
     Attributes:
         averages: whether a reducer, that of ``DistributedDataParallel``, averages the gradients of a plain backward
-            pass. None until it has been tried.
+            pass. None while that is unknown.
     """
 
     def __init__(self) -> None:
@@ -107,15 +107,20 @@ class Agreement:
     def try_averages(
         self, group: dist.ProcessGroup, gradients: Mapping[Tensor, Tensor], parameters: Sequence[Tensor]
     ) -> None:
-        """Find out whether a plain backward pass gave all replicas the same gradients; synchronizes."""
+        """Find out whether a plain backward pass gave all replicas the same gradients; synchronizes.
+
+        Gradients that are zero everywhere do not tell: then :attr:`averages` stays None.
+        """
         none = torch.zeros((), dtype=torch.int64, device=parameters[0].device)
         sums = [_bits(gradients[p]).to(none.device) if p in gradients else none for p in parameters]
-        self.averages = not _differing(sums, group)
+        equal = not _differing(sums, group)
+        self.averages = None if equal and not any(g.any() for g in gradients.values()) else equal
 
     def note(self, update: Sequence[Tensor]) -> None:
         """Remember a sample of an update for the next check."""
         sample = update[:: max(1, len(update) // _SAMPLED)]
-        self._update = torch.stack([_bits(g.flatten()[:1024]).to(update[0].device) for g in sample]).sum()
+        sums = [_bits(g.flatten()[:1024]).to(update[0].device) for g in sample]
+        self._update = torch.stack(sums).sum() if sums else 0
 
 
 def _extremes(mine: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -122,7 +122,7 @@ class Step:
             return held
         self.averaged = False
         held = self.hold()
-        held.take(label, own)
+        held.take(label, own if self.pending.losses else None)
         return held
 
 

@@ -318,6 +318,21 @@ def test_replicas_without_a_reducer_are_averaged_between_refreshes_too():
     assert_trained_alike(model, alone)
 
 
+@processes(2, first=[None, 0.0], reducer=[False, True])
+def test_a_step_without_gradients_does_not_tell_whether_there_is_a_reducer(first, reducer):
+    model = nn.Linear(1, 1, bias=False)
+    model.weight.data.fill_(0)
+    run = DistributedDataParallel(model) if reducer else model
+    optimizer = steered(model, Sum(), data_parallel=True, refresh_every=4)
+    found = []
+    for factor in (1.0, first, 1.0, first, 1.0):
+        optimizer.zero_grad()
+        x = torch.full((1, 1), dist.get_rank() + 1.0)
+        optimizer.backward_components({"loss": None if factor is None else factor * run(x).sum()})
+        found.append(0 if model.weight.grad is None else model.weight.grad.item())
+    assert found == [1.5, 0, 1.5, 0, 1.5]
+
+
 @processes(2)
 def test_a_reducer_that_stops_is_noticed_at_the_next_refresh():
     model = replicated()
