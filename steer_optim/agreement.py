@@ -33,6 +33,7 @@ class Agreement:
         self._compared = False  # whether the values of the parameters in _seen were compared
         self._trouble: Tensor | int = 0
         self._update: Tensor | int = 0
+        self._weights: Tensor | int = 0
 
     def check(
         self,
@@ -65,7 +66,8 @@ class Agreement:
         digest = _bits(torch.stack([none, *(_bits(t.to(device)) for t in memory)]))
         # Filled one by one: torch.tensor(list, device=...) copies from the host, which synchronizes.
         numbers = [none.new_full((), number) for number in sums]
-        mine = torch.stack([*numbers, digest, none + self._update, none + self._trouble])
+        weights = self._weights if read else 0
+        mine = torch.stack([*numbers, digest, none + weights, none + self._update, none + self._trouble])
         extremes = _extremes(mine, group)
         if not read:
             self._trouble = (extremes[0, 1:] != extremes[1, 1:]).any() | mine[-1]
@@ -78,10 +80,15 @@ class Agreement:
                     f"the replicas differ in {what}; this one has {fact}. Make them equal on all; pass None for a "
                     "component that a replica lacks"
                 )
-        if highest[-3] != lowest[-3]:
+        if highest[-4] != lowest[-4]:
             raise ValueError(
                 "the replicas differ in the memory of the rule, perhaps because only some loaded a checkpoint: load "
                 "the optimizer's state on all"
+            )
+        if highest[-3] != lowest[-3] and lowest[-3]:  # 0 where a checkpoint was loaded since
+            raise ValueError(
+                "the replicas differ in the weights that the rule gave to the same Gramian in the last step: a "
+                "weighting must be one function on all, with random numbers of torch's CPU generator only"
             )
         if highest[-2] != lowest[-2] or highest[-1]:
             raise ValueError(
@@ -116,6 +123,10 @@ class Agreement:
         equal = not _differing(sums, group)
         self.averages = None if equal and not any(g.any() for g in gradients.values()) else equal
 
+    def note_weights(self, weights: Tensor) -> None:
+        """Remember the weights of a Gramian for the next check."""
+        self._weights = _bits(weights) + 1
+
     def note(self, update: Sequence[Tensor]) -> None:
         """Remember a sample of an update for the next check."""
         sample = update[:: max(1, len(update) // _SAMPLED)]
@@ -143,6 +154,8 @@ def _bits(t: Tensor) -> Tensor:
         t = t.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=t.device)
     for piece in t.reshape(-1).split(_PIECE):
-        total = total * _ODD + (piece * torch.arange(1, 2 * len(piece), 2, device=t.device)).sum()
+        mixed = piece.long() * _ODD
+        mixed ^= mixed >> 32  # the lower bits of a round float are zero
+        total = total * _ODD + (mixed * torch.arange(1, len(piece) + 1, device=t.device)).sum()
     # Upper bits of a product that wraps: multiplicative hashing. 31 of them, so that sums of hashes do not overflow.
     return (total * _ODD >> 32) & (2**31 - 1)

@@ -29,6 +29,7 @@ from training import (
 
 from benchmarks.replica_memory import measure
 from steer_optim import VGS, GradVac, PCGrad, Steer, SteeredOptimizer, Steering, Sum
+from steer_optim.rules import Weighting
 
 
 def refused(optimizer, model, match: str) -> None:
@@ -142,6 +143,19 @@ def test_memory_that_was_loaded_on_one_rank_only(refresh_every):
     fresh.load_state_dict(saved)
     train(model, fresh)
     assert_same_bits(whole(model.parameters()))
+
+
+@processes(2, scope=["model", "tensor"])
+def test_a_weighting_that_is_another_function_on_each(scope):
+    p, share = nn.Parameter(torch.zeros(4)), (1.0 + dist.get_rank()) * torch.ones(2).double()
+    optimizer = SteeredOptimizer(
+        torch.optim.SGD([p], lr=0.1), Weighting(lambda G: share), scope=scope, data_parallel=True
+    )
+    optimizer.backward_components({"a": p.sum(), "b": p[0]})
+    p.grad = None
+    with pytest.raises(ValueError, match="differ in the weights that the rule gave to the same Gramian"):
+        optimizer.backward_components({"a": p.sum(), "b": p[0]})
+    assert p.grad is None
 
 
 @processes(2)
