@@ -36,7 +36,7 @@ def combine(rows: Iterable[Row], weights: Tensor) -> list[Tensor]:
         row.clear()
         total = terms[0][0]
         if on_cpu and any(abs(w) > _LARGE for _, w in terms):
-            total = _sum([(g.double() if g.is_floating_point() else g, w) for g, w in terms]).to(total.dtype)
+            total = _sum([(g.to(torch.promote_types(g.dtype, torch.float64)), w) for g, w in terms]).to(total.dtype)
         elif any(g.is_sparse for g, _ in terms):
             total = _sum(terms)
         elif total.dtype.itemsize == 2 or (on_cpu and total.device.type == "cpu" and total.numel() >= _SMALL):

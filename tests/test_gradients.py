@@ -78,6 +78,14 @@ def test_complex_parameters(rule):
     assert_steered(lambda: conflicting(torch.view_as_real((a * b.conj()).exp())[..., 0], rule), [a, b], rule)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_a_weight_that_single_precision_cannot_hold(dtype):
+    x = nn.Parameter(torch.ones(2, dtype=dtype))
+    losses = {"vis": 1e-25 * x.real.sum(), "lang": -1e16 * x.real[0]}
+    steered([x], Steer("vis", preserve_norm=False)).backward_components(losses)
+    torch.testing.assert_close(x.grad, torch.tensor([-5e15, 5e15], dtype=dtype))
+
+
 def test_empty_parameters():
     full, empty, scalar = (nn.Parameter(torch.randn(shape).double()) for shape in [(4, 3), (0, 3), ()])
     assert_steered(lambda: conflicting(torch.cat([full * scalar, empty])), [full, empty, scalar])
