@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import reduce
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -101,9 +102,16 @@ def _scale(gradients: list[Tensor], weights: list[Any]) -> None:
         torch._foreach_mul_(gradients, [w.to(gradients[0].device, gradients[0].dtype) for w in weights])
 
 
-def write(update: Gradients) -> None:
-    """Add the update to ``.grad``, as autograd does; restore ``.grad`` if this raises."""
+def write(update: Gradients, *, in_place: bool) -> None:
+    """Add the update to ``.grad``, as autograd does; restore ``.grad`` if this raises.
+
+    Args:
+        update: by parameter.
+        in_place: whether a dense ``.grad`` keeps its memory. Not if two share it, as autograd's own do after
+            ``a.view(2, 2) + b.view(2, 2)``.
+    """
     existing = {p: p.grad for p in update if p.grad is not None}
+    before = [(p, existing.get(p)) for p in update]
     kinds: dict[Any, list[Tensor]] = {}
     for p, gradient in existing.items():
         if update[p].is_sparse or gradient.is_sparse:
@@ -112,9 +120,23 @@ def write(update: Gradients) -> None:
             kinds.setdefault((gradient.dtype, gradient.device, is_dtensor(gradient)), []).append(p)
     for members in kinds.values():
         torch._foreach_add_([update[p] for p in members], [existing[p] for p in members])
-    before = [(p, existing.get(p)) for p in update]
+    dense = [p for members in kinds.values() for p in members]
+    in_place = in_place and _apart(existing[p] for p in dense)
+    kept = [existing[p].detach() for p in dense if in_place]
+    saved = [gradient.clone() for gradient in kept]
     try:
+        if kept:
+            torch._foreach_copy_(kept, [update[p] for p in dense])
+            update |= {p: existing[p] for p in dense}
         put_back(update.items())
     except BaseException:
+        if kept:
+            torch._foreach_copy_(kept, saved)
         put_back(before)
         raise
+
+
+def _apart(gradients: Iterable[Tensor]) -> bool:
+    """Return whether no two dense gradients share memory."""
+    ranges = sorted((str(g.device), g.data_ptr(), g.data_ptr() + g.nbytes) for g in gradients if g.numel())
+    return all(a[0] != b[0] or a[2] <= b[1] for a, b in pairwise(ranges))

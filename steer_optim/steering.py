@@ -332,7 +332,7 @@ class Steering:
         update = held.gather(combine(rows, weights))
         before, self._memory = self._memory, new
         try:
-            write(update)
+            write(update, in_place=not step.peers)  # reducers keep their own memory
         except BaseException:
             self._memory = before
             raise

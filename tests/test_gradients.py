@@ -12,6 +12,7 @@ from steering import (
     assert_steered,
     clear,
     conflicting,
+    dense_gradients,
     expected_update,
     flat_grad,
     network,
@@ -20,7 +21,7 @@ from steering import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from steer_optim import VGS, Steer, Weighting, measure
+from steer_optim import VGS, Steer, Weighting, combining, measure
 
 # 14. Kinds of parameters and gradients
 
@@ -140,6 +141,46 @@ def test_an_existing_gradient_is_added_to_as_autograd_does():
     auxiliary = flat_grad(model.parameters())
     steered(model.parameters()).backward_components(conflicting(model(batch)))
     assert_close(flat_grad(model.parameters()), expected + auxiliary)
+
+
+@pytest.mark.parametrize("refresh_every", [1, 2])
+def test_an_existing_gradient_keeps_its_memory(refresh_every):
+    """As in loops with one buffer for all gradients."""
+    model, batch = network(), torch.randn(2, 4).double()
+    buffer = torch.zeros(sum(p.numel() for p in model.parameters())).double()
+    views = buffer.split([p.numel() for p in model.parameters()])
+    for p, view in zip(model.parameters(), views, strict=True):
+        p.grad = view.view_as(p)
+    optimizer = steered(model.parameters(), refresh_every=refresh_every)
+    for _ in range(2):
+        optimizer.zero_grad(set_to_none=False)
+        expected = optimizer.backward_components(conflicting(model(batch))).weights @ dense_gradients(
+            conflicting(model(batch)), model.parameters()
+        )
+        assert_close(buffer, expected)
+
+
+def test_an_existing_gradient_is_unchanged_if_writing_fails(monkeypatch):
+    model, batch = network(), torch.randn(2, 4).double()
+    for p in [*model.parameters()][:-1]:
+        p.grad = torch.ones_like(p)
+    before = [p.grad for p in model.parameters()]
+    monkeypatch.setattr("steer_optim.combining.put_back", interrupted_once(combining.put_back))
+    with pytest.raises(KeyboardInterrupt):
+        steered(model.parameters()).backward_components(conflicting(model(batch)))
+    assert all(p.grad is g for p, g in zip(model.parameters(), before, strict=True))
+    assert all((g == 1).all() for g in before[:-1])
+
+
+def interrupted_once(call):
+    calls = iter([KeyboardInterrupt])
+
+    def replacement(gradients):
+        for error in calls:
+            raise error
+        call(gradients)
+
+    return replacement
 
 
 # 21. Memory that autograd shares between gradients
