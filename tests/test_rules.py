@@ -7,7 +7,7 @@ import torch
 from properties import NAMES, RULES, names_for
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from steer_optim import contrib, rules
+from steer_optim import SteeredOptimizer, contrib, rules
 from steer_optim.contrib import AGEM
 from steer_optim.rules import PCD, VGS, GradVac, PCGrad, Rule, Steer, Sum, Weighting
 from steer_optim.rules.orders import _mix, draw_orders
@@ -280,6 +280,22 @@ def test_weights_of_another_shape_are_named(shape):
         Wrong()(torch.eye(2).expand(2, 2, 2), ["a", "b"])
 
 
+@pytest.mark.parametrize("own", [torch.ones(2), torch.ones(2, dtype=torch.int64), torch.nn.Parameter(torch.ones(2))])
+def test_weights_of_another_dtype_or_with_a_graph_train_and_resume(own):
+    class Constant(Sum):
+        def update(self, G, names, state):
+            return (own * 2).expand(len(G), 2), state
+
+    x = torch.nn.Parameter(torch.ones(2))
+    optimizer = SteeredOptimizer(torch.optim.SGD([x], lr=0.1), Constant(), refresh_every=2)
+    for expected in ([4.0, 2.0], [8.0, 4.0]):
+        geometry = optimizer.backward_components({"a": x.sum(), "b": x[0]})
+        assert x.grad.tolist() == expected
+        assert geometry.weights.dtype == torch.float64
+        assert not geometry.weights.requires_grad
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
 @pytest.mark.parametrize("seed", [None, 1.5])
 def test_a_seed_is_an_int(seed):
     for rule in (PCGrad, GradVac, lambda seed: Weighting(lambda G: G.diagonal(), seed=seed)):
@@ -300,7 +316,9 @@ def test_a_weighting_that_is_not_finite_is_named(value):
         Weighting(lambda G: torch.tensor([1.0, value]))(torch.eye(2, dtype=torch.float64), ["a", "b"])
 
 
-@pytest.mark.parametrize("state", [{}, {"other": torch.zeros(1)}, {"mean": torch.zeros(2)}])
+@pytest.mark.parametrize(
+    "state", [{}, {"other": torch.zeros(1)}, {"mean": torch.zeros(2)}, {"mean": torch.zeros(1).double()}]
+)
 def test_state_that_init_did_not_make_is_named(state):
     class Forgetful(Sum):
         def init(self, G, names):

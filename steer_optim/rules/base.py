@@ -114,12 +114,12 @@ class Rule(abc.ABC):
         weights, new = self.update(safe_G, names, old)
         if weights.shape != G.shape[:2]:
             raise ValueError(f"update must return weights {tuple(G.shape[:2])}, (S, k); got {tuple(weights.shape)}")
-        if {key: t.shape for key, t in new.items()} != {key: t.shape for key, t in old.items()}:
+        if {key: (t.shape, t.dtype) for key, t in new.items()} != {key: (t.shape, t.dtype) for key, t in old.items()}:
             raise ValueError(
-                f"update must return the state of init: {', '.join(old)}, each (S, ...) with an unchanged shape"
+                f"update must return the state of init: {', '.join(old)}, each (S, ...) with unchanged shape and dtype"
             )
-        weights = torch.where(finite, weights, torch.ones_like(weights))
-        return weights, {key: torch.where(finite, new[key], old[key]) for key in new}
+        weights = torch.where(finite, weights.detach().to(G), 1.0)
+        return weights, {key: torch.where(finite, new[key].detach(), old[key]) for key in new}
 
     def __repr__(self) -> str:
         options = ", ".join(f"{key}={value!r}" for key, value in vars(self).items())
