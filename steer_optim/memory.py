@@ -21,8 +21,8 @@ from steer_optim.rules.weighting import Weighting
 KEY = "steer_optim"
 
 # Weights are reused if for each gradient |w_i| max_j ||g_j|| <= _AMPLIFIED ||update||, or its norm changed by at most a
-# factor _STEADY since the previous Gramian.
-_AMPLIFIED, _STEADY = 10.0, 4.0
+# factor _STEADY since the previous Gramian. Gradients cancel if the update is shorter than _ROUNDING max_j ||g_j||.
+_AMPLIFIED, _STEADY, _ROUNDING = 10.0, 4.0, 1e-6
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,14 @@ class Last:
         """Return whether later steps may reuse the weights; a bool on the device.
 
         A projection on a nearly zero gradient gives it a large weight, which would be far too large once that gradient
-        grows. Such a weight is reused only if the norm was about the same at the previous Gramian.
+        grows. Such a weight is reused only if the norm was about the same at the previous Gramian. If the gradients
+        cancelled, a rule that preserves the norm gives weights near zero, and the bound on later updates is as small.
         """
         norms, weights = self.geometry.norms, self.geometry.weights
         amplified = weights.abs() * norms.max() > _AMPLIFIED * self.geometry.update_norm
         steady = (norms <= _STEADY * self.previous_norms) & (self.previous_norms <= _STEADY * norms)
-        return (weights.isfinite() & norms.isfinite() & (norms > 0) & (steady | ~amplified)).all()
+        cancelled = self.geometry.update_norm <= _ROUNDING * norms.max()
+        return (weights.isfinite() & norms.isfinite() & (norms > 0) & (steady | ~amplified) & ~cancelled).all()
 
 
 @dataclass(frozen=True)
