@@ -91,7 +91,7 @@ class AveragedSets:
         self.device = self._parameters[0].device
         kinds: dict[Any, list[tuple[int, Tensor]]] = {}
         for scope, p in members:
-            kinds.setdefault((p.dtype, p.device), []).append((scope, p))
+            kinds.setdefault((_dtype(p), p.device), []).append((scope, p))
         self._buffers = [_FlatBuffer(own, self._size) for own in kinds.values()]
         self._pieces: dict[str, list[Tensor]] = {name: [] for name in names}
         self._flags: dict[str, list[int]] = {}
@@ -139,8 +139,9 @@ class AveragedSets:
             parts: list[Tensor] = []
             for p in buffer.parameters:
                 gradient = here.pop(p, None)
-                dense = p.new_zeros(()).expand(p.shape) if gradient is None or gradient.is_sparse else gradient
-                rest = _in_memory_order(p, dense)
+                zeros = p.new_zeros((), dtype=buffer.dtype).expand(p.shape)
+                dense = zeros if gradient is None or gradient.is_sparse else gradient
+                rest = _in_memory_order(p, dense).to(buffer.dtype)
                 while room and len(rest) >= room:
                     self._send(name, [*parts, rest[:room]])
                     parts, rest, room = [], rest[room:], next(lengths, 0)
@@ -149,7 +150,7 @@ class AveragedSets:
                 if dense is gradient:
                     self._unpacked -= dense.nbytes
             if room:
-                self._send(name, [*parts, buffer.parameters[0].new_zeros(room)])
+                self._send(name, [*parts, buffer.parameters[0].new_zeros(room, dtype=buffer.dtype)])
         self._unpacked = 0
 
     def _send(self, name: str, parts: Sequence[Tensor]) -> None:
@@ -205,7 +206,7 @@ class AveragedSets:
         """All-gather the update, which each replica combined in place of its pieces of the first component."""
         pieces = iter(self._pieces[self.names[0]])
         self._pieces, self._rows = {}, []
-        flats = [buffer.parameters[0].new_empty(sum(buffer.messages)) for buffer in self._buffers]
+        flats = [own.parameters[0].new_empty(sum(own.messages), dtype=own.dtype) for own in self._buffers]
         messages = [
             m for flat, own in zip(flats, self._buffers, strict=True) if len(flat) for m in flat.split(own.messages)
         ]
@@ -232,10 +233,11 @@ def _bytes(gradient: Tensor) -> int:
 
 
 class _FlatBuffer:
-    """Parameters of one dtype and device, laid end to end and cut into messages."""
+    """Parameters whose gradients have one dtype and device, laid end to end and cut into messages."""
 
     def __init__(self, members: Sequence[tuple[int, Tensor]], replicas: int) -> None:
         self.parameters = [p for _, p in members]
+        self.dtype = _dtype(self.parameters[0])
         total = sum(p.numel() for p in self.parameters)
         length = min(max(total // _MESSAGES, _SHORTEST), _LONGEST)
         length = -(-length // replicas) * replicas
@@ -262,6 +264,11 @@ class _FlatBuffer:
                 yield scope, position - first, stop - first
                 position = stop
             begin += length
+
+
+def _dtype(p: Tensor) -> torch.dtype:
+    """Return the dtype of the gradients of ``p``; torch 2.10 lets it differ from that of ``p``."""
+    return getattr(p, "grad_dtype", None) or p.dtype
 
 
 def _strides(p: Tensor) -> tuple[int, ...]:

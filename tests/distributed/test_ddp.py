@@ -168,6 +168,23 @@ def test_several_dtypes():
     assert geometry.G.tolist() == [[40, 0], [0, 5]]
 
 
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has one dtype for both")
+@processes(2, refresh_every=[1, 2])
+def test_gradients_of_another_dtype_than_their_parameters(refresh_every):
+    """Also of one that is reached on one replica only."""
+    a, b = parameters = [nn.Parameter(torch.zeros(3, dtype=torch.bfloat16)) for _ in range(2)]
+    for p in parameters:
+        p.grad_dtype = torch.float32
+    rank, optimizer = dist.get_rank(), sgd(parameters, refresh_every=refresh_every)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss = (1 + 2.0**-7 * rank) * (a.float().sum() + (b.float().sum() if rank else 0))
+        optimizer.backward_components({"loss": loss})
+        assert a.grad.dtype == b.grad.dtype == torch.float32
+    assert a.grad.tolist() == [1 + 2.0**-8] * 3  # bfloat16 has no such number
+    assert b.grad.tolist() == [0.5 + 2.0**-8] * 3
+
+
 @processes(4, scope=["model", "tensor"])
 def test_more_replicas_than_elements(scope):
     """Some hold nothing but padding, or nothing at all."""
