@@ -77,7 +77,10 @@ def save(path: str | os.PathLike[str], optimizer: Optimizer, *, extra: Mapping[s
         "optimizer": optimizer.state_dict(),
         "extra": extra if isinstance(extra, OrderedDict) else dict(extra or {}),
     }
-    structure = json.dumps({key: _encode(value, key, tensors) for key, value in content.items()})
+    try:
+        structure = json.dumps({key: _encode(value, key, tensors) for key, value in content.items()})
+    except RecursionError as error:
+        raise TypeError("extra is nested too deeply, or contains itself") from error
     metadata = {"format": _FORMAT, "version": _VERSION, "structure": structure, "sha256": _digest(structure, tensors)}
     path = Path(os.path.realpath(path))
     if not path.parent.is_dir():
@@ -175,9 +178,12 @@ def _read_once(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged or was altered: its checksum is wrong; take an older checkpoint")
     try:
         content = json.loads(structure)
-        return {key: _decode(content[key], tensors) for key in ("class", "parameters", "optimizer", "extra")}
+        content = {key: _decode(content[key], tensors) for key in ("class", "parameters", "optimizer", "extra")}
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} was altered: {error!r}; take an older checkpoint") from error
+    if not isinstance(content["extra"], dict):
+        raise ValueError(f"{path} was altered: extra is a {type(content['extra']).__name__}; take an older checkpoint")
+    return content
 
 
 def _encode(value: Any, where: str, tensors: dict[str, Tensor]) -> object:
@@ -236,9 +242,11 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 def _store(value: Tensor, where: str, tensors: dict[str, Tensor]) -> tuple[str, tuple[int, ...]]:
     """Put a contiguous CPU copy into ``tensors``; return its name there, and the strides to restore."""
-    if value.layout is not torch.strided or not _storable(value.dtype):
-        raise TypeError(f"safetensors cannot hold {where}, a {value.layout} tensor of {value.dtype}: convert it")
-    name = where
+    if value.layout is not torch.strided or value.is_meta or not _storable(value.dtype):
+        raise TypeError(
+            f"safetensors cannot hold {where}, a {value.layout} tensor of {value.dtype} on {value.device}: convert it"
+        )
+    name = where.encode(errors="backslashreplace").decode()  # a name that os.fsdecode gave may be no text
     while name in tensors:  # {"a.b": ...} beside {"a": {"b": ...}}
         name += "'"
     like = torch.empty_like(value, device="cpu", memory_format=torch.contiguous_format)

@@ -220,6 +220,17 @@ def test_a_modules_state_dict_keeps_its_order_and_its_metadata(tmp_path):
     assert checkpoint.load(tmp_path / "y", trained())._metadata == state._metadata
 
 
+def test_names_that_are_no_text_are_kept(tmp_path):
+    """As os.fsdecode gives for a file name in another encoding."""
+    extra = {"\udcff": torch.ones(1), "\\udcff": torch.zeros(1)}
+    checkpoint.save(tmp_path / "x", trained(), extra=extra)
+    assert_identical(checkpoint.load(tmp_path / "x", trained()), extra)
+
+
+CYCLE: list[object] = []
+CYCLE.append(CYCLE)
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [
@@ -228,6 +239,8 @@ def test_a_modules_state_dict_keeps_its_order_and_its_metadata(tmp_path):
         ({"c": Counter()}, r"extra\.c is a collections\.Counter"),
         ({"t": torch.zeros(2).to_sparse()}, r"extra\.t, a torch\.sparse_coo tensor"),
         ({"t": torch.zeros(2, dtype=torch.complex128)}, r"extra\.t, a .* of torch\.complex128"),
+        ({"t": torch.zeros(2, device="meta")}, r"extra\.t, a torch\.strided tensor of torch\.float32 on meta"),
+        ({"a": CYCLE}, "nested too deeply, or contains itself"),
         ({"k": {frozenset(): 1}}, r"a key of extra\.k is a builtins\.frozenset"),
     ],
 )

@@ -322,6 +322,7 @@ SIGNED = {
     "another kind": lambda s: s.replace('"tuple"', '"set"').replace('{"tensor"', '{"array"'),
     "deep": lambda s: s[:-1] + ', "extra": ' + "[" * 10**5 + "]" * 10**5 + "}",
     "no JSON": lambda s: s[:-1],
+    "extra that is a list": lambda s: json.dumps({**json.loads(s), "extra": []}),
     "huge strides": lambda s: json.dumps(with_tensors(json.loads(s), lambda n, strides: [n, [10**9] * len(strides)])),
 }
 
