@@ -214,7 +214,7 @@ def losses(
         if component not in columns:
             raise ValueError(f"the history of {method!r} has losses {sorted(columns)}; {component!r} is not one")
         lines[method] = columns[component]
-    return _lines(axes, lines, smooth, ylabel=f"loss {component!r}")
+    return _lines(axes, lines, smooth, ylabel=f"loss {_plain(repr(component))}")
 
 
 def angles_by_decile(angles: Mapping[str, Values], *, axes: Axes | None = None) -> Figure:
@@ -283,7 +283,7 @@ def _lines(
             y = pad(y, (smooth - 1, 0), value=torch.nan).unfold(0, smooth, 1).nanmean(1)
         colour = COLOURS[i % len(COLOURS)]
         dot = marker or ("." if len(y) == 1 else None)  # a line of one point would not show
-        axes.plot(x.tolist(), y.tolist(), color=colour, marker=dot, linewidth=1.6, label=label)
+        axes.plot(x.tolist(), y.tolist(), color=colour, marker=dot, linewidth=1.6, label=_plain(label))
     if level is not None:
         axes.axhline(level, color="0.4", linewidth=0.8, zorder=1)
     axes.set(**{"xlabel": "step", **settings})
@@ -303,3 +303,8 @@ def _figure(*, height: float = 3.6) -> Figure:
     except ImportError as error:
         raise ImportError("figures need matplotlib: pip install 'steer_optim[plots]'") from error
     return Figure(figsize=(5.4, height), dpi=160, layout="constrained")
+
+
+def _plain(label: str) -> str:
+    """Return a label that matplotlib shows as it is: it hides one that begins with ``_``, and ``$`` begins math."""
+    return " " * label.startswith("_") + label.replace("$", r"\$")

@@ -137,3 +137,13 @@ def test_matplotlib_missing_names_the_extra(history, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'steer_optim\[plots\]'"):
         plots.norms(history)
+
+
+def test_any_name_is_in_the_legend(tmp_path):
+    monitor, names = Monitor(), ("_aux", "$x^{$", "100%")
+    monitor.record(Geometry(names, torch.eye(3).double(), torch.ones(3).double(), torch.ones(3).double()))
+    figure = plots.geometry(monitor.history())
+    figure.savefig(tmp_path / "x.png")
+    found = [text.get_text().strip().replace(r"\$", "$") for text in figure.axes[0].get_legend().get_texts()]
+    assert sorted(found) == sorted(names)
+    plots.losses({"_run": monitor.history()}, component="$x^{$").savefig(tmp_path / "x.png")
