@@ -64,8 +64,14 @@ def evaluate(losses: Losses, *, retain_graph: bool) -> Iterator[tuple[str, Tenso
 
 def evaluated(name: str, loss: Tensor | Callable[[], Tensor]) -> Tensor:
     """Return a component as a tensor, after calling a callable; raise if it is invalid."""
-    with torch.enable_grad():
-        value = loss if isinstance(loss, Tensor) else loss()
+    try:
+        with torch.enable_grad():
+            value = loss if isinstance(loss, Tensor) else loss()
+    except StopIteration as error:  # which Python replaces in the generators on its way
+        raise RuntimeError(
+            f"the callable of component {name!r} raised StopIteration: an iterator that it reads is exhausted. Draw "
+            "the batch before the call, where StopIteration ends the loop"
+        ) from error
     check_loss(name, value)
     return value
 

@@ -96,6 +96,14 @@ def test_an_error_in_a_callable_drops_what_is_pending():
     assert_usable(optimizer)
 
 
+def test_a_callable_whose_data_is_exhausted_is_named():
+    x = nn.Parameter(torch.ones(1))
+    losses, optimizer = {"vis": x.sum, "std": lambda: next(iter([])) * x.sum()}, steered([x], Sum())
+    for use in (optimizer.backward_components, optimizer.join, lambda losses: measure(losses, [x])):
+        with pytest.raises(RuntimeError, match="the callable of component 'std' raised StopIteration"):
+            use(losses)
+
+
 def test_an_error_while_the_graph_is_walked_leaves_the_gradients_as_they_were():
     class Broken(torch.autograd.Function):
         @staticmethod
