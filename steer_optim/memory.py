@@ -30,7 +30,7 @@ class Last:
     """The last Gramian and its weights, which the steps until the next Gramian reuse.
 
     Attributes:
-        rule: the rule that gave the weights, hyperparameters included.
+        rule: the rule that gave the weights, hyperparameters included, and which parameters were trainable.
         geometry: of the step that took the Gramian, over the whole model.
         previous_norms: ``(k,)``, the norms at the Gramian before this one; 0 where there was none.
         scale: the factor on the losses (gradient scaler, division), summed over micro-batches.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import weakref
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from itertools import chain
@@ -388,7 +389,7 @@ class Steering:
                 return weights, Memory(names, state, None, Geometry(names, G, weights, losses, scopes))
             previous = G.new_zeros(len(names)) if old.last is None else old.last.geometry.norms
             kept = Geometry(names, G[0].clone(), weights[0].clone())  # the user may write to the other one
-            now = Last(self._rule_key(), kept, previous.nan_to_num(0.0, 0.0), scale)
+            now = Last(self._reuse_key(), kept, previous.nan_to_num(0.0, 0.0), scale)
             return weights, Memory(names, state, now, Geometry(names, G[0], weights[0], losses))
         exact = last.geometry
         length, most = G[:, 0].clamp(min=0).sqrt(), BOUND * exact.update_norm * scale / last.scale
@@ -400,7 +401,7 @@ class Steering:
     def _last_to_reuse(self) -> Last | None:
         """Return the last Gramian if this step reuses its weights; None if it takes a new one."""
         last = self._memory.last
-        if last is None or last.age + 1 >= self.refresh_every or last.rule != self._rule_key():
+        if last is None or last.age + 1 >= self.refresh_every or last.rule != self._reuse_key():
             return None
         # Synchronizes once per refresh.
         return last if last.age or bool(last.reusable()) else None
@@ -457,6 +458,11 @@ class Steering:
     def _owner(self) -> str:
         """Return the class of the rule and the scope: a memory saved with others is refused."""
         return f"{type(self.rule).__name__}, scope={self.scope!r}"
+
+    def _reuse_key(self) -> str:
+        """Return what weights are made of: the rule, and which parameters are trainable."""
+        trainable = bytes(p.requires_grad for p in self._parameters())
+        return f"{self._rule_key()}, trainable={zlib.crc32(trainable):08x}"
 
     def _rule_key(self) -> str:
         """Return the rule with its hyperparameters, without addresses: the same in all processes."""

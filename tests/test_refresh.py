@@ -256,6 +256,23 @@ def test_a_function_of_the_gramian_is_known_again_in_another_process():
     assert second.backward_components(components(model, 1)).age == 1
 
 
+@pytest.mark.parametrize("what", ["frozen", "thawed", "added"])
+def test_the_weights_of_other_parameters_are_not_used_again(what):
+    x, y = (nn.Parameter(torch.tensor(values)) for values in ([1.0, 2.0], [100.0, 4.0]))
+    y.requires_grad_(what != "thawed")
+    optimizer = steered([x] if what == "added" else [x, y], Steer("a"), refresh_every=5)
+
+    def losses() -> dict[str, Tensor]:
+        return {"a": x.square().sum() + y.square().sum(), "b": -x[0] - 0.9 * y.square().sum()}
+
+    ages = [optimizer.backward_components(losses()).age for _ in range(2)]
+    if what == "added":
+        optimizer.add_param_group({"params": [y]})
+    y.requires_grad_(what != "frozen")
+    ages += [optimizer.backward_components(losses()).age for _ in range(2)]
+    assert ages == [0, 1, 0, 1]
+
+
 def test_loading_forgets_the_weights_of_before():
     model = make_model()
     optimizer = SteeredOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), Sum(), refresh_every=3)
