@@ -116,6 +116,7 @@ class Steering:
         self._memory = Memory()
         self._pending: Pending | None = None
         self._agreement = Agreement()
+        self._functions: list[Any] | None = None  # of the rule, when it gave the last weights; None if they were loaded
         _ALIVE.add(self)
 
     @property
@@ -297,7 +298,7 @@ class Steering:
 
     def adopt(self, memory: Memory) -> None:
         """Continue from a memory that :meth:`read` returned."""
-        self._memory, self._agreement = memory, Agreement()
+        self._memory, self._agreement, self._functions = memory, Agreement(), None
         self.drop_pending()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -389,6 +390,7 @@ class Steering:
                 return weights, Memory(names, state, None, Geometry(names, G, weights, losses, scopes))
             previous = G.new_zeros(len(names)) if old.last is None else old.last.geometry.norms
             kept = Geometry(names, G[0].clone(), weights[0].clone())  # the user may write to the other one
+            self._functions = self._called()
             now = Last(self._reuse_key(), kept, previous.nan_to_num(0.0, 0.0), scale)
             return weights, Memory(names, state, now, Geometry(names, G[0], weights[0], losses))
         exact = last.geometry
@@ -402,6 +404,8 @@ class Steering:
         """Return the last Gramian if this step reuses its weights; None if it takes a new one."""
         last = self._memory.last
         if last is None or last.age + 1 >= self.refresh_every or last.rule != self._reuse_key():
+            return None
+        if self._functions is not None and [*map(id, self._functions)] != [*map(id, self._called())]:
             return None
         # Synchronizes once per refresh.
         return last if last.age or bool(last.reusable()) else None
@@ -463,6 +467,10 @@ class Steering:
         """Return what weights are made of: the rule, and which parameters are trainable."""
         trainable = bytes(p.requires_grad for p in self._parameters())
         return f"{self._rule_key()}, trainable={zlib.crc32(trainable):08x}"
+
+    def _called(self) -> list[Any]:
+        """Return the functions that the rule calls: two of them may look alike in its key."""
+        return [value for value in vars(self.rule).values() if callable(value)]
 
     def _rule_key(self) -> str:
         """Return the rule with its hyperparameters, without addresses: the same in all processes."""

@@ -247,6 +247,15 @@ def test_the_weights_of_another_rule_are_not_used_again(other):
     assert first.backward_components(components(model, 2)).age == 1
 
 
+def test_the_weights_of_another_function_of_the_same_rule_are_not_used_again():
+    model, rule = make_model(), Weighting(lambda G: torch.ones_like(G[0]))
+    optimizer = steered(model.parameters(), rule, refresh_every=9)
+    optimizer.backward_components(components(model, 0))
+    rule.f = lambda G: 2 * torch.ones_like(G[0])
+    assert optimizer.backward_components(components(model, 1)).weights.tolist() == [2, 2, 2]
+    assert copy.copy(optimizer).backward_components(components(model, 2)).age == 1
+
+
 def test_a_function_of_the_gramian_is_known_again_in_another_process():
     model = make_model()
     rules = [Weighting(lambda G: torch.ones(len(G), dtype=G.dtype)) for _ in range(2)]  # at two addresses
