@@ -364,11 +364,12 @@ class Steering:
     def _hold(self, step: Step) -> GradientSets:
         """Return the holder of this step's sets, after checking that the processes agree."""
         sharded = step.replicas is None
-        if not sharded or not self._agreement.knows(step.parameters):  # shards: in the first step and after a change
+        new = not self._agreement.knows(step.parameters)
+        if not sharded or new:  # shards: in the first step and after a change
             last = step.pending.last
             remembered = [*self._memory.state.values(), *([] if last is None else [last.geometry.weights])]
             for group in step.peers:
-                read = sharded or step.isolated
+                read = new or step.isolated
                 self._agreement.check(
                     group, self._facts(step), remembered, step.parameters, read=read, values=not sharded
                 )
@@ -416,9 +417,11 @@ class Steering:
         return {
             "their components, or the order of these": ", ".join(map(repr, step.pending.names)),
             "the number of their parameters": str(len(step.parameters)),
-            "the shapes, dtypes, names or groups of their parameters, or in which are frozen": "; ".join(
+            "the shapes, strides, dtypes, names or groups of their parameters, or in which are frozen": "; ".join(
                 ", ".join(
-                    f"{name} {tuple(p.shape)} {p.dtype}" + " frozen" * (p not in step.pending.parameters)
+                    f"{name} {tuple(p.shape)} {p.dtype}"
+                    + ("" if p.is_contiguous() else f" with strides {p.stride()}")
+                    + " frozen" * (p not in step.pending.parameters)
                     for name, p in zip(_names(group, i), group["params"], strict=True)
                 )
                 for i, group in enumerate(self._source.param_groups)
