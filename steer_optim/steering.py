@@ -30,6 +30,7 @@ from steer_optim.holding import GradientSets
 from steer_optim.joined import join
 from steer_optim.memory import Last, Memory
 from steer_optim.rules.base import Rule, carry_over
+from steer_optim.rules.weighting import Weighting
 from steer_optim.step import Pending, Step
 
 Scope = Literal["model", "group", "tensor"]
@@ -364,12 +365,12 @@ class Steering:
     def _hold(self, step: Step) -> GradientSets:
         """Return the holder of this step's sets, after checking that the processes agree."""
         sharded = step.replicas is None
-        new = not self._agreement.knows(step.parameters)
-        if not sharded or new:  # shards: in the first step and after a change
-            last = step.pending.last
+        last, new = step.pending.last, not self._agreement.knows(step.parameters)
+        # Shards: in the first step, after a change, and if a function of the user gives weights: it synchronizes too.
+        read = new or step.isolated or (isinstance(self.rule, Weighting) and last is None)
+        if not sharded or read:
             remembered = [*self._memory.state.values(), *([] if last is None else [last.geometry.weights])]
             for group in step.peers:
-                read = new or step.isolated
                 self._agreement.check(
                     group, self._facts(step), remembered, step.parameters, read=read, values=not sharded
                 )

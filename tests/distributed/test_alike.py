@@ -549,6 +549,12 @@ def test_shards_whose_rules_or_memory_differ():
         second.load_state_dict(first.state_dict())
     first.zero_grad()
     refused(second, model, "the memory of the rule")
+    model.reshard()
+    mine = torch.tensor([1.0, 1.0, 2.0 + rank]).double()
+    third = steered(model, Weighting(lambda G: mine))
+    third.backward_components(components(model(share(batch(0)))))
+    third.zero_grad()
+    refused(third, model, "the weights that the rule gave to the same Gramian")
 
 
 @processes(2)
