@@ -8,6 +8,7 @@ and that it fits the optimizer.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -82,7 +83,7 @@ def save(path: str | os.PathLike[str], optimizer: Optimizer, *, extra: Mapping[s
     except RecursionError as error:
         raise TypeError("extra is nested too deeply, or contains itself") from error
     metadata = {"format": _FORMAT, "version": _VERSION, "structure": structure, "sha256": _digest(structure, tensors)}
-    path = Path(os.path.realpath(path))
+    path = _in_utf8(Path(os.path.realpath(path)))
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no directory {path.parent} to save {path.name} in: create it first")
     if path.exists() and not path.is_file():
@@ -128,7 +129,7 @@ def load(path: str | os.PathLike[str], optimizer: Optimizer) -> dict[str, Any]:
 
     Example: see :func:`save`.
     """
-    path = Path(path)
+    path = _in_utf8(Path(path))
     content = _read(path)
     if content["class"] != _class(optimizer):
         raise ValueError(f"{path} holds the state of {content['class']}; the optimizer is {_class(optimizer)}")
@@ -302,6 +303,14 @@ def _check_parameters(path: Path, saved: list[list[list[Any]]], found: list[list
 def _describe(parameter: list[Any]) -> str:
     name, dtype, shape = parameter
     return f"{name or 'a'} {dtype} {tuple(shape)}"
+
+
+def _in_utf8(path: Path) -> Path:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise OSError(errno.EILSEQ, "safetensors opens only paths that are valid UTF-8", str(path)) from error
+    return path
 
 
 def _flush(path: Path, flags: int) -> None:

@@ -353,3 +353,11 @@ def test_a_name_may_be_as_long_as_the_system_allows(tmp_path):
     path = tmp_path / ("x" * 250)
     checkpoint.save(path, trained(), extra={"step": 1})
     assert checkpoint.load(path, trained())["step"] == 1
+
+
+def test_a_path_that_safetensors_cannot_open_is_refused_before_it_is_written(tmp_path):
+    path = tmp_path / os.fsdecode(b"\xff")
+    for use in (checkpoint.save, checkpoint.load):
+        with pytest.raises(OSError, match="only paths that are valid UTF-8"):
+            use(path, trained())
+    assert not list(tmp_path.iterdir())
