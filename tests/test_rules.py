@@ -1,6 +1,8 @@
 """What every rule does alike, and where their random numbers come from."""
 
 import copy
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -257,6 +259,25 @@ def test_weighting_draws_from_its_own_generators():
     assert not torch.equal(weights, Weighting(draw, seed=1)(G, NAMES[:3], state)[0])
     torch.manual_seed(99)
     assert torch.equal(weights, Weighting(draw, seed=1)(G, NAMES[:3])[0])
+
+
+def test_weightings_in_two_threads_draw_as_one_after_the_other():
+    def draw(G):
+        time.sleep(1e-3)
+        return torch.rand(2, dtype=G.dtype)
+
+    def run(seed: int) -> list[torch.Tensor]:
+        rule, state, found = Weighting(draw, seed=seed), None, []
+        for _ in range(10):
+            weights, state = rule(torch.eye(2, dtype=torch.float64), ["a", "b"], state)
+            found.append(weights)
+        return found
+
+    before, expected = torch.get_rng_state(), [run(0), run(1)]
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(run, [0, 1]))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_weighting_restores_the_global_generator_after_an_error():

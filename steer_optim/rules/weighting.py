@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from steer_optim.rules.base import Rule, State
 from steer_optim.rules.orders import check_seed
+
+_GLOBAL_GENERATOR = threading.RLock()  # held while its state is that of a rule
 
 
 class Weighting(Rule):
@@ -57,7 +60,7 @@ class Weighting(Rule):
             ValueError: ``f`` did not return one finite weight per component.
         """
         weights, randoms = [], []
-        with torch.random.fork_rng(devices=[]):
+        with _GLOBAL_GENERATOR, torch.random.fork_rng(devices=[]):
             for gramian, random in zip(G.cpu(), state["random"].cpu(), strict=True):
                 torch.set_rng_state(random.clone())  # a view into a larger tensor crashes it (torch 2.13)
                 w = self.f(gramian)
