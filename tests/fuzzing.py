@@ -491,7 +491,7 @@ class Gradient:
 class Last:
     """The last exact step."""
 
-    rule: str
+    key: object
     G: Tensor
     weights: Tensor
     before: Tensor
@@ -511,7 +511,10 @@ class Last:
         return float((self.weights @ self.G @ self.weights).clamp(min=0).sqrt())
 
     def serves_again(self) -> bool:
-        """No gradient is zero, not finite, or blown up by its weight unless it was as small the time before."""
+        """No gradient is zero, not finite, or blown up by its weight unless it was as small the time before.
+
+        They do not cancel, either.
+        """
         norms, largest = self.norms.tolist(), float(self.norms.max())
         for norm, before, weight in zip(norms, self.before.tolist(), self.weights.tolist(), strict=True):
             if not 0 < norm < float("inf"):
@@ -519,7 +522,7 @@ class Last:
             steady = norm <= 4 * before and before <= 4 * norm
             if not steady and abs(weight) * largest > 10 * self.length:
                 return False
-        return True
+        return not self.length <= 1e-6 * largest
 
 
 @dataclass
@@ -558,9 +561,10 @@ class Memory:
 class Model:
     """One steering, in dense float64 vectors."""
 
-    def __init__(self, steered: Steered, groups: list[list[int]]) -> None:
+    def __init__(self, steered: Steered, groups: list[list[int]], frozen: set[int]) -> None:
         self.rule, self.rule_name = RULES[steered.rule], steered.rule
         self.scope, self.refresh_every, self.groups = steered.scope, steered.refresh_every, groups
+        self.frozen = frozen  # of all parameters
         self.memory = Memory()
         self.names: tuple[str, ...] = ()
         self.totals: Totals | None = None
@@ -568,6 +572,11 @@ class Model:
     @property
     def parameters(self) -> list[int]:
         return [i for group in self.groups for i in group]
+
+    @property
+    def key(self) -> object:
+        """What weights are made of."""
+        return self.rule_name, [i in self.frozen for i in self.parameters]
 
     def scopes(self) -> list[tuple[str, list[int]]]:
         if self.scope == "model":
@@ -591,7 +600,7 @@ class Model:
         if self.totals is not None:
             return self.totals.last
         last = self.memory.last
-        fresh = last is None or last.age + 1 >= self.refresh_every or last.rule != self.rule_name
+        fresh = last is None or last.age + 1 >= self.refresh_every or last.key != self.key
         return None if fresh or not (last.age or last.serves_again()) else last
 
     def add(self, call: Call, names: tuple[str, ...], scale: float, *, joined: bool) -> None:
@@ -686,13 +695,14 @@ class Run:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.tensors = [p.make() for p in program.parameters]
+        self.frozen = {i for i, p in enumerate(self.tensors) if not p.requires_grad}
         self.owners = [p.owner for p in program.parameters]
         self.models: list[Model] = []
         for who, steered in enumerate(program.steered):
             mine = [i for i, owner in enumerate(self.owners) if owner == who]
             groups = [[i for i in mine if program.parameters[i].group == g] for g in (0, 1)]
             groups = [[]] * steered.empty_group + [group for group in groups if group]
-            self.models.append(Model(steered, groups))
+            self.models.append(Model(steered, groups, self.frozen))
         self.pairs = [self.build(who) for who in range(len(self.models))]
         self.saved: dict[int, tuple[bytes, Memory, str]] = {}
         self.copied: list[Copied] = []
@@ -890,6 +900,7 @@ class Run:
     def freeze(self, operation: Freeze) -> None:
         if operation.which >= len(self.models):  # the first of each steering trains always
             self.tensors[operation.which].requires_grad_(not operation.frozen)
+            (self.frozen.add if operation.frozen else self.frozen.discard)(operation.which)
 
     def add_group(self, operation: AddGroup) -> None:
         if self.owners[operation.which] != OUTSIDE:
@@ -1247,7 +1258,7 @@ class Check:
         else:
             weights, memory = self.between()
         if self.totals.orphaned and self.totals.last is not None:
-            memory = replace(memory, last=replace(memory.last, rule="another"))
+            memory = replace(memory, last=replace(memory.last, key="another"))
         model.memory = memory
         update: dict[int, list[Gradient]] = {}
         _, sizes = model.matrix(model.parameters)
@@ -1293,7 +1304,7 @@ class Check:
         if one:
             before = torch.zeros(len(names), dtype=torch.float64) if old.last is None else old.last.norms
             before = torch.where(before.isfinite(), before, 0.0)
-            last = Last(model.rule_name, G[0], weights[0], before, self.totals.scale)
+            last = Last(model.key, G[0], weights[0], before, self.totals.scale)
         return weights, Memory(names, new, last)
 
     def check_gramian(self, G: Tensor, exact: Tensor, sizes: Tensor) -> None:
