@@ -386,7 +386,8 @@ class Steering:
         losses = stack_losses([pending.losses.get(name) for name in names], G)
         if last is None:
             weights, state = self.rule(G, names, carry_over(old.state, self.rule.init(G, names)))
-            self._agreement.note_weights(weights)
+            if step.peers:
+                self._agreement.note_weights(weights)
             if self.scope != "model":
                 scopes = tuple(name for name, _ in self._scopes())
                 return weights, Memory(names, state, None, Geometry(names, G, weights, losses, scopes))
