@@ -310,7 +310,7 @@ def test_traffic_is_half_of_k_plus_one_all_reduces(k):
         patch.setattr(dist, "all_reduce", counted(dist.all_reduce, 2))
         sgd([p]).backward_components({str(i): p @ torch.randn(4000) for i in range(k)})
     # What must be alike, the values of the one parameter, what is reached, the Gramian.
-    small = 2 * (8 * 2 * 9 + 8 * 2 * 1 + 4 * 3 * k + 8 * k * k)
+    small = 2 * (8 * 2 * 10 + 8 * 2 * 1 + 4 * 3 * k + 8 * k * k)
     assert sum(sent) == (k + 1) / 2 * (2 * p.nbytes) + small
 
 
