@@ -265,16 +265,19 @@ def _after(model: nn.Module) -> dict[str, Any]:
 
 def _lora(layer: Any) -> dict[str, Any]:
     """Return the active adapter of a PEFT layer; empty if it is disabled or merged into the weight."""
-    active = [name for name in layer.active_adapters if name in getattr(layer, "lora_A", {})]
+    parts = {part: getattr(layer, part) for part in layer.adapter_layer_names}
+    active = [name for name in layer.active_adapters if any(name in part for part in parts.values())]
     if layer.disable_adapters or layer.merged or not active:
         return {}
     name = active[0]
-    dropout = getattr(layer.lora_dropout[name], "p", 0.0) if layer.training else 0.0
-    A, B = layer.lora_A[name], layer.lora_B[name]
-    plain = not getattr(layer, "lora_variant", {}) and B.bias is None
+    A, B = (parts[part][name] if name in parts.get(part, {}) else None for part in ("lora_A", "lora_B"))
+    plain = isinstance(A, nn.Linear) and isinstance(B, nn.Linear) and B.bias is None
+    plain = plain and not getattr(layer, "lora_variant", {})
+    dropout = getattr(layer.lora_dropout[name], "p", 0.0) if plain and layer.training else 0.0
     if len(active) > 1 or dropout or not plain:
         raise ValueError(
             "the head's adapter must be one plain LoRA without bias and, in training mode, without dropout; got "
-            f"adapters {active}, dropout {dropout}{'' if plain else ', and a variant or a bias'}: pass logits instead"
+            f"{type(layer).__name__} with adapters {active}, dropout {dropout}"
+            f"{'' if plain else ', and a variant, a bias, or no LoRA'}: pass logits instead"
         )
     return {"lora_A_rd": A.weight, "lora_B_Vr": B.weight, "lora_scaling": float(layer.scaling[name])}

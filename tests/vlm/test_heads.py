@@ -214,6 +214,20 @@ def test_adapters_that_are_more_than_a_product_are_refused(options):
 
 
 @peft_warnings
+@pytest.mark.parametrize("kind", ["IA3", "LoHa", "AdaLora", "TrainableTokens"])
+def test_adapters_of_another_kind_on_the_head_are_refused(kind):
+    peft = pytest.importorskip("peft")
+    options = {"AdaLora": {"total_step": 10}, "IA3": {"feedforward_modules": []}, "TrainableTokens": {}}.get(kind, {})
+    where = {"token_indices": [3]} if kind == "TrainableTokens" else {"target_modules": ["lm_head"]}
+    config = getattr(peft, f"{kind}Config")(**where, **options)
+    model = peft.get_peft_model(text_model("llama", tie_word_embeddings=kind == "TrainableTokens"), config)
+    with pytest.raises(ValueError, match=r"must be one plain LoRA.*or no LoRA: pass logits instead"):
+        Head.of(model)
+    with model.disable_adapter():
+        assert Head.of(model).lora_B_Vr is None
+
+
+@peft_warnings
 def test_two_active_adapters_are_refused():
     model = peft_model(target_modules=["lm_head"])
     model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
