@@ -38,7 +38,6 @@ class Family:
             merges them with those of the text.
         per_token: for a key with a value per token, the value of response tokens; None for that of the last prompt
             token. Keys with None describe images only, so that the view without images lacks them.
-        scaled: whether the logits are multiplied by the factor that the text model's config names.
         mixed: whether a row without images is unaffected by rows with images in its batch.
         refused: the reason why the model cannot read a prompt followed by a response.
     """
@@ -49,7 +48,6 @@ class Family:
     bare: bool = False
     newlines: range = range(0)
     per_token: Mapping[str, int | None] = field(default_factory=dict)
-    scaled: bool = True
     mixed: bool = True
     refused: str = ""
 
@@ -67,7 +65,7 @@ _BARE = (
 )
 _PIXELS = Family(refused="it needs pixel values in every prompt")
 _INTERN = Family(opening=("<img>",), closing=("</img>",))
-_COHERE = Family(opening=("<|START_OF_IMG|>",), closing=("<|END_OF_IMG|>",), scaled=False)
+_COHERE = Family(opening=("<|START_OF_IMG|>",), closing=("<|END_OF_IMG|>",))
 
 # By model type, or by model type and that of the vision tower. First those that several model types share.
 FAMILIES = {

@@ -13,13 +13,13 @@ Dimensions: ``B`` prompts, ``T`` response tokens, ``N`` rows, ``d`` hidden size,
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import KW_ONLY, dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from steer_optim.vlm.families import family_of
 
 # The names of the factor of the logits in configs, and its exponent: Granite divides by it.
 _SCALES = {"logit_scale": 1, "logits_scaling": -1, "lm_head_multiplier": 1, "output_multiplier": 1}
@@ -252,15 +252,32 @@ def _after(model: nn.Module) -> dict[str, Any]:
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     found: dict[str, Any] = {}
-    for name, exponent in _SCALES.items() if family_of(config).scaled else ():
-        if (value := getattr(text, name, None)) is not None:
+    for name, exponent in _SCALES.items():
+        if (value := getattr(text, name, None)) is not None and _reads(model, name):
             # HyperCLOVA X multiplies by logits_scaling, by which Granite divides.
             multiplies = exponent > 0 or str(getattr(text, "model_type", "")).startswith("hyperclovax")
             found["scale"] = float(value if multiplies else 1 / value)
     for name in _SOFTCAPS:
-        if (value := getattr(text, name, None)) is not None:
+        if (value := getattr(text, name, None)) is not None and _reads(model, name):
             found["softcap"] = float(value)
     return found
+
+
+def _reads(model: nn.Module, name: str) -> bool:
+    """Return whether the code of a model with a head has ``name``: LLaVA ignores the factor of its text model."""
+    owners = [x for x in model.modules() if callable(find := getattr(x, "get_output_embeddings", None)) and find()]
+    classes = {each for x in owners for each in type(x).__mro__ if hasattr(each, "get_output_embeddings")}
+    sources = [text for each in classes if (text := _source(each))]
+    return not sources or any(name in text for text in sources)
+
+
+@cache
+def _source(kind: type) -> str:
+    """Return the code of a class; empty if there is none, as for the classes that FSDP2 makes."""
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):
+        return ""
 
 
 def _lora(layer: Any) -> dict[str, Any]:

@@ -66,6 +66,24 @@ def test_the_head_of_a_language_model(name, tied):
     assert_close(Rows(states[MASK], temperature=2.0).logits(slice(1, 4)), meant[MASK][1:4] / 2, **CLOSE)
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")  # an attribute that peft reads
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("name", ["gemma2", "cohere", "granite"])
+def test_a_model_that_ignores_what_its_text_model_does_to_logits(name, wrapped):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    vision = {"model_type": "clip_vision_model", **sizes, "image_size": 8, "patch_size": 4}
+    text = {"model_type": name, **_TEXT, **AFTER[name]}
+    model = transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_id=5)
+    ).eval()
+    if wrapped:
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    batch = batch_of([2, 20, 21], [2, 22, 23])
+    assert_close(response_states(model, batch, 3).logits(), response_logits(model, batch, 3), **CLOSE)
+    assert (Head.of(model).scale, Head.of(model).softcap) == (1.0, None)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_vision_language_model_trains_through_its_states_as_through_its_logits(name):
     family = FAMILIES[name]()
