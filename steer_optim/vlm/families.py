@@ -136,7 +136,8 @@ def type_of(config: Any) -> str:
 def refuse(config: Any, batch: Mapping[str, Any]) -> None:
     """Raise ValueError if a response cannot follow the prompts of ``batch`` in the same columns.
 
-    The model is an encoder-decoder, or its family is refused, or it takes no mixed batches and the batch is one.
+    The model is an encoder-decoder; its family is refused; it takes no mixed batches and the batch is one; or the batch
+    has placeholders and nothing to put in their places, which a model reads as words.
     """
     family = family_of(config)
     reason = family.refused
@@ -144,14 +145,18 @@ def refuse(config: Any, batch: Mapping[str, Any]) -> None:
         reason = "it is an encoder-decoder, which takes prompt and response as separate inputs"
     if reason:
         raise ValueError(f"{type_of(config)!r} cannot be distilled on responses that follow their prompts: {reason}")
-    if not family.mixed:
-        ids_BL = batch["input_ids"]
-        placeholders = torch.tensor(sorted(placeholder_ids(config)), device=ids_BL.device)
-        if len(torch.isin(ids_BL, placeholders).any(dim=1).unique()) > 1:
-            raise ValueError(
-                f"rows with and without images are in one batch, and {type_of(config)!r} reads the latter as if they "
-                "had an empty image: put each kind in its own batch"
-            )
+    ids_BL = batch["input_ids"]
+    placed_B = torch.isin(ids_BL, torch.tensor(sorted(placeholder_ids(config)), device=ids_BL.device)).any(dim=1)
+    if not family.mixed and len(placed_B.unique()) > 1:
+        raise ValueError(
+            f"rows with and without images are in one batch, and {type_of(config)!r} reads the latter as if they had "
+            "an empty image: put each kind in its own batch"
+        )
+    if batch.keys() <= {"input_ids", "attention_mask", "labels", "position_ids", *per_token_keys()} and placed_B.any():
+        raise ValueError(
+            f"prompt {int(placed_B.nonzero()[0])} has placeholders of images, but the batch has only the keys "
+            f"{', '.join(sorted(batch))}: pass all that the processor returns, pixels included, or text_only(...)"
+        )
 
 
 def roles(config: Any, tokenizer: Any = None) -> dict[int, str]:

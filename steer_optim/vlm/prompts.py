@@ -155,12 +155,7 @@ class Rollout:
         if (outside_BT := (ids_BT < 0) | (ids_BT >= getattr(text, "vocab_size", math.inf))).any():
             row, column = outside_BT.nonzero()[0].tolist()
             raise ValueError(f"response {row} has the id {int(ids_BT[row, column])} at token {column}: no such token")
-        if (images_BT := torch.isin(ids_BT, torch.tensor(sorted(placeholder_ids(config)))) & mask_BT).any():
-            row, column = images_BT.nonzero()[0].tolist()
-            raise ValueError(
-                f"response {row} has the placeholder {int(ids_BT[row, column])} at token {column}, which the model "
-                "would take for an image: suppress families.image_ids(config) in the sampler, or drop the row"
-            )
+        _refuse_placeholders(ids_BT, mask_BT, config)
         return cls(ids_BT.to(device), mask_BT.to(device), scored_BT.to(device))
 
 
@@ -326,7 +321,8 @@ def append_response(batch: Mapping[str, Tensor], responses: Rollout, config: Any
         are left out. Ids outside ``mask_BT`` are 0.
 
     Raises:
-        ValueError: the numbers of responses and prompts differ; the model's family is refused; as in ``left_padded``.
+        ValueError: the numbers of responses and prompts differ; a response contains a placeholder; there are
+            placeholders in the prompts but no pixels; the model's family is refused; as in ``left_padded``.
 
     Example:
         >>> import torch
@@ -341,6 +337,7 @@ def append_response(batch: Mapping[str, Tensor], responses: Rollout, config: Any
     refuse(config, batch)
     if (found := len(responses.response_BT)) != (prompts := len(batch["input_ids"])):
         raise ValueError(f"there are {found} responses to {prompts} prompts: pass one response per prompt")
+    _refuse_placeholders(responses.response_BT, responses.mask_BT, config)
     view, per_token, T = left_padded(batch), family_of(config).per_token, responses.response_BT.shape[1]
     tail = {"input_ids": responses.response_BT.where(responses.mask_BT, 0), "attention_mask": responses.mask_BT}
     for key in view.keys() & {*tail, *per_token_keys()}:
@@ -349,6 +346,16 @@ def append_response(batch: Mapping[str, Tensor], responses: Rollout, config: Any
         columns = tail.get(key, last if fill is None else torch.full_like(last, fill))
         view[key] = torch.cat([view[key], columns.to(view[key])], dim=1)
     return view
+
+
+def _refuse_placeholders(ids_BT: Tensor, mask_BT: Tensor, config: Any) -> None:
+    placeholders = torch.tensor(sorted(placeholder_ids(config)), dtype=ids_BT.dtype, device=ids_BT.device)
+    if (images_BT := torch.isin(ids_BT, placeholders) & mask_BT).any():
+        row, column = images_BT.nonzero()[0].tolist()
+        raise ValueError(
+            f"response {row} has the placeholder {int(ids_BT[row, column])} at token {column}, which the model would "
+            "take for an image: suppress families.image_ids(config) in the sampler, or drop the row"
+        )
 
 
 def _blank() -> list[dict[str, Any]]:

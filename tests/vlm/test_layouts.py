@@ -191,7 +191,7 @@ def test_a_family_is_one_entry(monkeypatch):
     assert view["input_ids"].tolist() == [[20, 21]]
     appended = append_response(view, Rollout.of([[30]], config=settings), settings)
     assert appended["token_type_ids"].tolist() == [[0, 0, 2]]
-    batch["novel_mask"] = torch.arange(10).view(1, 5, 2)
+    batch |= {"novel_mask": torch.arange(10).view(1, 5, 2), "pixel_values": torch.zeros(1, 3, 4, 4)}
     assert "novel_mask" not in text_only(batch, settings, tokenizer=known)
     novel = append_response(batch, Rollout.of([[30, 31]], config=settings), settings)["novel_mask"]
     assert novel.tolist() == [[[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [8, 9], [8, 9]]]

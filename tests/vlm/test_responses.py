@@ -13,6 +13,7 @@ from zoo import Zoo
 
 from steer_optim.vlm.forward import response_logits
 from steer_optim.vlm.prompts import Rollout, append_response, left_padded, text_only
+from steer_optim.vlm.rollout import rollout
 
 # Float32 sums in another order, at logits of up to 20.
 ATOL = 2e-5
@@ -27,17 +28,17 @@ responses = st.lists(texts, min_size=1, max_size=4)
 @given(rows=responses, data=st.data())
 def test_lists_of_any_lengths_become_a_rollout_and_back(rows, data):
     scored = [data.draw(st.lists(st.booleans(), min_size=len(row), max_size=len(row))) for row in rows]
-    rollout = Rollout.of(rows, config=CONFIG, scored=scored)
-    assert rollout.response_BT.shape == (len(rows), max(map(len, rows)))
-    assert rollout.response_BT.dtype == torch.int64
-    assert [ids[mask].tolist() for ids, mask in zip(rollout.response_BT, rollout.mask_BT, strict=True)] == rows
-    assert [flags[mask].tolist() for flags, mask in zip(rollout.scored_BT, rollout.mask_BT, strict=True)] == scored
-    assert not (rollout.scored_BT & ~rollout.mask_BT).any()
-    assert Rollout.of(rows, config=CONFIG).scored_BT.equal(rollout.mask_BT)
-    assert Rollout.of(list(map(torch.tensor, rows)), config=CONFIG).response_BT.equal(rollout.response_BT)
-    integers = Rollout(rollout.response_BT, rollout.mask_BT.long(), rollout.scored_BT.long())
-    assert integers.mask_BT.equal(rollout.mask_BT)
-    assert integers.scored_BT.equal(rollout.scored_BT)
+    made = Rollout.of(rows, config=CONFIG, scored=scored)
+    assert made.response_BT.shape == (len(rows), max(map(len, rows)))
+    assert made.response_BT.dtype == torch.int64
+    assert [ids[mask].tolist() for ids, mask in zip(made.response_BT, made.mask_BT, strict=True)] == rows
+    assert [flags[mask].tolist() for flags, mask in zip(made.scored_BT, made.mask_BT, strict=True)] == scored
+    assert not (made.scored_BT & ~made.mask_BT).any()
+    assert Rollout.of(rows, config=CONFIG).scored_BT.equal(made.mask_BT)
+    assert Rollout.of(list(map(torch.tensor, rows)), config=CONFIG).response_BT.equal(made.response_BT)
+    integers = Rollout(made.response_BT, made.mask_BT.long(), made.scored_BT.long())
+    assert integers.mask_BT.equal(made.mask_BT)
+    assert integers.scored_BT.equal(made.scored_BT)
 
 
 @given(rows=responses, data=st.data())
@@ -55,8 +56,25 @@ def test_placeholders_are_refused_where_they_are(rows, data):
     position = data.draw(st.integers(0, len(rows[row])))
     token = data.draw(st.sampled_from([3, 4, 5]))
     rows[row].insert(position, token)
-    with pytest.raises(ValueError, match=f"response {row} has the placeholder {token} at token {position}"):
-        Rollout.of(rows, config=CONFIG)
+    unchecked = Rollout.of(rows, config=SimpleNamespace())
+    batch = {"input_ids": torch.full((len(rows), 2), 20)}
+    for f in (lambda: Rollout.of(rows, config=CONFIG), lambda: append_response(batch, unchecked, CONFIG)):
+        with pytest.raises(ValueError, match=f"response {row} has the placeholder {token} at token {position}"):
+            f()
+    padded = Rollout(unchecked.response_BT.where(unchecked.mask_BT, token), unchecked.mask_BT & False)
+    append_response(batch, padded, CONFIG)  # not attended
+
+
+@pytest.mark.parametrize("use", [lambda *given: append_response(*given), lambda batch, _, __: sampled(batch)])
+def test_placeholders_without_pixels_are_refused(use):
+    response = Rollout.of([[30], [31]], config=CONFIG)
+    batch = {"input_ids": torch.tensor([[20, 21, 22], [20, 4, 22]]), "position_ids": torch.zeros(2, 3)}
+    with pytest.raises(ValueError, match=r"prompt 1 has placeholders of images, but .* only the keys input_ids, pos"):
+        use(batch, response, CONFIG)
+
+
+def sampled(batch):
+    return rollout(SimpleNamespace(config=CONFIG), batch, max_new_tokens=1)
 
 
 def test_what_is_no_rollout_is_refused():
