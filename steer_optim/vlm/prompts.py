@@ -187,7 +187,8 @@ def render(
 
     Raises:
         BadConversation: the processor cannot render a conversation, or it has no text; the error names its index.
-        ValueError: there is no conversation.
+        ValueError: there is no conversation; or ``template_kwargs`` ask for truncation, which cuts the two views at
+            different words.
 
     Example:
         >>> prompts = render(processor, [[{"role": "user", "content": content}]])  # doctest: +SKIP
@@ -196,6 +197,11 @@ def render(
     """
     if not messages or isinstance(messages[0], Mapping):
         raise ValueError("messages must be a list of conversations, each a list of messages with role and content")
+    if _truncates(template_kwargs):
+        raise ValueError(
+            "truncation cuts the two views at different words, and the end of the prompt, where the response begins: "
+            "leave out conversations that are too long instead"
+        )
     parts = [part for row in messages for message in row for part in message.get("content") or ()]
     blank = int(blank_image and not any(map(_is_media, parts)))
     messages = [*messages, _blank()] if blank else messages
@@ -371,6 +377,12 @@ def _without_media(content: Any) -> Any:
 
 def _is_media(part: Any) -> bool:
     return isinstance(part, Mapping) and part.get("type") in _MEDIA
+
+
+def _truncates(options: Mapping[str, Any]) -> bool:
+    given = options.get("truncation", False)
+    nested = [value for value in options.values() if isinstance(value, Mapping)]
+    return given not in (False, None, "do_not_truncate") or any(map(_truncates, nested))
 
 
 def _rendered(processor: Any, messages: Sequence[Any], hint: str, template_kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -158,6 +158,21 @@ def test_messages_are_left_as_they_were_and_options_passed_on():
             assert value.equal(again.image[key])
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"truncation": True},
+        {"processor_kwargs": {"truncation": "longest_first"}},
+        {"processor_kwargs": {"text_kwargs": {"truncation": True}}},
+    ],
+)
+def test_truncation_which_cuts_views_at_different_words_is_refused(options):
+    messages = [[{"role": "user", "content": [picture("gemma3", 0), {"type": "text", "text": 30 * "abc"}]}]]
+    with pytest.raises(ValueError, match="truncation cuts the two views at different words"):
+        render(zoo("gemma3").processor, messages, **options, max_length=20)
+    render(zoo("gemma3").processor, messages, processor_kwargs={"truncation": False})
+
+
 def test_older_processors_take_their_options_among_those_of_the_template():
     asked = []
 
