@@ -166,7 +166,7 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         TypeError: there is no processor of images and text.
         ValueError: there is no teacher, its vocabulary differs, a step takes more rows than there are, or the run asks
             for something that is not supported: DeepSpeed, FSDP1, tensor, pipeline or context parallelism, float16,
-            ``torch.compile``.
+            ``torch.compile``, tools.
 
     Example:
         >>> config = SteeredDistillationConfig("runs", gamma=2.0)  # doctest: +SKIP
@@ -191,6 +191,8 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         **options: Any,
     ) -> None:
         refuse(args)
+        if options.get("tools"):
+            raise ValueError("tools are not supported: the prompts would not name them, and their answers be trained on")
         self.method = args.method()
         self._buffered_inputs: list[MicroBatch] | None = None
         super().__init__(
