@@ -299,6 +299,11 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         slices = [slice(i, i + size) for i in range(0, len(rows), size)]
         self._rendered = [self.render(messages[part], self._sources[part]) for part in slices]
         _, ids, *_ = self._generate(messages)
+        if len(ids) != len(rows):
+            raise ValueError(
+                f"there are {len(ids)} responses to {len(rows)} prompts: leave num_return_sequences and n out of "
+                "--generation_kwargs"
+            )
         forbidden = image_ids(self.model.config)
         dropped = [bool(forbidden & {*response}) for response in ids]
         share = torch.tensor(sum(dropped) / len(ids), device=self.accelerator.device)
@@ -406,7 +411,7 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
             return [response or [self._tokenizer.eos_token_id] for response in said]
         with evaluating(self.accelerator.unwrap_model(self.model_wrapped)):
             ids = super()._generate_single_turn([*prompt_ids, *self._blank_ids], images, fields, **options)
-        return ids[: len(prompt_ids)]
+        return ids[: len(ids) - len(self._blank_ids)]
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         """Return TRL's sampler; its order then depends only on the epoch, so that a resumed run repeats it."""

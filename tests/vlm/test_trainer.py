@@ -18,7 +18,7 @@ from PIL import Image
 from tiny_trainer import make_model, make_rows, make_trainer, plain_loop, recorded
 
 from steer_optim.vlm.data import ROW, Rows, answer, conversation, numbered, picture
-from steer_optim.vlm.trainer import MicroBatch, SteeredDistillationConfig
+from steer_optim.vlm.trainer import MicroBatch, SteeredDistillationConfig, SteeredDistillationTrainer
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_accelerate"),
@@ -275,6 +275,18 @@ def test_what_cannot_work_is_refused_at_the_start(tmp_path, name):
     options, match = REFUSED[name]
     with pytest.raises(ValueError, match=match):
         make_trainer(tmp_path, **options)
+
+
+def test_tools_are_refused(tmp_path):
+    config = SteeredDistillationConfig(str(tmp_path), use_cpu=True)
+    with pytest.raises(ValueError, match="tools are not supported"):
+        SteeredDistillationTrainer(make_model(seed=0), make_model(seed=1), config, make_rows(), tools=[len])
+
+
+def test_more_responses_than_prompts_are_refused(tmp_path):
+    trainer = make_trainer(tmp_path, generation_kwargs={"num_return_sequences": 2})
+    with pytest.raises(ValueError, match=r"there are 8 responses to 4 prompts: leave num_return_sequences"):
+        trainer.train()
 
 
 def test_fsdp1_and_other_parallelism_are_refused(tmp_path, monkeypatch):
