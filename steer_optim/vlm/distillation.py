@@ -324,7 +324,7 @@ class DecomposedDistillation:
             TypeError: the mask or the gate is not bool, or logits are not floating.
             ValueError: shapes or devices differ; logits that the mask keeps are not finite; a view is missing, or
                 requires no grad where it is trained; the count is not positive; ``strength_BT`` is given but the method
-                is not adaptive.
+                is not adaptive; weights or strengths that the mask keeps are not finite.
         """
         if strength_BT is not None and not self.adaptive:
             raise ValueError("strength_BT is not used without adaptive=True: set it, or do not pass strength_BT")
@@ -456,7 +456,7 @@ class DecomposedDistillation:
     def _components(self, rows: Mapping[str, View], mask_BT: Tensor, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the components as sums over tokens."""
         parts, every, score = self._parts, mask_BT[mask_BT], {_SCORE: TERMS["vds"]}
-        weight_N = given.get("weight_BT", torch.ones_like(every, dtype=torch.float64))
+        weight_N = given.get("weight_BT", torch.ones_like(every)).double()
         if self.reduction == "sequence":
             weight_N = weight_N / mask_BT.sum(dim=-1, keepdim=True).expand_as(mask_BT)[mask_BT]
         losses_of = partial(
@@ -510,4 +510,7 @@ def _select_tokens(mask_BT: Tensor, name: str, x_BT: Tensor) -> Tensor:
             f"{name} must be {tuple(mask_BT.shape)} on {mask_BT.device}, like mask_BT; got {tuple(x_BT.shape)} on "
             f"{x_BT.device}: pass its part for the tokens of this micro-batch"
         )
-    return x_BT[mask_BT]
+    x_N = x_BT[mask_BT]
+    if not x_N.isfinite().all():
+        raise ValueError(f"{name} must be finite at every token that mask_BT keeps; found NaN or infinity")
+    return x_N

@@ -548,3 +548,24 @@ def test_weights_of_tokens_that_make_no_sense_are_refused():
         sampled_log_probs(torch.zeros(3, 4, 5), torch.zeros(3, 4, dtype=torch.int64), MASK, temperature=-1)
     with pytest.raises(ValueError, match="found NaN or infinity in view_BTV"):
         sampled_log_probs(torch.full((3, 4, 5), math.nan), torch.zeros(3, 4, dtype=torch.int64), MASK)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.bool, torch.int64])
+@pytest.mark.parametrize("reduction", ["token", "sequence"])
+def test_weights_of_any_dtype_are_multiplied_in_float64(dtype, reduction):
+    method, views = DecomposedDistillation("vgs", reduction=reduction), views_of(random_batch(3, 4, 5))
+    mask_BT, weight_BT = torch.ones(3, 4, dtype=torch.bool).index_fill(1, torch.tensor(3), False), torch.ones(3, 4)
+    found, meant = (method(views, mask_BT, weight_BT=weight_BT.to(x)) for x in (dtype, torch.float64))
+    for name, loss in meant.items():
+        assert_close(found[name], loss, **EXACT)
+
+
+@pytest.mark.parametrize("name", ["weight_BT", "strength_BT"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(name, value):
+    method, views = DecomposedDistillation("vgs", adaptive=True), views_of(random_batch(3, 4, 5))
+    x_BT = torch.ones(3, 4).masked_fill(~MASK, value)
+    method(views, MASK, **{name: x_BT})
+    x_BT[0, 1] = value
+    with pytest.raises(ValueError, match=f"{name} must be finite at every token that mask_BT keeps"):
+        method(views, MASK, **{name: x_BT})
