@@ -202,9 +202,11 @@ def _part(part: Any, root: Path) -> dict[str, Any]:
     if not isinstance(part, Mapping) or part.get("type") is None:
         raise ValueError(f"content must be a string, or a list of parts that have a type; got the part {part!r}")
     known: dict[str, Any] = {key: value for key, value in part.items() if value is not None}
-    found = [known.pop(key) for key in ("image", "path", "url") if key in known]
+    found = [known.pop(key) for key in ("image", "path", "url", "image_url") if key in known]
     if known["type"] not in ("text", "image", "image_url"):
         raise ValueError(f"a part must be of the type text or image; got {part['type']!r}")
     if known["type"] != "text" and found:
-        return {"type": "image", "image": picture(found[0], root)}
+        image = found[0]
+        url = image.get("url") if isinstance(image, Mapping) else None  # {"image_url": {"url": ...}}
+        return {"type": "image", "image": picture(url or image, root)}
     return known

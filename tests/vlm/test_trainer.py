@@ -206,11 +206,24 @@ def test_images_are_pil_bytes_paths_or_in_the_messages(tmp_path):
         assert image["image"].mode == "RGB"
         assert text["text"].startswith("what")
     assert answer(rows[-1]) == "red"
-    deep = Image.fromarray(numpy.full((8, 8), 30_000, dtype=numpy.uint16))
-    assert picture(deep).getpixel((0, 0)) == (117, 117, 117)
     with pytest.raises(ValueError, match="mode F has no known range"):
         picture(Image.new("F", (8, 8)))
     assert [part["type"] for part in conversation({"prompt": "what", "images": []})[0]["content"]] == ["text"]
+
+
+@pytest.mark.parametrize("key", ["image_url", "url", "path", "image"])
+def test_images_are_read_under_every_key_of_a_part(tmp_path, key):
+    png(tmp_path / "red.png")
+    for value in ("red.png", {"url": "red.png"}):
+        part = {"type": "image_url", key: value}
+        (message,) = conversation(Rows([{"prompt": [{"role": "user", "content": [part]}]}], tmp_path)[0])
+        assert [(part["type"], part["image"].mode) for part in message["content"]] == [("image", "RGB")]
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B"])
+def test_images_of_16_bits_keep_their_range(mode):
+    deep = Image.frombytes(mode, (2, 1), numpy.array([30_000, 65_535], ">u2" if mode.endswith("B") else "<u2").tobytes())
+    assert [picture(deep).getpixel((x, 0)) for x in (0, 1)] == [(117, 117, 117), (255, 255, 255)]
 
 
 def test_images_without_a_place_come_first():
