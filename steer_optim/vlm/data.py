@@ -177,7 +177,7 @@ def picture(image: Any, root: Path = Path()) -> Any:
     if not isinstance(image, Image.Image):
         raise ValueError(f"an image must be PIL, bytes, a path or a URL; got {type(image).__name__}")
     if image.mode.startswith("I;16"):
-        image = image.point(lambda value: value / 256).convert("L")
+        image = image.convert("I").point(lambda value: value / 256).convert("L")
     elif image.mode in ("I", "F"):
         raise ValueError(f"an image of mode {image.mode} has no known range: convert it to 8 or 16 bits")
     return load_image(image)
