@@ -127,8 +127,8 @@ def response_states(
     # Enabling or disabling an adapter makes another head.
     made_of = tuple(id(x) if isinstance(x, nn.Parameter) else type(x) for x in vars(head).values())
     if made_of not in _COMPARED.setdefault(model, set()) and x_BLd.numel():
-        _compare(model, head, x_BLd[:1, -1:], logits_BLV)
-        _COMPARED[model].add(made_of)
+        if _compare(model, head, x_BLd[:1, -1:], logits_BLV):
+            _COMPARED[model].add(made_of)
     if x_BLd.requires_grad and around:
         # FSDP2 gathers a module for the backward pass, and reduces its gradients after it, when a gradient reaches the
         # module's output: here logits that no loss reads.
@@ -282,11 +282,13 @@ class _Beside(torch.autograd.Function):
         return incoming, None
 
 
-def _compare(model: nn.Module, head: Head, x_BLd: Tensor, logits_BLV: Any) -> None:
-    """Raise RuntimeError if the model's logits of a row are not those of the head."""
+def _compare(model: nn.Module, head: Head, x_BLd: Tensor, logits_BLV: Any) -> bool:
+    """Raise RuntimeError if the model's logits of a row are not those of the head; return False if they are NaN."""
     with torch.no_grad():
         expected_BLV = head(x_BLd)
         found_BLV = logits_BLV.full_tensor() if hasattr(logits_BLV, "full_tensor") else logits_BLV.detach()
+    if expected_BLV.isnan().any() and found_BLV.isnan().any():
+        return False  # the losses name the view
     same = found_BLV.shape == expected_BLV.shape
     error = float((found_BLV - expected_BLV).abs().max()) if same else math.inf
     # The error of products in half precision; that of a missed factor or cap is larger.
@@ -295,6 +297,7 @@ def _compare(model: nn.Module, head: Head, x_BLd: Tensor, logits_BLV: Any) -> No
             f"{type(model).__name__} changes its logits in a way that Head.of does not know: a row differs by "
             f"{error:.3g}. Pass response_logits instead, or HiddenStates with a Head of your own"
         )
+    return True
 
 
 def _without_adapter(student: nn.Module) -> Any:

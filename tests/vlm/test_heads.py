@@ -174,6 +174,18 @@ def test_a_model_that_is_not_what_its_head_says_is_refused():
     assert reference() is None
 
 
+def test_hidden_states_that_are_nan_are_named_by_the_losses():
+    model, batch = Bigram(), batch_of([2, 20], [2, 21])
+    nn.init.constant_(model.embedding.weight, torch.nan)
+    views = {"student": response_states(model, batch, 3), "teacher": torch.randn(2, 3, VOCABULARY)}
+    with pytest.raises(ValueError, match="logits must be finite in every response row; found NaN or infinity in student"):
+        DecomposedDistillation("standard")(views, MASK)
+    nn.init.normal_(model.embedding.weight)
+    model.after = lambda x: x * 1.1
+    with pytest.raises(RuntimeError, match=r"changes its logits in a way that Head.of does not know"):
+        response_states(model, batch, 3)
+
+
 # transformers warns of an attribute that peft reads, and peft of a bias that could not be merged.
 peft_warnings = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing", "ignore:.*lora_bias=True")
 
