@@ -208,10 +208,10 @@ def render(
     bare = [[{**message, "content": _without_media(message.get("content"))} for message in row] for row in messages]
     image = _rendered(processor, messages, "", template_kwargs)
     text = _rendered(processor, bare, " without its images; make the text view with text_only", template_kwargs)
-    if (empty := ~_real(text).any(dim=1)).any():
+    if (empty := ~text.get("attention_mask", torch.ones_like(text["input_ids"])).bool().any(dim=1)).any():
         number = _first(empty)
         raise BadConversation(f"conversation {number} has nothing but images: a text-only view needs some text", number)
-    return Prompts(image, text, blank)
+    return Prompts(left_padded(image), left_padded(text), blank)
 
 
 def text_only(
@@ -290,7 +290,8 @@ def left_padded(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         The batch, with rows that end in the last column. Padding has the id 0.
 
     Raises:
-        ValueError: an unknown key holds one value per token.
+        ValueError: an unknown key holds one value per token; shapes differ; the mask holds other numbers than 0 and 1;
+            a prompt has no tokens.
 
     Example:
         >>> import torch
@@ -394,7 +395,7 @@ def _rendered(processor: Any, messages: Sequence[Any], hint: str, template_kwarg
     options |= {"processor_kwargs": padded} if new else padded
     options |= given
     try:
-        return left_padded(apply(list(messages), **options))
+        return dict(apply(list(messages), **options))
     except Exception:
         for number, row in enumerate(messages):
             try:
@@ -411,8 +412,18 @@ def unpadded(x_BL: Tensor, real_BL: Tensor) -> list[list[int]]:
 
 
 def _real(batch: Mapping[str, Tensor]) -> Tensor:
-    mask_BL = batch.get("attention_mask")
-    return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask_BL is None else mask_BL.bool()
+    """Return where the tokens are, after checking that prompts, mask and other keys per token are (B, L)."""
+    ids_BL = batch["input_ids"]
+    shapes = {k: tuple(batch[k].shape) for k in ("input_ids", "attention_mask", *per_token_keys()) if k in batch}
+    if ids_BL.ndim != 2 or any(shape[:2] != ids_BL.shape for shape in shapes.values()):
+        raise ValueError(f"input_ids must be (B, L), and the other keys have a value for each token; got {shapes}")
+    mask_BL = batch.get("attention_mask", torch.ones_like(ids_BL))
+    real_BL = mask_BL.bool()
+    if mask_BL.ndim != 2 or (real_BL != mask_BL).any():
+        raise ValueError("attention_mask must be (B, L), 1 at the tokens of a prompt and 0 at its padding")
+    if (empty := ~real_BL.any(dim=1)).any():
+        raise ValueError(f"prompt {_first(empty)} has no tokens: leave it out, with its response")
+    return real_BL
 
 
 def _first(where: Tensor) -> int:

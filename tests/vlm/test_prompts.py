@@ -325,6 +325,26 @@ def test_shapes_that_do_not_fit_are_refused():
         response_logits(family_of("llava").model, batch, 3)
 
 
+BATCHES = {
+    "one prompt": ({"input_ids": torch.ones(3).long()}, r"input_ids must be \(B, L\)"),
+    "a short mask": ({"attention_mask": torch.ones(2, 2)}, r"value for each token; got .*'attention_mask': \(2, 2\)"),
+    "long types": ({"token_type_ids": torch.ones(2, 4)}, r"value for each token; got .*'token_type_ids': \(2, 4\)"),
+    "an additive mask": ({"attention_mask": torch.tensor([[0, 0, 0], [-1e9, 0, 0]])}, "1 at the tokens .* 0 at its pad"),
+    "packed prompts": ({"attention_mask": torch.tensor([[1, 2, 2], [1, 1, 2]])}, "1 at the tokens .* 0 at its padding"),
+    "an empty prompt": ({"attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])}, "prompt 1 has no tokens"),
+}
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_prompts_that_do_not_fit_are_refused(name):
+    given, match = BATCHES[name]
+    batch = {"input_ids": torch.full((2, 3), 20), **given}
+    config = SimpleNamespace(image_token_id=3)
+    for use in (left_padded, lambda batch: text_only(batch, config, drop_ids=())):
+        with pytest.raises(ValueError, match=match):
+            use(batch)
+
+
 def test_processor_batches_are_taken_as_they_are():
     family = family_of("qwen3_vl")
     batch = transformers.BatchFeature(family.batch(PROMPTS))

@@ -8,12 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from tiny_llava import make_processor
 from torch import Tensor
 from zoo import Zoo, noise
 
 from steer_optim.vlm.families import placeholder_ids
 from steer_optim.vlm.forward import response_logits
-from steer_optim.vlm.prompts import Rollout, append_response, render, text_only
+from steer_optim.vlm.prompts import BadConversation, Rollout, append_response, render, text_only
 
 # Flat pixels, pixels by grid, tiles in rows of a batch, a mask over images, text that the processor writes.
 NAMES = ["qwen2_vl", "llava", "llava_next", "gemma3", "idefics3", "smolvlm"]
@@ -194,6 +196,13 @@ def test_bad_conversations_are_named_by_their_index(tmp_path):
     for nothing in ([], conversation(HELLO)):
         with pytest.raises(ValueError, match="messages must be a list of conversations, each a list of messages"):
             render(family.processor, nothing)
+
+
+def test_a_conversation_of_images_only_is_named():
+    picture = {"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (8, 8))}]}
+    for messages in ([[picture]], [[{"role": "user", "content": [{"type": "text", "text": "what"}]}], [picture]]):
+        with pytest.raises(BadConversation, match=f"conversation {len(messages) - 1} has nothing but images"):
+            render(make_processor(), messages)
 
 
 def test_a_model_that_takes_no_mixed_batch_says_so():
