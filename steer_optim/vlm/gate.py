@@ -87,6 +87,11 @@ def sampled_log_probs(
     """
     check_temperature(temperature)
     select_rows(mask_BT, view=view_BTV)
+    if response_BT.shape != mask_BT.shape or response_BT.device != mask_BT.device:
+        raise ValueError(
+            f"response_BT and mask_BT must have one shape on one device; got {tuple(response_BT.shape)} on "
+            f"{response_BT.device} and {tuple(mask_BT.shape)} on {mask_BT.device}"
+        )
     rows = Rows(view_BTV.detach()[mask_BT], temperature)
     response_N, found = response_BT[mask_BT], []
     if len(rows) and not (0 <= int(response_N.min()) <= int(response_N.max()) < rows.V):
@@ -117,6 +122,7 @@ def top_share(score_BT: Tensor, mask_BT: Tensor, *, quantile: float = 0.8, share
         :class:`~steer_optim.vlm.distillation.DecomposedDistillation`.
 
     Raises:
+        TypeError: the mask is not bool.
         ValueError: ``quantile`` or ``share`` is out of range; shapes differ; a score that the mask keeps is not finite.
 
     Example:
@@ -132,6 +138,7 @@ def top_share(score_BT: Tensor, mask_BT: Tensor, *, quantile: float = 0.8, share
     check_quantile(quantile)
     if not 0 <= share <= 1:
         raise ValueError(f"share must be inside [0, 1]; got {share}")
+    check_mask(mask_BT)
     if score_BT.shape != mask_BT.shape or mask_BT.ndim != 2:
         raise ValueError(f"scores and mask must be (B, T); got {tuple(score_BT.shape)} and {tuple(mask_BT.shape)}")
     if not score_BT[mask_BT].isfinite().all():
@@ -151,8 +158,7 @@ def select_rows(mask_BT: Tensor, **views: View) -> dict[str, View]:
 
     Rows are dropped before anything is computed from them: a NaN in a row of weight zero would stay NaN.
     """
-    if mask_BT.dtype != torch.bool:
-        raise TypeError(f"mask_BT must be bool, True at response tokens; got {mask_BT.dtype}: pass mask.bool()")
+    check_mask(mask_BT)
     for name, x in views.items():
         if mask_BT.ndim != 2 or len(x.shape) != 3 or x.shape[:2] != mask_BT.shape:
             raise ValueError(
@@ -208,8 +214,7 @@ def visual_tokens(
         arXiv 2606.00564, Eqs. 12, 16. The paper does not say over which tokens the quantile is taken.
     """
     check_quantile(quantile)
-    if mask_BT.dtype != torch.bool:
-        raise TypeError(f"mask_BT must be bool, True at response tokens; got {mask_BT.dtype}: pass mask.bool()")
+    check_mask(mask_BT)
     if vds_BT.shape != mask_BT.shape:
         raise ValueError(
             f"vds_BT and mask_BT must have one shape; got {tuple(vds_BT.shape)} and {tuple(mask_BT.shape)}"
@@ -250,6 +255,12 @@ def adaptive_strength(vds_BT: Tensor, mask_BT: Tensor, *, group: dist.ProcessGro
     somewhat = visual_tokens(vds_BT, mask_BT, quantile=0.4, group=group)
     strongly = visual_tokens(vds_BT, mask_BT, quantile=0.7, group=group)
     return (somewhat.to(vds_BT.dtype) + strongly.to(vds_BT.dtype)) / 2
+
+
+def check_mask(mask_BT: Tensor) -> None:
+    """Raise TypeError unless the mask is bool: an integer one would select rows by number."""
+    if mask_BT.dtype != torch.bool:
+        raise TypeError(f"mask_BT must be bool, True at response tokens; got {mask_BT.dtype}: pass mask.bool()")
 
 
 def check_quantile(quantile: float) -> None:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steer_optim.vlm import adaptive_strength, visual_tokens
+from steer_optim.vlm import adaptive_strength, sampled_log_probs, top_share, visual_tokens
 
 # Few distinct values, so that ties, zeros and scores that rounding made negative are the rule.
 SCORES = st.sampled_from([-1e-7, 0.0, 0.25, 0.5, 0.75, 1.0])
@@ -77,12 +77,12 @@ def test_shapes_and_types():
     assert adaptive_strength(vds_BT, mask_BT).dtype == torch.float64
 
 
-@pytest.mark.parametrize("gate", [visual_tokens, adaptive_strength])
+@pytest.mark.parametrize("gate", [visual_tokens, adaptive_strength, top_share])
 def test_what_does_not_fit_is_refused(gate):
     vds, mask = torch.rand(2, 3), torch.ones(2, 3, dtype=torch.bool)
     with pytest.raises(TypeError, match=r"mask_BT must be bool.*int64.*mask\.bool\(\)"):
         gate(vds, mask.long())
-    with pytest.raises(ValueError, match=r"one shape; got \(3, 2\) and \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"got \(3, 2\) and \(2, 3\)"):
         gate(vds.T, mask)
     with pytest.raises(ValueError, match="found NaN"):
         gate(vds.index_fill(0, torch.tensor(1), math.nan), mask)
@@ -92,3 +92,9 @@ def test_what_does_not_fit_is_refused(gate):
 def test_a_quantile_out_of_range_is_refused(quantile):
     with pytest.raises(ValueError, match="quantile must be inside"):
         visual_tokens(torch.rand(3), torch.ones(3, dtype=torch.bool), quantile=quantile)
+
+
+@pytest.mark.parametrize("response", [torch.zeros(2, 4).long(), torch.zeros(2).long()])
+def test_responses_that_do_not_fit_the_mask_are_refused(response):
+    with pytest.raises(ValueError, match="response_BT and mask_BT must have one shape on one device"):
+        sampled_log_probs(torch.zeros(2, 3, 5), response, torch.ones(2, 3, dtype=torch.bool))
