@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from steer_optim.vlm.heads import HiddenStates
-from steer_optim.vlm.topk import TopLogProbs, check_ids, collapse, heaviest
+from steer_optim.vlm.topk import ABSENT, TopLogProbs, check_ids, collapse, empty_bins, heaviest
 
 View = Tensor | HiddenStates | TopLogProbs
 Kind = Literal["reverse", "forward", "jsd"]
@@ -168,8 +168,10 @@ def _mixture(term: Term, log_p: Tensor, log_q: Tensor) -> Tensor:
     return torch.logaddexp(log_q + math.log(term.beta), log_p + math.log1p(-term.beta))
 
 
-def log_target(term: Term, log_probs: Mapping[str, Tensor], floor: float | None) -> Tensor:
-    """Return the log-probabilities of the target, from those of the views."""
+def log_target(
+    term: Term, log_probs: Mapping[str, Tensor], floor: float | None, empty: Tensor | None = None
+) -> Tensor:
+    """Return the log-probabilities of the target, from those of the views; ``empty`` bins get no mass."""
     parts = []
     for name, coefficient in term.target.items():
         log_q = log_probs[name] if name in term.attached else log_probs[name].detach()
@@ -177,7 +179,10 @@ def log_target(term: Term, log_probs: Mapping[str, Tensor], floor: float | None)
             log_q = log_q.clamp(min=math.log(floor))
         parts.append(log_q if coefficient == 1 else coefficient * log_q)
     normalised = list(term.target.values()) == [1] and (floor is None or not term.floored)
-    return parts[0] if normalised else reduce(torch.add, parts).log_softmax(-1)
+    if normalised:
+        return parts[0]
+    total = reduce(torch.add, parts)
+    return (total if empty is None else total.masked_fill(empty, ABSENT)).log_softmax(-1)
 
 
 def token_losses(
@@ -230,12 +235,14 @@ def token_losses(
     check_inputs(views, terms, temperature)
     log_probs = _log_probs(views, [name for term in terms.values() for name in term.views], temperature)
     losses: dict[str, Tensor] = {}
+    ids = next((x.ids_BTk for x in views.values() if isinstance(x, TopLogProbs)), None)
     for name, term in terms.items():
         seen = log_probs
         if term.top is not None:
             ids = heaviest(log_probs[term.top[0]].detach(), term.top[1])
             seen = {view: collapse(x, ids) for view, x in log_probs.items()}
-        losses[name] = divergence(term, seen[term.left], log_target(term, seen, floor))
+        empty = None if ids is None else empty_bins(ids, common_vocabulary(views))
+        losses[name] = divergence(term, seen[term.left], log_target(term, seen, floor, empty))
     refuse_overflow(losses.values())
     if floor is not None and "vis" in terms and terms["vis"].floored:
         gains = (log_probs["teacher"], log_probs["teacher_text"])

@@ -31,7 +31,7 @@ from steer_optim.vlm.divergences import (
 )
 from steer_optim.vlm.heads import HiddenStates
 from steer_optim.vlm.rows import Gradients, Place, Rows, chunks, default_size
-from steer_optim.vlm.topk import TopLogProbs, collapse, expand, heaviest
+from steer_optim.vlm.topk import TopLogProbs, collapse, empty_bins, expand, heaviest
 
 _Terms = Mapping[str, Term]
 # The loss and the view of each gradient.
@@ -120,9 +120,10 @@ def _losses(terms: _Terms, floor: float | None, pulls: _Pulls, *rows: _Rows) -> 
     ids = ids_ck.get("ids") if top is None else heaviest(logits_cV[top[0]], top[1])
     full = {name: x.log_softmax(-1) for name, x in logits_cV.items()}
     log_probs = {**(full if ids is None else {name: collapse(x, ids) for name, x in full.items()}), **bins_cK}
+    empty = None if ids is None else empty_bins(ids, next(iter(full.values())).shape[-1])
     values, found = {}, {}
     for loss, term in terms.items():
-        log_p, log_q = log_probs[term.left], log_target(term, log_probs, floor)
+        log_p, log_q = log_probs[term.left], log_target(term, log_probs, floor, empty)
         values[loss], left, target = value_and_gradients(term, log_p, log_q, attached=bool(term.attached))
         for name in (view for of, view in pulls if of == loss):
             shares = [left] if name == term.left else []

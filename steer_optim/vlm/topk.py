@@ -166,6 +166,15 @@ def expand(gradient: Tensor, log_probs: Tensor, bins: Tensor, ids: Tensor) -> Te
     return padded.scatter_(-1, place, gradient[..., :-1])[..., :-1]
 
 
+def empty_bins(ids: Tensor, vocabulary: int) -> Tensor:
+    """Return which bins ``(..., k + 1)`` have no entry: empty slots, and the tail if the ids are the whole vocabulary.
+
+    ``vocabulary`` is its size, or 0 if unknown.
+    """
+    slots = ids < 0
+    return torch.cat([slots, (~slots).sum(dim=-1, keepdim=True) >= (vocabulary or math.inf)], dim=-1)
+
+
 def heaviest(scores: Tensor, k: int) -> Tensor:
     """Return the ids of the ``k`` largest scores of each row, in no order; all ids if there are fewer."""
     return scores.topk(min(k, scores.shape[-1]), dim=-1, sorted=False).indices

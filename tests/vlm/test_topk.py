@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from steer_optim.vlm import DecomposedDistillation, token_losses, visual_dependency
+from steer_optim import Sum
+from steer_optim.vlm import Component, DecomposedDistillation, Decomposition, Term, token_losses, visual_dependency
 from steer_optim.vlm.divergences import TERMS
 from steer_optim.vlm.topk import TAIL_FLOOR, TopLogProbs, intersect, top_ids
 from steer_optim.vlm.topk import collapse as collapse_log_probs
@@ -28,6 +29,10 @@ def collapse(logits, ids):
 
 def with_tail(log_probs, ids):
     return TopLogProbs(ids, log_probs).bins()
+
+
+def with_slots(logits, ids):
+    return TopLogProbs(ids, logits.log_softmax(-1).gather(-1, ids.clamp(min=0)))
 
 
 @st.composite
@@ -182,6 +187,35 @@ def test_the_target_puts_no_mass_on_empty_slots():
             assert_close(*(x[name] for x in losses), rtol=0.0, atol=2e-4, msg=name)
 
 
+GAIN = [
+    (Term("student", {"teacher": 1.0, "teacher_text": -1.0}), None),  # the teacher's visual gain alone
+    (Term("student", {"teacher": -0.5}, divergence="forward"), None),
+    (Term("student", {"teacher": 1.0, "teacher_text": 0.5}, divergence="jsd", floored=("teacher", "teacher_text")), 0.1),
+]
+
+
+@pytest.mark.parametrize(("term", "floor"), GAIN)
+def test_a_target_of_any_coefficients_puts_no_mass_on_empty_slots(term, floor):
+    logits, ids = torch.randn(4, 5, 6, dtype=torch.float64), torch.arange(4).expand(5, 4)
+    sent = [[with_slots(x, kept) for x in logits[2:]] for kept in (ids, torch.nn.functional.pad(ids, (0, 2), value=-1))]
+    found, meant = (token_losses(views_of([*logits[:2], *x]), terms={"loss": term}, floor=floor)["loss"] for x in sent)
+    assert_close(found, meant, **EXACT)
+
+
+@pytest.mark.parametrize("k", [6, 9])
+@pytest.mark.parametrize(("term", "floor"), GAIN)
+def test_the_top_ids_of_the_whole_vocabulary_give_the_full_losses(term, floor, k):
+    states = random_states(2, 3, 6, kind="plain")
+    part = Component(dataclasses.replace(term, top=("student", k))), Component(term)
+    methods = [
+        DecomposedDistillation(Decomposition({"loss": x}, lambda gamma: Sum()), floor=floor, prior="live") for x in part
+    ]
+    found, meant = (method(views_of(states), MASK) for method in methods)
+    assert_same(found, meant, states, rtol=1e-10, atol=1e-12)
+    logits = views_of([x.logits() for x in states])
+    assert_close(methods[0](logits, MASK)["loss"], meant["loss"], rtol=1e-10, atol=1e-12)
+
+
 @given(collapsible(), st.booleans())
 def test_top_ids_weigh_most_in_either_view(case, with_text):
     logits, ids = case
@@ -230,7 +264,7 @@ def test_views_without_a_common_id_have_nothing_to_teach():
 def served(student, text, teacher, teacher_text, mask, k):
     """What a server sends of the teacher's two views, over the ids that weigh most in the student's."""
     ids = top_ids(student, text, mask, k=k)
-    return [TopLogProbs(ids, x.log_softmax(-1).gather(-1, ids.clamp(min=0))) for x in (teacher, teacher_text)]
+    return [with_slots(x, ids) for x in (teacher, teacher_text)]
 
 
 MASK = torch.tensor([[True, True, False], [True, False, False]])
