@@ -71,8 +71,9 @@ def load(data: DataArguments) -> tuple[Any, Any]:
         raise ValueError(f"{name} cannot be read: {str(error.__cause__ or error) or 'it has no rows'}") from error
     if not isinstance(splits, (DatasetDict, IterableDatasetDict)):
         splits = DatasetDict({data.dataset_train_split: splits})
-    if data.dataset_train_split not in splits:
-        raise ValueError(f"{name} has the splits {', '.join(splits)}: choose one with --dataset_train_split")
+    for split, chosen in (("train", data.dataset_train_split), ("test", data.dataset_test_split)):
+        if chosen not in splits and (split, chosen) != ("test", "test"):  # a data set may have no test split
+            raise ValueError(f"{name} has the splits {', '.join(splits)}: choose one with --dataset_{split}_split")
     train, root = splits[data.dataset_train_split], path.parent if path.is_file() else path
     if unread := {*(train.column_names or ())} - {"messages", "prompt", "images", "image", "answer"}:
         print(f"columns that are not read: {', '.join(sorted(unread))}", file=sys.stderr)

@@ -270,6 +270,7 @@ WRONG = {
     "no teacher": ({"teacher_model_name_or_path": None}, "--teacher_model_name_or_path is needed"),
     "no data": ({"dataset_name": None}, "--dataset_name is needed"),
     "no such split": ({"dataset_train_split": "trian"}, "has the splits train, test"),
+    "no such test split": ({"dataset_test_split": "validatoin"}, "choose one with --dataset_test_split"),
     "no such option": ({"gama": 1}, "gama"),
     "no such file": ({"dataset_name": "rows.jsonl"}, "there is no file or folder rows.jsonl"),
     "no rows a step": ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1; got 0"),
