@@ -58,8 +58,9 @@ class Component:
             raise TypeError(f"term must be a Term; got {type(self.term).__name__}")
         if self.tokens not in get_args(Tokens):
             raise ValueError(f"tokens must be one of {', '.join(get_args(Tokens))}; got {self.tokens!r}")
-        if not isinstance(self.factor, (int, float)) and self.factor not in ("gamma", "lam"):
-            raise ValueError(f"factor must be a number, 'gamma' or 'lam'; got {self.factor!r}")
+        named = self.factor in ("gamma", "lam")
+        if not named and not (isinstance(self.factor, (int, float)) and math.isfinite(self.factor)):
+            raise ValueError(f"factor must be a finite number, 'gamma' or 'lam'; got {self.factor!r}")
 
 
 @dataclass(frozen=True)

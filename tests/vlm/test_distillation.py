@@ -472,7 +472,8 @@ def test_what_no_component_reads_is_refused():
             ValueError,
             "tokens must be one of all, visual, rest, graded; got 'vis'",
         ),
-        (lambda: Component(TERMS["std"], factor="lambda"), ValueError, "factor must be a number, 'gamma' or 'lam'"),
+        (lambda: Component(TERMS["std"], factor="lambda"), ValueError, "factor must be a finite number, 'gamma'"),
+        (lambda: Component(TERMS["std"], factor=math.nan), ValueError, "factor must be a finite number, .*got nan"),
         (lambda: Decomposition({"a": TERMS["std"]}, lambda _: Sum()), TypeError, "'a' must be a Component; got Term"),
         (lambda: Decomposition({"a": Component(TERMS["std"])}, Sum()), TypeError, r"must be a function of gamma"),
         (
