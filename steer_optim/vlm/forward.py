@@ -209,7 +209,7 @@ def score(
     if unknown := {*(names or ())} - {*batches}:
         raise ValueError(f"score computes the views {', '.join(batches)}; got {', '.join(sorted(unknown))}")
     views: dict[str, View] = dict(known or {})
-    wanted = [name for name in names or method.views if name in batches and name not in views]
+    wanted = [x for x in (method.views if names is None else names) if x in batches and x not in views]
     without_adapter: Any = _without_adapter(student) if "prior" in wanted and prior is None else nullcontext
     if prior is student:
         raise ValueError("prior is the student itself, which is trained: pass a copy made before training")

@@ -357,6 +357,7 @@ def test_score_names_what_it_lacks():
     refuse(TypeError, "got Prompts and list", student, teacher, response=[[1]])
     known = score(student, teacher, prompts, response, method=method, names=("teacher", "teacher_text"))
     assert list(known) == ["teacher", "teacher_text"]
+    assert score(student, teacher, prompts, response, method=method, names=()) == {}
     views = score(student, None, prompts, response, method=method, prior=teacher, known=known)
     assert {*views} == {*method.views}
     assert views["teacher"] is known["teacher"]
