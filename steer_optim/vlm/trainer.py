@@ -294,7 +294,7 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
     def sample(self, rows: Sequence[dict[str, Any]], parts: int) -> list[MicroBatch]:
         """Return the rows as ``parts`` micro-batches of one step, each with its responses."""
         messages = [conversation(row) for row in rows]
-        self._sources = [row[ROW] for row in rows]
+        self._sources = [row.get(ROW, "?") for row in rows]  # evaluate and predict may get other data
         size = -(-len(rows) // parts)
         slices = [slice(i, i + size) for i in range(0, len(rows), size)]
         self._rendered = [self.render(messages[part], self._sources[part]) for part in slices]

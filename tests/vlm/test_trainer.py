@@ -14,6 +14,7 @@ from toys import assert_equal
 pytest.importorskip("trl")
 
 import tiny_trainer
+from datasets import Dataset
 from PIL import Image
 from tiny_trainer import make_model, make_rows, make_trainer, plain_loop, recorded
 
@@ -142,6 +143,13 @@ def test_evaluation_shows_the_components(tmp_path):
     metrics = trainer.evaluate()
     assert metrics["eval_loss"] == pytest.approx(metrics["eval_steer/loss/std"])
     assert metrics["eval_steer/loss/vis"] > 0
+
+
+def test_other_data_may_be_evaluated(tmp_path):
+    trainer, rows = make_trainer(tmp_path), Dataset.from_list(make_rows()[:2])
+    assert 0 < trainer.evaluate(rows)["eval_loss"] < math.inf
+    assert 0 < trainer.evaluate({"more": rows})["eval_more_loss"] < math.inf
+    assert 0 < trainer.predict(rows).metrics["test_loss"] < math.inf
 
 
 def test_outputs_come_with_the_loss_if_asked_for(tmp_path):
