@@ -168,9 +168,7 @@ def _mixture(term: Term, log_p: Tensor, log_q: Tensor) -> Tensor:
     return torch.logaddexp(log_q + math.log(term.beta), log_p + math.log1p(-term.beta))
 
 
-def log_target(
-    term: Term, log_probs: Mapping[str, Tensor], floor: float | None, empty: Tensor | None = None
-) -> Tensor:
+def log_target(term: Term, log_probs: Mapping[str, Tensor], floor: float | None, empty: Tensor | None = None) -> Tensor:
     """Return the log-probabilities of the target, from those of the views; ``empty`` bins get no mass."""
     parts = []
     for name, coefficient in term.target.items():

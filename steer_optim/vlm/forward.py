@@ -126,9 +126,9 @@ def response_states(
     head = head or Head.of(model)
     # Enabling or disabling an adapter makes another head.
     made_of = tuple(id(x) if isinstance(x, nn.Parameter) else type(x) for x in vars(head).values())
-    if made_of not in _COMPARED.setdefault(model, set()) and x_BLd.numel():
-        if _compare(model, head, x_BLd[:1, -1:], logits_BLV):
-            _COMPARED[model].add(made_of)
+    compared = _COMPARED.setdefault(model, set())
+    if made_of not in compared and x_BLd.numel() and _compare(model, head, x_BLd[:1, -1:], logits_BLV):
+        compared.add(made_of)
     if x_BLd.requires_grad and around:
         # FSDP2 gathers a module for the backward pass, and reduces its gradients after it, when a gradient reaches the
         # module's output: here logits that no loss reads.

@@ -287,7 +287,8 @@ def _lora(layer: Any) -> dict[str, Any]:
     if layer.disable_adapters or layer.merged or not active:
         return {}
     name = active[0]
-    A, B = (parts[part][name] if name in parts.get(part, {}) else None for part in ("lora_A", "lora_B"))
+    factors: Any = (parts[part][name] if name in parts.get(part, {}) else None for part in ("lora_A", "lora_B"))
+    A, B = factors
     plain = isinstance(A, nn.Linear) and isinstance(B, nn.Linear) and B.bias is None
     plain = plain and not getattr(layer, "lora_variant", {})
     dropout = getattr(layer.lora_dropout[name], "p", 0.0) if plain and layer.training else 0.0

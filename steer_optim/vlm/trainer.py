@@ -192,7 +192,7 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
     ) -> None:
         refuse(args)
         if options.get("tools"):
-            raise ValueError("tools are not supported: the prompts would not name them, and their answers be trained on")
+            raise ValueError("tools are not supported: prompts would not name them, and their answers be trained on")
         self.method = args.method()
         self._buffered_inputs: list[MicroBatch] | None = None
         super().__init__(

@@ -329,7 +329,7 @@ BATCHES = {
     "one prompt": ({"input_ids": torch.ones(3).long()}, r"input_ids must be \(B, L\)"),
     "a short mask": ({"attention_mask": torch.ones(2, 2)}, r"value for each token; got .*'attention_mask': \(2, 2\)"),
     "long types": ({"token_type_ids": torch.ones(2, 4)}, r"value for each token; got .*'token_type_ids': \(2, 4\)"),
-    "an additive mask": ({"attention_mask": torch.tensor([[0, 0, 0], [-1e9, 0, 0]])}, "1 at the tokens .* 0 at its pad"),
+    "an additive mask": ({"attention_mask": torch.tensor([[0, 0, 0], [-1e9, 0, 0]])}, "1 at the tokens .* 0 at its"),
     "packed prompts": ({"attention_mask": torch.tensor([[1, 2, 2], [1, 1, 2]])}, "1 at the tokens .* 0 at its padding"),
     "an empty prompt": ({"attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])}, "prompt 1 has no tokens"),
 }

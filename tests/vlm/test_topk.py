@@ -190,7 +190,10 @@ def test_the_target_puts_no_mass_on_empty_slots():
 GAIN = [
     (Term("student", {"teacher": 1.0, "teacher_text": -1.0}), None),  # the teacher's visual gain alone
     (Term("student", {"teacher": -0.5}, divergence="forward"), None),
-    (Term("student", {"teacher": 1.0, "teacher_text": 0.5}, divergence="jsd", floored=("teacher", "teacher_text")), 0.1),
+    (
+        Term("student", {"teacher": 1.0, "teacher_text": 0.5}, divergence="jsd", floored=("teacher", "teacher_text")),
+        0.1,
+    ),
 ]
 
 

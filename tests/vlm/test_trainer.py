@@ -230,7 +230,8 @@ def test_images_are_read_under_every_key_of_a_part(tmp_path, key):
 
 @pytest.mark.parametrize("mode", ["I;16", "I;16B"])
 def test_images_of_16_bits_keep_their_range(mode):
-    deep = Image.frombytes(mode, (2, 1), numpy.array([30_000, 65_535], ">u2" if mode.endswith("B") else "<u2").tobytes())
+    values = numpy.array([30_000, 65_535], ">u2" if mode.endswith("B") else "<u2")
+    deep = Image.frombytes(mode, (2, 1), values.tobytes())
     assert [picture(deep).getpixel((x, 0)) for x in (0, 1)] == [(117, 117, 117), (255, 255, 255)]
 
 
