@@ -205,7 +205,8 @@ def render(
     parts = [part for row in messages for message in row for part in message.get("content") or ()]
     blank = int(blank_image and not any(map(_is_media, parts)))
     messages = [*messages, _blank()] if blank else messages
-    bare = [[{**message, "content": _without_media(message.get("content"))} for message in row] for row in messages]
+    messages = [[{**_known(message), "content": _known(message.get("content"))} for message in row] for row in messages]
+    bare = [[{**message, "content": _without_media(message["content"])} for message in row] for row in messages]
     image = _rendered(processor, messages, "", template_kwargs)
     text = _rendered(processor, bare, " without its images; make the text view with text_only", template_kwargs)
     if (empty := ~text.get("attention_mask", torch.ones_like(text["input_ids"])).bool().any(dim=1)).any():
@@ -370,6 +371,13 @@ def _blank() -> list[dict[str, Any]]:
 
     picture = {"type": "image", "image": Image.new("RGB", (64, 64))}
     return [{"role": "user", "content": [picture, {"type": "text", "text": "?"}]}]
+
+
+def _known(x: Any) -> Any:
+    """Return a message or part, or a list of them, without keys of value None, which Arrow stores in all of them."""
+    if isinstance(x, Mapping):
+        return {key: value for key, value in x.items() if value is not None}
+    return [_known(part) for part in x] if isinstance(x, list | tuple) else x
 
 
 def _without_media(content: Any) -> Any:

@@ -178,7 +178,7 @@ def test_hidden_states_that_are_nan_are_named_by_the_losses():
     model, batch = Bigram(), batch_of([2, 20], [2, 21])
     nn.init.constant_(model.embedding.weight, torch.nan)
     views = {"student": response_states(model, batch, 3), "teacher": torch.randn(2, 3, VOCABULARY)}
-    with pytest.raises(ValueError, match="logits must be finite in every .*; found NaN or infinity in student"):
+    with pytest.raises(ValueError, match=r"logits must be finite in every .*; found NaN or infinity in student"):
         DecomposedDistillation("standard")(views, MASK)
     nn.init.normal_(model.embedding.weight)
     model.after = lambda x: x * 1.1

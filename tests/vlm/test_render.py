@@ -175,6 +175,18 @@ def test_truncation_which_cuts_views_at_different_words_is_refused(options):
     render(zoo("gemma3").processor, messages, processor_kwargs={"truncation": False})
 
 
+def test_keys_that_arrow_stores_are_not_there_for_a_template():
+    """Qwen's template writes an image for a part that has the key."""
+    processor = make_processor()
+    processor.chat_template = processor.chat_template.replace("part['type'] == 'image'", "'image' in part")
+    image, text = Image.new("RGB", (8, 8)), {"type": "text", "text": "what"}
+    plain = [[{"role": "user", "content": [{"type": "image", "image": image}, text]}]]
+    stored = [{"type": "image", "image": image, "text": None}, {**text, "image": None}]
+    prompts = [render(processor, x) for x in (plain, [[{"role": "user", "content": stored, "tool_calls": None}]])]
+    for view, meant in zip(prompts[1][:2], prompts[0][:2], strict=True):
+        assert view["input_ids"].equal(meant["input_ids"])
+
+
 def test_older_processors_take_their_options_among_those_of_the_template():
     asked = []
 
