@@ -66,11 +66,12 @@ class Rows:
         if isinstance(view, Tensor):
             return out_CV.copy_(view[part]).mul_(self._factor)  # in the dtype of the result
         x_Cd, head = view.hidden_BTd[part], view.head
-        x, w = self._operands(x_Cd, head.weight_Vd)
-        _add_product(out_CV, x, w.T, keep=False)
-        if head.lora_B_Vr is not None:
-            x, w = self._operands(head.adapt(x_Cd.to(self._dtype)), head.lora_B_Vr)
-            _add_product(out_CV, x, w.T)
+        with torch.autocast(self.device.type, enabled=False):  # it would round the adapter's product
+            x, w = self._operands(x_Cd, head.weight_Vd)
+            _add_product(out_CV, x, w.T, keep=False)
+            if head.lora_B_Vr is not None:
+                x, w = self._operands(head.adapt(x_Cd.to(self._dtype)), head.lora_B_Vr)
+                _add_product(out_CV, x, w.T)
         if head.bias_V is not None:
             out_CV += head.bias_V
         if self._factor != 1:

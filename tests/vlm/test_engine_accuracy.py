@@ -3,7 +3,8 @@ import torch
 from hidden_states import MASK, assert_same, dense, random_states, views_of
 from torch.testing import assert_close
 
-from steer_optim.vlm import DecomposedDistillation, Head, HiddenStates
+from steer_optim.vlm import DecomposedDistillation, Head, HiddenStates, sampled_log_probs
+from steer_optim.vlm.topk import top_ids
 
 
 def relative(found, meant):
@@ -92,3 +93,14 @@ def test_a_compiled_chunk_gives_the_same():
         )
         assert relative(x, y) < 3e-5
         assert_close(found[name].double(), meant[name], rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", ["plain", "everything"])
+def test_autocast_rounds_no_logits_of_a_single_view(kind):
+    student, *_ = random_states(3, 4, 50, d=64, kind=kind, dtype=torch.float32)
+    response_BT = torch.arange(12).view(3, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = sampled_log_probs(student, response_BT, MASK), top_ids(student, None, MASK, k=5)
+    meant = sampled_log_probs(student, response_BT, MASK), top_ids(student, None, MASK, k=5)
+    assert found[0].equal(meant[0])
+    assert found[1].equal(meant[1])
