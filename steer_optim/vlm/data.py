@@ -44,7 +44,7 @@ class Rows(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         try:
-            return {**self.dataset[number], ROW: number, _ROOT: self.root}
+            return {_ROOT: self.root, **self.dataset[number], ROW: number}  # numbered rows keep their folder
         except IndexError:
             raise
         except Exception as error:  # of an image, which is decoded here

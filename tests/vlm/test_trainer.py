@@ -279,6 +279,14 @@ def test_a_part_of_another_data_set_is_numbered():
     assert [row[ROW] for row in numbered(part)] == [0]
 
 
+def test_parts_of_parts_keep_the_folder_of_their_images(tmp_path):
+    png(tmp_path / "red.png")
+    rows = Rows([{"prompt": "what", "image": "red.png"}] * 3, tmp_path)
+    part = torch.utils.data.Subset(torch.utils.data.Subset(rows, [2, 1]), [1])
+    (row,) = [*numbered(part)]
+    assert (row[ROW], [part["type"] for part in conversation(row)[0]["content"]]) == (0, ["image", "text"])
+
+
 REFUSED = {
     "deepspeed": ({"deepspeed": "zero3.json"}, "DeepSpeed is not supported"),
     "compile": ({"torch_compile": True}, "torch.compile is not supported"),
