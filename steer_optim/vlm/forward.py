@@ -24,6 +24,9 @@ from steer_optim.vlm.prompts import Prompts, Rollout, append_response
 # By model, the identities of the heads that were compared with it.
 _COMPARED: weakref.WeakKeyDictionary[nn.Module, set[tuple[object, ...]]] = weakref.WeakKeyDictionary()
 
+# How LoRA begins where it takes its initial value out of the weights.
+_MOVED = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
 
 def response_logits(model: nn.Module, batch: Mapping[str, Tensor], num_tokens: int) -> Tensor:
     """Return the logits that predict the response: row ``t`` is computed before the model sees response token ``t``.
@@ -169,7 +172,7 @@ def score(
         response: sampled from the student with the image.
         method: whose :attr:`~steer_optim.vlm.distillation.DecomposedDistillation.views` are computed.
         prior: if the method's prior is frozen, a copy of the student before training. Default: the student with its
-            adapters disabled, if it has some (PEFT).
+            adapters disabled, if it has some (PEFT). Pass a copy if they were trained before.
         teacher_prompts: prompts for the teacher, if they differ: another crop, or additional text.
         names: the views to compute; by default all that the method reads. A gate over several micro-batches first needs
             ``teacher`` and ``teacher_text``.
@@ -307,6 +310,12 @@ def _without_adapter(student: nn.Module) -> Any:
         raise ValueError(
             "the method's prior is frozen: pass prior=copy.deepcopy(student), made before training and before "
             "fully_shard. Only a student with PEFT adapters needs none"
+        )
+    starts = {str(getattr(config, "init_lora_weights", "")) for config in peft.peft_config.values()}
+    if found := [start for start in sorted(starts) if start.startswith(_MOVED)]:
+        raise ValueError(
+            f"init_lora_weights={found[0]!r} moves a part of the weights into the adapter, so the student without it "
+            "is not the initial one: pass prior=, a copy made before training"
         )
     own = (getattr(peft.base_model, "prefix", "lora_"), "modules_to_save", "trainable_tokens")
     others = [n for n, x in peft.named_parameters() if x.requires_grad and not any(part in n for part in own)]

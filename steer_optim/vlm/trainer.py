@@ -69,7 +69,7 @@ class SteeredDistillationConfig(DistillationConfig):  # type: ignore[misc]  # tr
         gamma: the strength of steering.
         lam: the weight of language preservation; that of the decomposition by default.
         prior: ``live`` or ``frozen``; that of the decomposition by default. A frozen prior is a copy of the student
-            before training, or the student with its adapters switched off.
+            before training, or, if its adapters are untrained, the student with its adapters switched off.
         floor: the smallest probability of the teacher in ``q*``; that of the decomposition by default, 0 for none.
         quantile: a token above this quantile of visual dependency is visual.
         rule: how components are weighed, in Python: ``Steer("vis", gain=2.0)``, ``PCGrad()``. That of the decomposition
@@ -225,7 +225,8 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         self._check_precision()
         # Copied before the student is prepared, wrapped or loaded from a checkpoint.
         self.prior = None
-        if self.method.prior == "frozen" and not is_peft_model(self.model):
+        begun = [name for name, p in self.model.named_parameters() if "lora_B" in name and p.any()]
+        if self.method.prior == "frozen" and (begun or not is_peft_model(self.model)):
             prior = copy.deepcopy(self.model)
             self.prior = self._frozen(prior.bfloat16() if args.bf16 else prior)
         self.teacher_model = self._frozen(self._load_teacher(teacher_model))

@@ -365,6 +365,19 @@ def test_score_names_what_it_lacks():
 
 
 @peft_warnings
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_an_adapter_that_takes_its_start_from_the_weights_is_no_prior(start):
+    model, method = peft_model(target_modules=["q_proj"], init_lora_weights=start), DecomposedDistillation("vgs-frozen")
+    prompt = {"input_ids": torch.tensor([[2, 20], [2, 21]])}
+    given = Prompts(prompt, prompt), Rollout(RESPONSE, MASK)
+    with pytest.raises(
+        ValueError, match=f"init_lora_weights='{start}' moves a part .* pass prior=, a copy made before"
+    ):
+        score(model, None, *given, method=method, names=("prior",))
+    assert score(model, None, *given, method=method, names=("prior",), prior=copy.deepcopy(model))
+
+
+@peft_warnings
 def test_an_adapters_student_is_its_own_prior_unless_more_is_trained():
     model, method = peft_model(target_modules=["q_proj"]), DecomposedDistillation("vgs-frozen")
     prompt = {"input_ids": torch.tensor([[2, 20], [2, 21]])}

@@ -300,6 +300,23 @@ REFUSED = {
 }
 
 
+@pytest.mark.parametrize("start", [True, "pissa", False])
+def test_a_frozen_prior_is_copied_where_adapters_do_not_begin_at_zero(tmp_path, start):
+    """PiSSA takes their start out of the weights; False stands for adapters that were trained before."""
+    student = make_model(seed=0)
+    config = tiny_trainer.peft.LoraConfig(**tiny_trainer.LORA, init_lora_weights=start)
+    student = tiny_trainer.peft.get_peft_model(student, config)
+    prompt = {"input_ids": torch.tensor([[9, 10]])}
+    with torch.no_grad():
+        meant = student.eval()(**prompt).logits
+    trainer = make_trainer(tmp_path, student=student)
+    assert (trainer.prior is None) == (start is True)
+    if trainer.prior is not None:
+        torch.testing.assert_close(trainer.prior(**prompt).logits, meant)
+        assert not any(p.requires_grad for p in trainer.prior.parameters())
+    trainer.train()
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_work_is_refused_at_the_start(tmp_path, name):
     options, match = REFUSED[name]
