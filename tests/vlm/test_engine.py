@@ -316,3 +316,15 @@ def test_logits_in_half_precision_are_tempered_in_float32(dtype):
     meant = method(views_of([*dense(states[:2]), *logits]), MASK)
     for name in meant:
         assert_close(found[name], meant[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("logits", [False, True])
+def test_responses_and_teachers_of_inference_mode_are_constants(logits):
+    """As a rollout is usually made."""
+    states = random_states(3, 4, 9)
+    meant = DecomposedDistillation("vgs", lam=0.5)(views_of(states), MASK)
+    with torch.inference_mode():
+        mask_BT, teacher = MASK.clone(), [x.logits() for x in states[2:]]
+    student = [x.logits() if logits else x for x in states[:2]]
+    found = DecomposedDistillation("vgs", lam=0.5)(views_of([*student, *teacher]), mask_BT)
+    assert_same(found, meant, states, **EXACT)
