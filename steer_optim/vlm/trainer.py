@@ -113,6 +113,12 @@ class SteeredDistillationConfig(DistillationConfig):  # type: ignore[misc]  # tr
             raise ValueError(
                 f"beta={self.beta} is not read here: use --decomposition forward, jsd, or standard (reverse KL)"
             )
+        given = (self.generation_kwargs or {}).get("temperature", self.temperature)
+        if given != self.temperature:
+            raise ValueError(
+                f"--generation_kwargs sample at temperature {given}, losses at {self.temperature}: pass it as "
+                "--temperature, which is that of both"
+            )
         least = dict.fromkeys(_COUNTS, 1) | {"learning_rate": 0}
         for name, bound in least.items():
             if not getattr(self, name) >= bound:

@@ -292,6 +292,7 @@ REFUSED = {
     "compile": ({"torch_compile": True}, "torch.compile is not supported"),
     "float16": ({"fp16": True}, "float16 is not supported"),
     "beta": ({"beta": 0.5}, "use --decomposition forward"),
+    "two temperatures": ({"generation_kwargs": {"temperature": 0.5}}, "sample at temperature 0.5, losses at 1.0"),
     "rule": ({"rule": "Best()"}, "rule must be one of"),
     "code": ({"rule": "Steer(__import__('os'))"}, "rule must be one of"),
     "no such component": ({"rule": "Steer('foo')"}, "foo"),
