@@ -27,7 +27,7 @@ autocast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
 processor = AutoProcessor.from_pretrained(args.student)
 train, test = (Rows(load_dataset(args.data, split=split)) for split in ("train", "test"))
 student = load(args.student, dtype=torch.float32).to(device).train()  # bfloat16 would round small updates away
-prior = copy.deepcopy(student).requires_grad_(False)
+prior = copy.deepcopy(student).eval().requires_grad_(False)
 teacher = load(args.teacher, dtype=torch.bfloat16 if device == "cuda" else torch.float32).to(device)
 method = DecomposedDistillation("vgs-frozen", gamma=2.0)
 optimizer = SteeredOptimizer(torch.optim.AdamW(student.parameters(), lr=args.lr), method.rule(), refresh_every=10)

@@ -6,7 +6,8 @@ One function for each framework, called once before training:
 - :func:`watch_lightning` for Lightning,
 - :func:`watch_accelerator` for a loop under Accelerate.
 
-Each returns the :class:`~steer_optim.monitor.Monitor` that records every step under its number, from 1 on. The
+Each returns the :class:`~steer_optim.monitor.Monitor` that records every step under its number, from 1 on; those of the
+Trainer and of Accelerate warn if a step is not steered, as when the loss is not that of ``join``. The
 framework saves it in checkpoints and restores it. The log gets the means over the steps since its last line, under the
 names of :mod:`steer_optim.monitor`: with ``refresh_every`` a single step often has no angle. ``join`` and
 ``backward_components`` without ``accumulate`` then ask the framework whether more micro-batches follow.
@@ -15,6 +16,7 @@ names of :mod:`steer_optim.monitor`: with ``refresh_every`` a single step often 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -138,7 +140,7 @@ def watch_lightning(trainer: Any, steering: Steering | None = None) -> Monitor:
             batch_now = batch_idx
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            watch.record(trainer.global_step)
+            watch.record(trainer.global_step, stepped=False)  # it may accumulate, or step another optimizer
             if 0 < trainer.log_every_n_steps <= watch.unlogged:
                 means = watch.means()
                 for logger in trainer.loggers:
@@ -153,7 +155,7 @@ def watch_accelerator(accelerator: Any, optimizer: Any, *, log_every: int = 10) 
 
     Args:
         accelerator: before ``load_state``.
-        optimizer: the :class:`~steer_optim.SteeredOptimizer`, prepared or not.
+        optimizer: the :class:`~steer_optim.SteeredOptimizer`, or what ``prepare`` made of it, which has no ``join``.
         log_every: ``accelerator.log`` gets the numbers once in this many steps; 0 for never.
 
     Returns:
@@ -164,10 +166,12 @@ def watch_accelerator(accelerator: Any, optimizer: Any, *, log_every: int = 10) 
 
     Example::
 
-        monitor = watch_accelerator(accelerator, optimizer)
+        steered = SteeredOptimizer(AdamW(model.parameters()), Steer(toward="main"))
+        model, optimizer, loader = accelerator.prepare(model, steered, loader)
+        monitor = watch_accelerator(accelerator, steered)
         for batch in loader:
             with accelerator.accumulate(model):
-                accelerator.backward(optimizer.join(losses(model, batch)))
+                accelerator.backward(steered.join(losses(model, batch)))
                 ...
     """
     steering = _steering_of([optimizer])
@@ -193,9 +197,11 @@ class _Watch:
     unlogged: int = 0
     last: Geometry | None = None
 
-    def record(self, step: int) -> None:
-        """Record the last geometry, unless it is recorded already."""
+    def record(self, step: int, *, stepped: bool = True) -> None:
+        """Record the last geometry, unless it is recorded already; warn if the optimizer stepped without one."""
         geometry = None if self.steering is None else self.steering.geometry
+        if geometry is None and stepped:
+            warnings.warn(f"step {step} was not steered: let the loop backpropagate optimizer.join(...)", stacklevel=2)
         if geometry is not None and geometry is not self.last:
             self.monitor.record(geometry, step=step)
             self.last, self.unlogged = geometry, self.unlogged + 1

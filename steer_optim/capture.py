@@ -20,10 +20,13 @@ Gradients: TypeAlias = dict[Tensor, Tensor]
 """A gradient set: gradients by parameter; a parameter that the component does not reach is absent."""
 
 
-def check_losses(losses: Losses) -> None:
-    """Raise, before anything runs, if there are no components, or a name or loss is invalid."""
+def check_losses(losses: Losses, *, grad: bool = True) -> None:
+    """Raise, before anything runs, if there are no components, or a name or loss is invalid; see `check_loss`."""
     if not isinstance(losses, Mapping):
-        raise TypeError(f"components must be a mapping from names to scalar losses; got {type(losses).__name__}")
+        raise TypeError(
+            f"components must be a mapping from names to scalar losses; got {type(losses).__name__}. Name them: "
+            '{"main": main, "side": side}'
+        )
     if not losses:
         raise ValueError("there are no components: pass named losses, None for each that this micro-batch lacks")
     for name, loss in losses.items():
@@ -32,18 +35,21 @@ def check_losses(losses: Losses) -> None:
         if "~" in name:
             raise ValueError(f"the name of a component must not contain '~', which stands between two; got {name!r}")
         if isinstance(loss, Tensor):
-            check_loss(name, loss)
+            check_loss(name, loss, grad=grad)
         elif loss is not None and not callable(loss):
-            raise TypeError(f"component {name!r} must be a tensor or a callable; got {type(loss).__name__}")
+            raise TypeError(
+                f"component {name!r} must be a tensor or a callable; got {type(loss).__name__}. Pass None if there is "
+                "no loss, and name the parts of a nested mapping one by one"
+            )
 
 
-def check_loss(name: str, loss: Tensor) -> None:
-    """Raise if a component is not a scalar tensor that requires grad; the error names it."""
+def check_loss(name: str, loss: Tensor, *, grad: bool) -> None:
+    """Raise if a component is not a scalar tensor, or lacks the graph that ``grad`` demands; the error names it."""
     if not isinstance(loss, Tensor):
         raise TypeError(f"the callable of component {name!r} must return a tensor; got {type(loss).__name__}")
     if loss.numel() != 1:
         raise ValueError(f"component {name!r} must be a scalar; got shape {tuple(loss.shape)}. Reduce it first")
-    if not loss.requires_grad:
+    if grad and not loss.requires_grad:
         raise ValueError(
             f"component {name!r} is detached: it does not require grad. Look for .detach(), no_grad or frozen "
             "parameters in its graph, or pass None if there is no loss"
@@ -62,17 +68,17 @@ def evaluate(losses: Losses, *, retain_graph: bool) -> Iterator[tuple[str, Tenso
         yield name, None if loss is None else evaluated(name, loss), keep
 
 
-def evaluated(name: str, loss: Tensor | Callable[[], Tensor]) -> Tensor:
+def evaluated(name: str, loss: Tensor | Callable[[], Tensor], *, grad: bool = True) -> Tensor:
     """Return a component as a tensor, after calling a callable; raise if it is invalid."""
     try:
-        with torch.enable_grad():
+        with torch.set_grad_enabled(grad):
             value = loss if isinstance(loss, Tensor) else loss()
     except StopIteration as error:  # which Python replaces in the generators on its way
         raise RuntimeError(
             f"the callable of component {name!r} raised StopIteration: an iterator that it reads is exhausted. Draw "
             "the batch before the call, where StopIteration ends the loop"
         ) from error
-    check_loss(name, value)
+    check_loss(name, value, grad=grad)
     return value
 
 

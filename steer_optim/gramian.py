@@ -21,7 +21,7 @@ from steer_optim.products import inner_products, zeros
 _VOLUME, _TINY = 1e-3, 1e-25
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no single truth value
 class Geometry:
     """Describe the component gradients of one step: their Gramian, and the weights that a rule gave them.
 
@@ -37,8 +37,8 @@ class Geometry:
             absent. None if they are not known.
         scopes: the names of the ``S`` scopes; empty for the whole model.
         age: how many steps ago ``G`` was taken; more than 0 if ``refresh_every`` let the step reuse weights. ``G`` and
-            ``weights`` are then of the earlier step (smaller weights if the update was too long), ``losses`` of this
-            one.
+            ``weights`` are then of the earlier step (smaller weights if the update was too long), ``losses`` and
+            ``update_norm`` of this one.
 
     Example:
         >>> import torch
@@ -57,6 +57,7 @@ class Geometry:
     losses: Tensor | None = None
     scopes: tuple[str, ...] = ()
     age: int = 0
+    _update_norm: Tensor | None = None  # if G is of an earlier step
 
     @property
     def norms(self) -> Tensor:
@@ -88,6 +89,8 @@ class Geometry:
     @property
     def update_norm(self) -> Tensor:
         """``(...)``: the norm of the steered update ``sum_i weights[i] * g_i``."""
+        if self._update_norm is not None:
+            return self._update_norm
         w = self.weights
         return torch.einsum("...i,...ij,...j->...", w, self.G, w).clamp(min=0).sqrt()
 

@@ -80,7 +80,8 @@ class SteeredOptimizer(OptimizerFacade):
     ) -> None:
         processes.refuse_deepspeed(optimizer)
         if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer; got {type(optimizer).__name__}")
+            found = f"the class {optimizer.__name__}" if isinstance(optimizer, type) else type(optimizer).__name__
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer; got {found}. Create one, such as SGD(params)")
         if not hasattr(optimizer, "param_groups"):
             raise TypeError(f"{type(optimizer).__name__} has no param_groups: steer the optimizer inside it")
         if isinstance(optimizer, SteeredOptimizer):

@@ -102,20 +102,16 @@ class Steering:
         data_parallel: processes.DataParallel = None,
         refresh_every: int = 1,
     ) -> None:
-        if not isinstance(rule, Rule):
-            wrap = "Wrap a function of the Gramian in Weighting(...)"
-            remedy = f"Create one: {rule.__name__}(...)" if isinstance(rule, type) else wrap
-            raise TypeError(f"rule must be a Rule; got {rule!r}. {remedy}")
         if scope not in ("model", "group", "tensor"):
             raise ValueError(f"scope must be 'model', 'group' or 'tensor'; got {scope!r}")
         # torch itself reads parameters, groups and names, and raises its errors.
         self._source = parameters if isinstance(parameters, Optimizer) else _Groups(parameters, {})
-        self._rule = rule
-        self.scope = scope
-        self.data_parallel = data_parallel
-        self.refresh_every = refresh_every
+        self._scope: Scope = scope
         self._memory = Memory()
         self._pending: Pending | None = None
+        self.rule = rule
+        self.data_parallel = data_parallel
+        self.refresh_every = refresh_every
         self._agreement = Agreement()
         self._functions: list[Any] | None = None  # of the rule, when it gave the last weights; None if they were loaded
         _ALIVE.add(self)
@@ -132,10 +128,20 @@ class Steering:
 
     @rule.setter
     def rule(self, rule: Rule) -> None:
-        if rule is not self._rule:
+        if not isinstance(rule, Rule):
+            remedy = f"Create one: {rule.__name__ if isinstance(rule, type) else 'Steer'}(...)"
+            if callable(rule) and not isinstance(rule, type):
+                remedy = "Wrap a function of the Gramian in Weighting(...)"
+            raise TypeError(f"rule must be a Rule; got {rule!r}. {remedy}")
+        if rule is not getattr(self, "_rule", None):
             self._rule, self._memory = rule, replace(self._memory, state={}, last=None)
             if self._pending is not None and self._pending.last is not None:
                 self._pending.last = replace(self._pending.last, rule="")  # used to finish this step only
+
+    @property
+    def scope(self) -> Scope:
+        """Which parameters share one Gramian; fixed, because the rule's state has a row for each."""
+        return self._scope
 
     @property
     def refresh_every(self) -> int:
@@ -243,12 +249,11 @@ class Steering:
             tensor([1.5000])
         """
         accumulate = self._accumulates(accumulate)
-        if torch.is_grad_enabled():
-            check_losses(losses)
+        grad = torch.is_grad_enabled()
+        check_losses(losses, grad=grad)
+        if grad:
             self._check_names(losses, accumulate=accumulate)
-            values = {name: None if loss is None else evaluated(name, loss) for name, loss in losses.items()}
-        else:
-            values = {name: loss() if callable(loss) else loss for name, loss in losses.items()}
+        values = {name: None if loss is None else evaluated(name, loss, grad=grad) for name, loss in losses.items()}
 
         def backward(**options: Any) -> None:
             self._steer(values, accumulate=accumulate, **options)
@@ -400,7 +405,8 @@ class Steering:
         length, most = G[:, 0].clamp(min=0).sqrt(), BOUND * exact.update_norm * scale / last.scale
         factor = torch.where(length.isfinite() & (length > most), most / length, 1.0)
         now = replace(last, age=last.age + 1)
-        geometry = replace(exact, G=exact.G.clone(), weights=exact.weights * factor[0], losses=losses, age=now.age)
+        norm, weights = (length * factor)[0, 0], exact.weights * factor[0]
+        geometry = Geometry(names, exact.G.clone(), weights, losses, age=now.age, _update_norm=norm)
         return factor, Memory(names, old.state, now, geometry)
 
     def _last_to_reuse(self) -> Last | None:

@@ -17,8 +17,8 @@ from steer_optim.monitor import Monitor
 Pair: TypeAlias = tuple[str, str]
 
 # There is nothing to resolve if no pair conflicts in more than one batch in ten. One loss dominates the update if its
-# gradient is a hundred times as long as the next.
-_RARE, _DOMINANT = 0.1, 100.0
+# gradient is a hundred times as long as the next. Gradients further apart than 170 degrees leave PCD no descent.
+_RARE, _DOMINANT, _OPPOSED = 0.1, 100.0, 170.0
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,11 @@ class Survey:
             return "No two components had a gradient in the same batch: measure larger batches."
         if all(fraction <= _RARE for fraction in self.conflicts.values()):
             return "There is nothing to resolve: use Sum(). If a loss should count for more, give it a larger weight."
+        opposed = any(mean > _OPPOSED for mean, _ in self.angles.values())
+        pcd = "" if opposed else ", or PCD if the others must keep improving"
         return (
-            "If one loss is what you train for: Steer(toward=...), or PCD if the others must keep improving. If the "
-            "losses are equals: PCGrad(), or GradVac() if they are related."
+            f"If one loss is what you train for: Steer(toward=...){pcd}. If the losses are equals: PCGrad(), or "
+            "GradVac() if they are related."
         )
 
     def __str__(self) -> str:

@@ -14,7 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 from torchrun import EXAMPLES, run_two_processes
 from toys import assert_equal, memory
 
-from steer_optim import SteeredOptimizer, Steering, callbacks
+from steer_optim import SteeredOptimizer, Steering, Sum, callbacks
 from steer_optim.monitor import scalars
 
 sys.path.insert(0, str(EXAMPLES))
@@ -160,6 +160,19 @@ def test_watching_needs_one_steered_optimizer():
     plain = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
     with pytest.raises(TypeError, match="one SteeredOptimizer is needed, and 0 were found"):
         callbacks.watch_accelerator(Accelerator(), plain)
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_a_step_that_is_not_steered_is_named():
+    from accelerate import Accelerator
+
+    x = torch.zeros(1, requires_grad=True)
+    optimizer = SteeredOptimizer(torch.optim.SGD([x]), Sum())
+    monitor = callbacks.watch_accelerator(Accelerator(), optimizer, log_every=0)
+    x.sum().backward()
+    with pytest.warns(UserWarning, match="step 1 was not steered"):
+        optimizer.step()
+    assert len(monitor) == 0
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Inner products against the dense float64 product: dtypes, strides, absences, lengths; and what `measure` leaves."""
 
+import dataclasses
 from threading import Thread
 
 import pytest
@@ -267,3 +268,9 @@ def test_measure_of_something_else_than_parameters_is_refused():
     model = nn.Linear(2, 1)
     with pytest.raises(TypeError, match=r"model\.parameters"):
         measure({"a": model(torch.ones(2)).sum()}, model.named_parameters())
+
+
+def test_geometries_are_compared_by_identity():
+    geometry = Geometry(("a",), torch.eye(1).double(), torch.ones(1).double())
+    assert geometry in [geometry]
+    assert geometry != dataclasses.replace(geometry)

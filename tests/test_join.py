@@ -142,6 +142,8 @@ def test_without_gradients_it_is_the_plain_sum():
     with torch.no_grad():
         loss = optimizer.join(components(model, 0))
         expected = sum(components(model, 0).values())
+        with pytest.raises(TypeError, match="must be a tensor or a callable; got float"):
+            optimizer.join({"std": 0.0})
     assert not loss.requires_grad
     torch.testing.assert_close(loss, expected)
 

@@ -28,7 +28,7 @@ def diff_sides(page=README):
 
 
 def setting():
-    """What the snippets take for granted: a model, a loader, and two losses that conflict."""
+    """What the snippets take for granted: a model on a device, a loader, and two losses that conflict."""
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 2)
 
@@ -38,6 +38,7 @@ def setting():
 
     batches = [torch.randn(8, 4) for _ in range(3)]
     namespace = {"torch": torch, "model": model, "loader": batches, "micro_batches": batches, "losses": losses}
+    namespace["device"] = "cpu"
     exec("from steer_optim import Steer, SteeredOptimizer", namespace)
     return namespace
 

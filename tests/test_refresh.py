@@ -65,6 +65,7 @@ def test_steps_in_between_use_the_last_weights(rule, way):
         bound = min(1.0, float(BOUND * last.update_norm / unbounded.norm()))
         assert_close(geometry.weights, bound * last.weights)
         assert_close(flat_grad(model.parameters()), bound * unbounded)
+        assert_close(geometry.update_norm, flat_grad(model.parameters()).norm())
         optimizer.step()
     assert ages == [0, 1, 2, 0, 1, 2, 0]
 

@@ -177,9 +177,16 @@ def test_what_cannot_be_wrapped():
     sgd = torch.optim.SGD([X], lr=0.1)
     with pytest.raises(TypeError, match=r"must be a torch.optim.Optimizer; got list"):
         SteeredOptimizer([X], Sum())
+    with pytest.raises(TypeError, match=r"got the class SGD. Create one"):
+        SteeredOptimizer(torch.optim.SGD, Sum())
     with pytest.raises(TypeError, match=r"steered already: wrap optimizer.inner"):
         SteeredOptimizer(SteeredOptimizer(sgd, Sum()), Sum())
     with pytest.raises(TypeError, match=r"must be a Rule.*Wrap a function of the Gramian in Weighting"):
         SteeredOptimizer(sgd, lambda G: G.diagonal())
+    optimizer = SteeredOptimizer(sgd, Sum())
+    with pytest.raises(TypeError, match=r"must be a Rule; got 'main'. Create one: Steer"):
+        optimizer.rule = "main"
+    with pytest.raises(AttributeError):
+        optimizer.steering.scope = "group"
     with pytest.raises(ValueError, match="'model', 'group' or 'tensor'; got 'layer'"):
         SteeredOptimizer(sgd, Sum(), scope="layer")

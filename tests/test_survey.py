@@ -89,6 +89,14 @@ def test_advice_is_that_of_the_table(conflict, norms, advice):
     assert last.startswith(advice)
 
 
+def test_gradients_that_nearly_oppose_leave_no_place_for_pcd():
+    advice = {
+        angle: Survey(1, {("a", "b"): (angle, 0.0)}, {("a", "b"): 1.0}, {"a": 1.0, "b": 1.0}).advice
+        for angle in (160.0, 175.0)
+    }
+    assert ["PCD" in text for text in advice.values()] == [True, False]
+
+
 def test_components_that_never_meet():
     x = torch.ones(2, requires_grad=True)
     assert "larger batches" in survey(lambda losses: losses, [{"a": x[0]}, {"b": x[1]}], [x]).advice

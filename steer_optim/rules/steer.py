@@ -34,7 +34,8 @@ class Steer(Rule):
         project: when the others are projected: if they conflict with :math:`g_v` (``"conflict"``); ``"always"``, so
             that they keep only their part orthogonal to :math:`g_v`; or ``"never"``.
         preserve_norm: rescale the update to the norm of the plain sum, so that steering changes only its
-            direction and the learning rate keeps its meaning.
+            direction and the learning rate keeps its meaning. Near the minimum of ``toward`` the plain sum stays long
+            if the others still conflict, and steps overshoot: decay the learning rate, or pass False.
 
     Raises:
         ValueError: ``gain`` is negative or not finite, or ``project`` is not one of the three.

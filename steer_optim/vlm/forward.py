@@ -308,7 +308,7 @@ def _without_adapter(student: nn.Module) -> Any:
     peft: Any = next((x for x in student.modules() if hasattr(x, "disable_adapter")), None)
     if peft is None:
         raise ValueError(
-            "the method's prior is frozen: pass prior=copy.deepcopy(student), made before training and before "
+            "the method's prior is frozen: pass prior=copy.deepcopy(student).eval(), made before training and before "
             "fully_shard. Only a student with PEFT adapters needs none"
         )
     starts = {str(getattr(config, "init_lora_weights", "")) for config in peft.peft_config.values()}

@@ -25,10 +25,14 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from datasets import DatasetDict, IterableDatasetDict, load_dataset, load_from_disk
-from datasets.exceptions import DatasetGenerationError
 from safetensors import SafetensorError
-from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+
+try:
+    from datasets import DatasetDict, IterableDatasetDict, load_dataset, load_from_disk
+    from datasets.exceptions import DatasetGenerationError
+    from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"there is no {error.name}: pip install 'steer_optim[trl]'") from error
 
 from steer_optim.vlm.advice import advise, investigate
 from steer_optim.vlm.data import Rows, conversation
@@ -173,8 +177,9 @@ def prepare(data: DataArguments, args: SteeredDistillationConfig, model: ModelCo
     resume = args.resume_from_checkpoint or last_checkpoint(path)
     if resume and 0 < args.max_steps < _steps(resume)[0]:
         raise ValueError(f"{resume} has more steps than --max_steps {args.max_steps}: choose another --output_dir")
-    settings = {**asdict(data), **args.to_dict(), **asdict(model)}
-    check_settings(path, settings, trained=resume is not None, write=args.should_save and not data.measure_only)
+    if not data.measure_only:
+        settings = {**asdict(data), **args.to_dict(), **asdict(model)}
+        check_settings(path, settings, trained=resume is not None, write=args.should_save)
     options = {"revision": model.model_revision, "attn_implementation": model.attn_implementation}
     options |= {"dtype": model.dtype, "trust_remote_code": args.trust_remote_code}
     args.model_init_kwargs = {**options, **(args.model_init_kwargs or {})}

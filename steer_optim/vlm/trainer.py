@@ -22,12 +22,16 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-import trl
-from accelerate.utils import broadcast_object_list, gather_object, is_peft_model
 from torch import Tensor
-from transformers import PreTrainedModel, ProcessorMixin, TrainerState
-from trl import DistillationConfig, DistillationTrainer
-from trl.trainer.utils import RepeatSampler, create_model_from_path
+
+try:
+    import trl
+    from accelerate.utils import broadcast_object_list, gather_object, is_peft_model
+    from transformers import PreTrainedModel, ProcessorMixin, TrainerState
+    from trl import DistillationConfig, DistillationTrainer
+    from trl.trainer.utils import RepeatSampler, create_model_from_path
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"there is no {error.name}: pip install 'steer_optim[trl]'") from error
 
 import steer_optim.rules
 from steer_optim import SteeredOptimizer

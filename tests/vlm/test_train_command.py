@@ -1,9 +1,11 @@
 """The command: from two checkpoints and a data set on disk to a student, a table and figures; and after a kill."""
 
+import importlib
 import json
 import runpy
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -226,6 +228,11 @@ def test_measuring_trains_nothing_and_advises(folder, tmp_path, capsys):
     assert "angles between gradients: std, vis" in text
     assert "Advice: --decomposition" in text
     assert not [*(tmp_path / "run").glob("*.*")]
+    (tmp_path / "run" / "checkpoint-1").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoint-1" / "optimizer.pt").touch()
+    (tmp_path / "run" / "checkpoint-1" / "trainer_state.json").write_text('{"global_step": 1}')
+    (tmp_path / "run" / "run.json").write_text("{}")
+    assert main([*arguments(folder, tmp_path / "run", gamma=3.0), "--measure_only"]) == 0  # of a trained run, too
 
 
 def test_the_advice_is_that_of_the_page():
@@ -315,3 +322,11 @@ def test_the_configurations_of_accelerate_are_found(capsys, monkeypatch):
     assert run("fsdp2") == [path for path in paths if "fsdp2" in path]
     with pytest.raises(SystemExit, match="choose from"):
         run("zero3")
+
+
+def test_a_missing_package_names_the_extra(monkeypatch):
+    for module, package in (("trainer", "trl"), ("train", "datasets")):
+        monkeypatch.setitem(sys.modules, package, None)
+        monkeypatch.delitem(sys.modules, f"steer_optim.vlm.{module}")
+        with pytest.raises(ModuleNotFoundError, match=rf"there is no {package}: pip install 'steer_optim\[trl\]'"):
+            importlib.import_module(f"steer_optim.vlm.{module}")
