@@ -167,9 +167,9 @@ class SteeredOptimizer(OptimizerFacade):
     def _import_state(self, state_dict: dict[str, Any]) -> None:
         """Load the inner state and the rule's memory, or neither; a plain inner state dict resets the rule."""
         place = state_dict["param_groups"][0] if state_dict.get("param_groups") else state_dict
-        memory = self.steering.read({KEY: place[KEY]} if KEY in place else {})
+        memory = self.steering._read({KEY: place[KEY]} if KEY in place else {})
         rest = {key: value for key, value in place.items() if key != KEY}
         if place is not state_dict:
             rest = {**state_dict, "param_groups": [rest, *state_dict["param_groups"][1:]]}
         super()._import_state(rest)
-        self.steering.adopt(memory)
+        self.steering._adopt(memory)

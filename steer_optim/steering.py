@@ -292,18 +292,18 @@ class Steering:
         Raises:
             ValueError: the memory is that of another rule or scope, or damaged. Then nothing is changed.
         """
-        self.adopt(self.read(state_dict))
+        self._adopt(self._read(state_dict))
 
-    def read(self, state_dict: Mapping[str, Any]) -> Memory:
-        """Check and return the memory in a state dict, for :meth:`adopt`."""
+    def _read(self, state_dict: Mapping[str, Any]) -> Memory:
+        """Check and return the memory in a state dict, for `_adopt`."""
         if memory.KEY not in state_dict:
             return Memory()
         text, scopes = state_dict[memory.KEY], len(self._scopes())
         device = next((p.device for p in self._parameters() if p.device.type != "meta"), torch.device("cpu"))
         return memory.unpack(text, owner=self._owner(), rule=self.rule, scopes=scopes, device=device)
 
-    def adopt(self, memory: Memory) -> None:
-        """Continue from a memory that :meth:`read` returned."""
+    def _adopt(self, memory: Memory) -> None:
+        """Continue from a memory that `_read` returned."""
         self._memory, self._agreement, self._functions = memory, Agreement(), None
         self.drop_pending()
 
