@@ -32,7 +32,7 @@ class GradVac(Rule):
     State: ``draws`` ``(S,)`` int64, the number of orders drawn so far; ``cosine`` ``(S, k, k)``, the targets.
 
     Args:
-        beta: how fast the targets follow, in [0, 1]; 0.01 in the paper.
+        beta: how fast the targets follow, in [0, 1]; 0.01 in the paper. 1 minus that of ``PCD``.
         seed: of the orders, any integer; the global random state is neither read nor written.
 
     Raises:

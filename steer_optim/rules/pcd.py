@@ -46,7 +46,7 @@ class PCD(Rule):
         primary: the component to follow.
         tau: the share of the progress along its own gradient that each other component is
             guaranteed, in [0, 1]; 0.02 in the paper.
-        beta: decay of the moving averages, in [0, 1); 0.999 in the paper.
+        beta: decay of the moving averages, in [0, 1); 0.999 in the paper. 1 minus that of ``GradVac``.
 
     Raises:
         ValueError: ``tau`` or ``beta`` is out of range.
