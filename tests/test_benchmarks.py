@@ -312,7 +312,8 @@ def test_the_results_of_a_gpu_become_tables(results, tmp_path, monkeypatch):
     assert found["no host syncs of a step on a GPU"] == (shown, True)
 
 
-def test_a_step_reads_nothing_and_a_read_is_counted():
+def test_a_step_reads_nothing_and_a_read_is_counted(workload, monkeypatch):
+    monkeypatch.setitem(workloads.MAKE, "adapters", lambda: workload)
     assert [host_reads.reads("adapters", name) for name in (variants.STEER, variants.STALE)] == [0, 0]
     with host_reads.HostReads() as mode:
         float(torch.ones(2).sum())
