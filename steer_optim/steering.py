@@ -50,7 +50,7 @@ class Steering:
 
     If several optimizers share the losses, make one ``Steering`` over all parameters and call their ``step`` as usual.
     For one optimizer use :class:`SteeredOptimizer`: it owns a ``Steering`` and saves it with the optimizer's state.
-    Parameters of another ``Steering`` get no gradient from this one as long as the other exists: delete one you replace.
+    Parameters of another ``Steering`` get no gradient from this one while the other exists: delete one you replace.
 
     Args:
         parameters: tensors, ``(name, tensor)`` pairs or parameter groups, as a torch optimizer takes them; or an
