@@ -51,11 +51,12 @@ class Rows(torch.utils.data.Dataset[dict[str, Any]]):
             raise ValueError(f"row {number} of the data set: {error}") from error
 
 
-def numbered(dataset: Any) -> Any:
+def numbered(dataset: Any, root: str | Path = ".") -> Any:
     """Return a data set with numbered rows.
 
     Args:
         dataset: of any kind that TRL takes, or a dictionary of data sets.
+        root: as in :class:`Rows`.
 
     Raises:
         ValueError: ``dataset`` is None.
@@ -67,12 +68,12 @@ def numbered(dataset: Any) -> Any:
     if dataset is None:
         raise ValueError("train_dataset is needed: rows with messages, or prompt, and images")
     if isinstance(dataset, dict):
-        return {name: numbered(part) for name, part in dataset.items()}
+        return {name: numbered(part, root) for name, part in dataset.items()}
     if isinstance(dataset, Rows) or isinstance(getattr(dataset, "dataset", None), Rows):  # a Subset of them
         return dataset
     if not isinstance(dataset, IterableDataset):
-        return Rows(dataset)
-    return dataset.map(lambda row, number: {**row, ROW: number}, with_indices=True)
+        return Rows(dataset, root)
+    return dataset.map(lambda row, number: {_ROOT: str(root), **row, ROW: number}, with_indices=True)
 
 
 def conversation(row: Mapping[str, Any]) -> list[dict[str, Any]]:

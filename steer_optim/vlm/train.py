@@ -35,7 +35,7 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"there is no {error.name}: pip install 'steer_optim[trl]'") from error
 
 from steer_optim.vlm.advice import advise, investigate
-from steer_optim.vlm.data import Rows, conversation
+from steer_optim.vlm.data import Rows, conversation, numbered
 from steer_optim.vlm.examination import Examination
 from steer_optim.vlm.trainer import SteeredDistillationConfig, SteeredDistillationTrainer, option
 
@@ -81,8 +81,8 @@ def load(data: DataArguments) -> tuple[Any, Any]:
     train, root = splits[data.dataset_train_split], path.parent if path.is_file() else path
     if unread := {*(train.column_names or ())} - {"messages", "prompt", "images", "image", "answer"}:
         print(f"columns that are not read: {', '.join(sorted(unread))}", file=sys.stderr)
+    train = numbered(train, root)
     if not data.dataset_streaming:
-        train = Rows(train, root)
         if not len(train):
             raise ValueError(f"the split {data.dataset_train_split} of {name} has no rows")
         conversation(train[0])  # before any model is loaded

@@ -21,7 +21,7 @@ from tiny_trainer import make_model, make_processor, make_rows
 from toys import assert_equal
 
 from steer_optim.vlm.advice import Findings, advise
-from steer_optim.vlm.data import ROW, conversation
+from steer_optim.vlm.data import ROW, conversation, numbered
 from steer_optim.vlm.train import DataArguments, check_settings, last_checkpoint, load, main
 from tests.vlm.zoo import Zoo
 
@@ -220,6 +220,14 @@ def test_a_stream_is_trained_on(folder, tmp_path, monkeypatch):
     out = tmp_path / "run"
     assert main(arguments(folder, out, dataset_streaming=True)) == 0
     assert len((out / "answers.jsonl").read_text().splitlines()) == 3
+
+
+def test_paths_in_a_stream_are_relative_to_its_file(tmp_path):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "is it", "images": ["red.png"]}))
+    source = DataArguments(dataset_name=str(tmp_path / "rows.jsonl"), dataset_streaming=True, held_out=0)
+    (row,) = numbered(load(source)[0])  # as the trainer numbers them
+    assert conversation(row)[0]["content"][0]["image"].getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_measuring_trains_nothing_and_advises(folder, tmp_path, capsys):
