@@ -130,10 +130,10 @@ def last_checkpoint(path: Path) -> str | None:
     return None
 
 
-def _steps(checkpoint: str) -> tuple[int, int]:
-    """Return the number of steps of a checkpoint, and that planned for its run."""
+def _done(checkpoint: str) -> tuple[int, float]:
+    """Return the steps and the epochs of a checkpoint."""
     state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
-    return state.get("global_step", 0), state.get("max_steps", 0)
+    return state.get("global_step", 0), state.get("epoch") or 0.0
 
 
 def check_settings(path: Path, settings: dict[str, Any], *, trained: bool, write: bool) -> None:
@@ -175,7 +175,7 @@ def prepare(data: DataArguments, args: SteeredDistillationConfig, model: ModelCo
     train, held_out = load(data)
     path = Path(args.output_dir)
     resume = args.resume_from_checkpoint or last_checkpoint(path)
-    if resume and 0 < args.max_steps < _steps(resume)[0]:
+    if resume and 0 < args.max_steps < _done(resume)[0]:
         raise ValueError(f"{resume} has more steps than --max_steps {args.max_steps}: choose another --output_dir")
     if not data.measure_only:
         settings = {**asdict(data), **args.to_dict(), **asdict(model)}
@@ -220,8 +220,8 @@ def main(arguments: list[str] | None = None) -> int:
     examination = None if held_out is None else Examination(trainer, held_out)
     if examination is not None:
         trainer.add_callback(examination)
-    done, planned = _steps(resume) if resume else (0, 0)
-    if done >= (args.max_steps if args.max_steps > 0 else planned) > 0:
+    steps, epochs = _done(resume) if resume else (0, 0.0)
+    if resume and (steps >= args.max_steps if args.max_steps > 0 else epochs >= args.num_train_epochs):
         # Training would run one more step.
         if (Path(args.output_dir) / "answers.jsonl").exists() or trainer.is_fsdp_enabled:
             trainer.accelerator.print(f"the run in {args.output_dir} is finished")

@@ -151,6 +151,9 @@ def test_a_finished_run_trains_no_further(folder, tmp_path, capsys):
     assert main(arguments(folder, tmp_path / "run", max_steps=3)) == 0
     assert main(command) == 2
     assert "has more steps than --max_steps 1" in capsys.readouterr().err
+    for epochs, steps in ((0.5, 3), (1, 6), (0.5, 6)):  # six steps an epoch
+        assert main(arguments(folder, tmp_path / "run", max_steps=-1, num_train_epochs=epochs)) == 0
+        assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["global_step"] == steps
 
 
 def test_columns_that_are_not_read_are_named(tmp_path, capsys):
