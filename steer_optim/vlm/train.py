@@ -18,7 +18,7 @@ import json
 import re
 import sys
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
 from pickle import UnpicklingError
@@ -170,6 +170,9 @@ def prepare(data: DataArguments, args: SteeredDistillationConfig, model: ModelCo
             raise ValueError(f"--{name} is needed: a name on the hub, or a folder")
     if model.dtype == "float16":
         raise ValueError("--dtype float16 is not supported: keep the student in float32, and compute in bfloat16")
+    adapter = [x for x in fields(model) if x.name.startswith(("lora_", "use_rslora", "use_dora"))]
+    if unread := [x.name for x in adapter if not model.use_peft and getattr(model, x.name) != x.default]:
+        raise ValueError(f"--{unread[0]} is not read without --use_peft: add it, or all weights would be trained")
     if model.use_peft and model.lora_target_modules is None:
         model.lora_target_modules = "all-linear"  # peft knows the names of few vision-language models
     train, held_out = load(data)

@@ -38,7 +38,7 @@ from steer_optim import SteeredOptimizer
 from steer_optim.monitor import scalars
 from steer_optim.rules import Rule
 from steer_optim.vlm.data import ROW, conversation, numbered
-from steer_optim.vlm.distillation import DecomposedDistillation
+from steer_optim.vlm.distillation import DECOMPOSITIONS, DecomposedDistillation
 from steer_optim.vlm.divergences import View
 from steer_optim.vlm.families import image_ids
 from steer_optim.vlm.forward import score
@@ -81,7 +81,7 @@ class SteeredDistillationConfig(DistillationConfig):  # type: ignore[misc]  # tr
         refresh_every: take the Gramian once in this many steps.
 
     Raises:
-        ValueError: a value is out of range, or the rule is invalid.
+        ValueError: a value is out of range, or set and not read; or the rule is invalid.
 
     Example:
         >>> from steer_optim.vlm.trainer import SteeredDistillationConfig
@@ -127,7 +127,16 @@ class SteeredDistillationConfig(DistillationConfig):  # type: ignore[misc]  # tr
         for name, bound in least.items():
             if not getattr(self, name) >= bound:
                 raise ValueError(f"{name} must be at least {bound}; got {getattr(self, name)}")
-        names, rule = self.method().components, self.make_rule()
+        method = self.method()
+        entry = DECOMPOSITIONS[self.decomposition]
+        steers = self.rule is None and repr(entry.rule(0.0)) != repr(entry.rule(1.0))
+        scales = any(part.factor == "gamma" for part in entry.components.values())
+        reads = {"gamma": steers or scales, "quantile": method.gated}
+        for name, read in reads.items():
+            if not read and getattr(self, name) != getattr(type(self), name):
+                beside = f"--decomposition {self.decomposition}" + (f" with --rule {self.rule}" if self.rule else "")
+                raise ValueError(f"--{name} {getattr(self, name)} is not read by {beside}: leave it out")
+        names, rule = method.components, self.make_rule()
         G = torch.eye(len(names), dtype=torch.float64)[None]
         rule(G, names, rule.init(G, names))  # raises if the rule cannot weigh the names
 

@@ -294,6 +294,13 @@ WRONG = {
     "no rows a step": ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1; got 0"),
     "no Gramian": ({"refresh_every": 0}, "refresh_every must be at least 1; got 0"),
     "negative rate": ({"learning_rate": -1.0}, "learning_rate must be at least 0; got -1.0"),
+    "gamma beside a rule": (
+        {"gamma": 3.0, "rule": 'Steer("vis")'},
+        '--gamma 3.0 is not read by --decomposition vgs-frozen with --rule Steer("vis")',
+    ),
+    "gamma of a plain sum": ({"gamma": 3.0, "decomposition": "standard"}, "not read by --decomposition standard:"),
+    "quantile of no gate": ({"quantile": 0.5}, "--quantile 0.5 is not read by --decomposition vgs-frozen"),
+    "LoRA left out": ({"lora_r": 4}, "--lora_r is not read without --use_peft"),
     "half precision": ({"dtype": "float16"}, "--dtype float16 is not supported"),
 }
 
