@@ -491,6 +491,11 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
             if self.accelerator.num_processes > 1:
                 options["device_map"] = None
             teacher = create_model_from_path(teacher, **options)
+        elif self.args.teacher_model_init_kwargs or self.args.teacher_model_revision:
+            raise ValueError(
+                "teacher_model_init_kwargs and teacher_model_revision are not read if the teacher is loaded already: "
+                "leave them out, or pass its path"
+            )
         sizes = [m.config.get_text_config().vocab_size for m in (self.accelerator.unwrap_model(self.model), teacher)]
         if sizes[0] != sizes[1]:
             raise ValueError(

@@ -372,6 +372,14 @@ def test_a_teacher_with_other_tokens_or_none_is_refused(tmp_path):
         make_trainer(tmp_path, teacher=other)
 
 
+@pytest.mark.parametrize(
+    "option", [{"teacher_model_init_kwargs": {"dtype": "bfloat16"}}, {"teacher_model_revision": "v2"}]
+)
+def test_options_to_load_a_teacher_that_is_loaded_are_refused(tmp_path, option):
+    with pytest.raises(ValueError, match="are not read if the teacher is loaded already"):
+        make_trainer(tmp_path, **option)
+
+
 def test_a_rule_is_written_as_in_python(tmp_path):
     def rule(text):
         return repr(
