@@ -244,8 +244,11 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         self._check_precision()
         # Copied before the student is prepared, wrapped or loaded from a checkpoint.
         self.prior = None
-        begun = [name for name, p in self.model.named_parameters() if "lora_B" in name and p.any()]
-        if self.method.prior == "frozen" and (begun or not is_peft_model(self.model)):
+        # Switched off, only adapters that begin at zero leave the initial student.
+        untrained = ("lora_", "modules_to_save", "trainable_tokens")
+        moved = [n for n, p in self.model.named_parameters() if "lora_B" in n and p.any()]
+        moved += [n for n, p in self.model.named_parameters() if p.requires_grad and not any(x in n for x in untrained)]
+        if self.method.prior == "frozen" and moved:
             prior = copy.deepcopy(self.model)
             self.prior = self._frozen(prior.bfloat16() if args.bf16 else prior)
         self.teacher_model = self._frozen(self._load_teacher(teacher_model))

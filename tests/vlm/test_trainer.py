@@ -318,6 +318,24 @@ def test_a_frozen_prior_is_copied_where_adapters_do_not_begin_at_zero(tmp_path, 
     trainer.train()
 
 
+@pytest.mark.parametrize("kind", ["IA3", "unfrozen"])
+def test_a_frozen_prior_is_copied_if_more_than_lora_is_trained(tmp_path, kind):
+    lora = tiny_trainer.peft.LoraConfig(**tiny_trainer.LORA)
+    scales = tiny_trainer.peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[])
+    student = tiny_trainer.peft.get_peft_model(make_model(seed=0), scales if kind == "IA3" else lora)
+    for name, parameter in student.named_parameters():
+        if "ia3" in name:
+            parameter.data.mul_(2)  # trained before
+        elif "projector" in name:
+            parameter.requires_grad_(True)
+    prompt = {"input_ids": torch.tensor([[9, 10]])}
+    with torch.no_grad():
+        meant = student.eval()(**prompt).logits
+    trainer = make_trainer(tmp_path, student=student, max_steps=1)
+    torch.testing.assert_close(trainer.prior(**prompt).logits, meant)
+    trainer.train()
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_work_is_refused_at_the_start(tmp_path, name):
     options, match = REFUSED[name]
