@@ -136,8 +136,8 @@ def type_of(config: Any) -> str:
 def refuse(config: Any, batch: Mapping[str, Any]) -> None:
     """Raise ValueError if a response cannot follow the prompts of ``batch`` in the same columns.
 
-    The model is an encoder-decoder; its family is refused; it takes no mixed batches and the batch is one; or the batch
-    has placeholders and nothing to put in their places, which a model reads as words.
+    The model is an encoder-decoder; its family is refused; it takes no mixed batches and the batch is one; the batch
+    has placeholders and nothing to put in their places, which a model reads as words; or pixels and no placeholder.
     """
     family = family_of(config)
     reason = family.refused
@@ -152,7 +152,15 @@ def refuse(config: Any, batch: Mapping[str, Any]) -> None:
             f"rows with and without images are in one batch, and {type_of(config)!r} reads the latter as if they had "
             "an empty image: put each kind in its own batch"
         )
-    if batch.keys() <= {"input_ids", "attention_mask", "labels", "position_ids", *per_token_keys()} and placed_B.any():
+    others = batch.keys() - {"input_ids", "attention_mask", "labels", "position_ids", *per_token_keys()}
+    tensors = {k: x for k in sorted(others) if isinstance(x := batch[k], torch.Tensor) and x.shape[:2] != ids_BL.shape}
+    if (pixels := [k for k, x in tensors.items() if x.is_floating_point() and x.numel()]) and not placed_B.any():
+        raise ValueError(
+            f"the batch has {', '.join(pixels)}, but no prompt has a placeholder of {type_of(config)!r}, whose config "
+            f"names {sorted(placeholder_ids(config)) or 'none'}: the model would not see the images. Pass a model that "
+            "reads images, prompts of its own processor, or set image_token_id in its config"
+        )
+    if not others and placed_B.any():
         raise ValueError(
             f"prompt {int(placed_B.nonzero()[0])} has placeholders of images, but the batch has only the keys "
             f"{', '.join(sorted(batch))}: pass all that the processor returns, pixels included, or text_only(...)"

@@ -73,6 +73,14 @@ def test_placeholders_without_pixels_are_refused(use):
         use(batch, response, CONFIG)
 
 
+@pytest.mark.parametrize("config", [SimpleNamespace(model_type="llama"), SimpleNamespace(image_token_id=9)])
+def test_pixels_that_the_model_would_not_read_are_refused(config):
+    """A language model takes pixels among other keywords, and sees no image."""
+    batch = {"input_ids": torch.tensor([[20, 3, 3, 22]]), "pixel_values": torch.zeros(1, 3, 8, 8)}
+    with pytest.raises(ValueError, match=r"has pixel_values, but no prompt has a placeholder .* names (none|\[9\])"):
+        append_response(batch, Rollout.of([[30]], config=config), config)
+
+
 def sampled(batch):
     return rollout(SimpleNamespace(config=CONFIG), batch, max_new_tokens=1)
 
@@ -158,7 +166,7 @@ def test_every_key_moves_to_the_left_with_its_token(name):
 
 @pytest.mark.parametrize("shape", [(2, 3), (2, 3, 5)])
 def test_a_key_that_no_family_has_is_refused_by_name(shape):
-    batch = {"input_ids": torch.full((2, 3), 20), "novel_ids": torch.zeros(shape)}
+    batch = {"input_ids": torch.tensor([[20, 3, 20]] * 2), "novel_ids": torch.zeros(shape)}
     given = Rollout.of([[20], [21]], config=CONFIG)
     with pytest.raises(ValueError, match=r"'novel_ids' has the shape .*leave it out of the batch, or name it in per"):
         append_response(batch, given, CONFIG)
