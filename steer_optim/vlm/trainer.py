@@ -563,6 +563,9 @@ def refuse(args: SteeredDistillationConfig) -> None:
         "FSDP1": ((launched or bool(args.fsdp)) and str(version) == "1", "set fsdp_version: 2"),
         "torch.compile": (bool(args.torch_compile) or dynamo.lower() != "no", "leave it out"),
         "float16": (bool(args.fp16), "use --bf16"),
+        # TRL's sampler goes on as before, and rows would be left out.
+        "auto_find_batch_size": (args.auto_find_batch_size, "set per_device_train_batch_size"),
+        "split_batches": (args.accelerator_config.split_batches, "set per_device_train_batch_size"),
         "remove_unused_columns": (bool(args.remove_unused_columns), "leave it out, as messages would be removed, too"),
     }
     reasons |= {f"parallelism_config.{name}_size={n}": (n > 1, "use FSDP2") for name, n in axes.items()}

@@ -290,6 +290,8 @@ def test_parts_of_parts_keep_the_folder_of_their_images(tmp_path):
 REFUSED = {
     "deepspeed": ({"deepspeed": "zero3.json"}, "DeepSpeed is not supported"),
     "compile": ({"torch_compile": True}, "torch.compile is not supported"),
+    "batch size": ({"auto_find_batch_size": True}, "auto_find_batch_size is not supported"),
+    "split": ({"accelerator_config": {"split_batches": True}}, "split_batches is not supported"),
     "columns": ({"remove_unused_columns": True}, "remove_unused_columns is not supported"),
     "float16": ({"fp16": True}, "float16 is not supported"),
     "beta": ({"beta": 0.5}, "use --decomposition forward"),
