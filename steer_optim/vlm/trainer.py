@@ -287,6 +287,13 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         loss = self.steered.join(losses, accumulate=not self.accelerator.sync_gradients)
         return (loss, None) if return_outputs else loss
 
+    def train(self, *args: Any, **options: Any) -> Any:
+        """Train as TRL does, from the beginning of a step: an earlier call may have been interrupted within one."""
+        self._step, self._buffered_inputs = 0, None
+        if hasattr(self, "steered"):
+            self.steered.zero_grad()
+        return super().train(*args, **options)
+
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any) -> Tensor:
         """Backpropagate a micro-batch; return the trained loss at the last one of a step, else 0."""
         if self.is_fsdp_enabled:

@@ -103,6 +103,25 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, lora):
         assert found == expected
 
 
+def test_training_after_an_interrupt_within_a_step_begins_a_step(tmp_path):
+    trainer, batches = make_trainer(tmp_path, max_steps=1), []
+    compute_loss = trainer.compute_loss
+
+    def interrupted(model, inputs, **options):
+        batches.append(inputs)
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+        return compute_loss(model, inputs, **options)
+
+    trainer.compute_loss = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train()
+    assert len(batches) == 4
+    assert batches[2] is not batches[1]
+    assert batches[2].count == batches[3].count == sum(int(x.response.scored_BT.sum()) for x in batches[2:])
+
+
 def test_a_step_asks_the_teacher_twice_per_micro_batch(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=1, decomposition="vgs")
     passes = []
