@@ -461,9 +461,11 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         self._metrics["train"].update(self.state.stateful_callbacks.get(_METRICS, {}).get("args", {}))
 
     def restore(self, checkpoint: str) -> None:
-        """Load weights and log from a checkpoint, to train no further."""
+        """Load weights and log from the checkpoint at the end of training, to train no further."""
         self._load_from_checkpoint(checkpoint)
         self.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
+            self._load_best_model()
         self.model_wrapped = self.accelerator.prepare_model(self.model)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

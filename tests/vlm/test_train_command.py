@@ -156,6 +156,21 @@ def test_a_finished_run_trains_no_further(folder, tmp_path, capsys):
         assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["global_step"] == steps
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_run_that_was_killed_at_its_end_keeps_the_best_model(folder, tmp_path, lora):
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
+    options |= {"learning_rate": 50 if lora else 0.5, "use_peft": lora}
+    command, out = arguments(folder, tmp_path / "run", **options), tmp_path / "run"
+    assert main(command) == 0
+    state = json.loads((out / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"].endswith("checkpoint-1")
+    name = "adapter_model.safetensors" if lora else "model.safetensors"
+    best = load_file(out / name)
+    (out / "answers.jsonl").unlink()
+    assert main(command) == 0
+    assert_equal(load_file(out / name), best)
+
+
 def test_columns_that_are_not_read_are_named(tmp_path, capsys):
     rows = [{"prompt": "what", "image_path": "red.png"}] * 3
     Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
