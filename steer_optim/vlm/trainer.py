@@ -185,7 +185,7 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         TypeError: there is no processor of images and text.
         ValueError: there is no teacher, its vocabulary differs, a step takes more rows than there are, or the run asks
             for something that is not supported: DeepSpeed, FSDP1, tensor, pipeline or context parallelism, float16,
-            ``torch.compile``, tools.
+            ``torch.compile``, ``auto_find_batch_size``, ``split_batches``, ``remove_unused_columns``, tools.
 
     Example:
         >>> config = SteeredDistillationConfig("runs", gamma=2.0)  # doctest: +SKIP
