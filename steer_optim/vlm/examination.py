@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from steer_optim import plots
 from steer_optim.monitor import from_log
-from steer_optim.vlm.data import ROW, answer, conversation
+from steer_optim.vlm.data import ROW, answer, conversation, numbered
 from steer_optim.vlm.distillation import DecomposedDistillation
 from steer_optim.vlm.families import image_ids
 from steer_optim.vlm.forward import in_evaluation, score
@@ -54,6 +54,7 @@ def examine(trainer: Any, model: Any, rows: Any) -> tuple[dict[str, float | None
     Example:
         >>> means, records = examine(trainer, trainer.model, rows)  # doctest: +SKIP
     """
+    rows = numbered(rows)
     accelerator, size = trainer.accelerator, trainer.args.per_device_eval_batch_size
     rank, world = accelerator.process_index, accelerator.num_processes
     # All processes run equally many batches, or a sharded model would deadlock.

@@ -171,6 +171,14 @@ def test_other_data_may_be_evaluated(tmp_path):
     assert 0 < trainer.predict(rows).metrics["test_loss"] < math.inf
 
 
+def test_rows_without_numbers_are_examined(tmp_path):
+    from steer_optim.vlm.examination import examine
+
+    trainer = make_trainer(tmp_path)
+    _, records = examine(trainer, trainer.model, Dataset.from_list(make_rows()[:3]))
+    assert [record["row"] for record in records] == [0, 1, 2]
+
+
 def test_outputs_come_with_the_loss_if_asked_for(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=1)
     batches = recorded(trainer)
