@@ -177,10 +177,9 @@ def log_target(term: Term, log_probs: Mapping[str, Tensor], floor: float | None,
             log_q = log_q.clamp(min=math.log(floor))
         parts.append(log_q if coefficient == 1 else coefficient * log_q)
     normalised = list(term.target.values()) == [1] and (floor is None or not term.floored)
-    if normalised:
-        return parts[0]
     total = reduce(torch.add, parts)
-    return (total if empty is None else total.masked_fill(empty, ABSENT)).log_softmax(-1)
+    total = total if empty is None else total.masked_fill(empty, ABSENT)
+    return total if normalised else total.log_softmax(-1)
 
 
 def token_losses(

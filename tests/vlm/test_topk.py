@@ -205,6 +205,16 @@ def test_a_target_of_any_coefficients_puts_no_mass_on_empty_slots(term, floor):
     assert_close(found, meant, **EXACT)
 
 
+@pytest.mark.parametrize("loss", ["std", "forward", "jsd"])
+def test_a_server_that_gives_the_whole_vocabulary_gives_the_full_losses(loss):
+    """The tail is empty: what rounding gives it must not meet a student that has none."""
+    student, teacher = torch.randn(2, 5, 6, dtype=torch.float64)
+    sent, terms = with_slots(teacher, torch.arange(6).expand(5, 6)), {loss: TERMS[loss]}
+    found = token_losses({"student": student, "teacher": sent}, terms=terms)[loss]
+    meant = token_losses({"student": student, "teacher": teacher}, terms=terms)[loss]
+    assert_close(found, meant, rtol=1e-5, atol=1e-6)  # the floor of a tail is 1e-7
+
+
 @pytest.mark.parametrize("k", [6, 9])
 @pytest.mark.parametrize(("term", "floor"), GAIN)
 def test_the_top_ids_of_the_whole_vocabulary_give_the_full_losses(term, floor, k):
