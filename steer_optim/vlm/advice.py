@@ -147,11 +147,11 @@ def advise(found: Findings) -> str:
 
 
 def _dose(geometry: Geometry, gamma: float) -> float:
-    """Return the angle between ``std`` and ``std + gamma * vis``, in degrees."""
+    """Return the angle between ``std`` and ``std + gamma * vis``, in degrees; 0 if there is nothing to learn."""
     G = geometry.G.double()
     steered = torch.tensor([1.0, gamma, 0.0], dtype=G.dtype, device=G.device)
     cosine = (G[0] @ steered) / (G[0, 0] * (steered @ G @ steered)).sqrt()
-    return math.degrees(math.acos(float(cosine.clamp(-1, 1))))
+    return math.degrees(math.acos(float(cosine.nan_to_num(1.0).clamp(-1, 1))))
 
 
 def _mean(geometries: Sequence[Geometry], read: Any) -> float:

@@ -17,10 +17,10 @@ from datasets import Dataset, DatasetDict
 from PIL import Image
 from preloaded import preloaded
 from safetensors.torch import load_file
-from tiny_trainer import make_model, make_processor, make_rows
+from tiny_trainer import make_model, make_processor, make_rows, make_trainer
 from toys import assert_equal
 
-from steer_optim.vlm.advice import Findings, advise
+from steer_optim.vlm.advice import Findings, advise, investigate
 from steer_optim.vlm.data import ROW, conversation, numbered
 from steer_optim.vlm.train import DataArguments, check_settings, last_checkpoint, load, main
 from tests.vlm.zoo import Zoo
@@ -259,6 +259,13 @@ def test_measuring_trains_nothing_and_advises(folder, tmp_path, capsys):
     (tmp_path / "run" / "checkpoint-1" / "trainer_state.json").write_text('{"global_step": 1}')
     (tmp_path / "run" / "run.json").write_text("{}")
     assert main([*arguments(folder, tmp_path / "run", gamma=3.0), "--measure_only"]) == 0  # of a trained run, too
+
+
+def test_a_batch_with_nothing_to_learn_has_no_dose(tmp_path):
+    """Such as one whose responses were all dropped: the mean over batches stays a number."""
+    trainer = make_trainer(tmp_path, teacher=make_model(seed=0))
+    found, _ = investigate(trainer, numbered(make_rows()[:2]))
+    assert found.dose == 0
 
 
 def test_the_advice_is_that_of_the_page():
