@@ -508,10 +508,12 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
                 "teacher_model_init_kwargs and teacher_model_revision are not read if the teacher is loaded already: "
                 "leave them out, or pass its path"
             )
-        sizes = [m.config.get_text_config().vocab_size for m in (self.accelerator.unwrap_model(self.model), teacher)]
-        if sizes[0] != sizes[1]:
+        models = self.accelerator.unwrap_model(self.model), teacher
+        own, theirs = (model.config.get_text_config().vocab_size for model in models)
+        if own > theirs or (own < theirs and own < len(self._tokenizer)):
             raise ValueError(
-                f"the student has {sizes[0]} tokens and the teacher {sizes[1]}: both must have one vocabulary"
+                f"the student has {own} tokens, the teacher {theirs} and the tokenizer {len(self._tokenizer)}: both "
+                "must have one vocabulary; only the teacher may have further rows of padding"
             )
         return teacher
 

@@ -420,6 +420,20 @@ def test_a_teacher_with_other_tokens_or_none_is_refused(tmp_path):
         make_trainer(tmp_path, teacher=other)
 
 
+@pytest.mark.filterwarnings("ignore:The new embeddings will be initialized")
+def test_a_teacher_may_have_rows_of_padding(tmp_path):
+    """As Qwen2.5-VL-7B has, and its student of 3B has not."""
+    trained = []
+    for rows in (0, 64):
+        teacher = make_model(seed=1, hidden_size=32)
+        if rows:
+            teacher.resize_token_embeddings(rows)
+        trainer = make_trainer(tmp_path / str(rows), teacher=teacher, max_steps=1)
+        trainer.train()
+        trained.append(trainer.model.state_dict())
+    assert_equal(*trained)
+
+
 @pytest.mark.parametrize(
     "option", [{"teacher_model_init_kwargs": {"dtype": "bfloat16"}}, {"teacher_model_revision": "v2"}]
 )
