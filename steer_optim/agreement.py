@@ -43,6 +43,7 @@ class Agreement:
         parameters: Sequence[Tensor],
         *,
         read: bool,
+        all_read: bool,
         values: bool,
     ) -> None:
         """Compare this replica with the others; collective.
@@ -53,13 +54,14 @@ class Agreement:
             memory: tensors that must be equal.
             parameters: of this replica.
             read: whether the host waits for the result. Otherwise the next call that reads reports it.
+            all_read: whether the hosts of all replicas do.
             values: whether the values of the parameters must be equal, checked at first and after a change of them.
 
         Raises:
             ValueError: on every replica, if they differ.
         """
-        if not self.knows(parameters):
-            self._seen, self._compared, self.averages = tuple(map(id, parameters)), False, None
+        if self._seen != (seen := tuple(map(id, parameters))):
+            self._seen, self._compared, self.averages = seen, False, None
         device = parameters[0].device
         none = torch.zeros((), dtype=torch.int64, device=device)
         sums = [int(not self._compared), *(zlib.crc32(fact.encode()) for fact in facts.values())]
@@ -69,8 +71,9 @@ class Agreement:
         weights = self._weights if read else 0
         mine = torch.stack([*numbers, digest, none + weights, none + self._update, none + self._trouble])
         extremes = _extremes(mine, group)
+        trouble = (extremes[0, 1:] != extremes[1, 1:]).any() | mine[-1]
         if not read:
-            self._trouble = (extremes[0, 1:] != extremes[1, 1:]).any() | mine[-1]
+            self._trouble = trouble
             return
         self._trouble = self._update = 0
         highest, lowest = extremes.tolist()
@@ -80,6 +83,9 @@ class Agreement:
                     f"the replicas differ in {what}; this one has {fact}. Make them equal on all; pass None for a "
                     "component that a replica lacks"
                 )
+        if not all_read and not lowest[0]:  # only some read, after a load: the next Gramian compares, on all
+            self._trouble, self._update = trouble, mine[-2]
+            return
         if highest[-4] != lowest[-4]:
             raise ValueError(
                 "the replicas differ in the memory of the rule, perhaps because only some loaded a checkpoint: load "
@@ -93,8 +99,9 @@ class Agreement:
         if highest[-2] != lowest[-2] or highest[-1]:
             raise ValueError(
                 "the replicas differ in the update of a step between two refreshes: something that averaged the "
-                "gradients of a plain backward pass no longer does. Let DistributedDataParallel synchronize in the "
-                "last backward pass of every step, or set refresh_every=1"
+                "gradients of a plain backward pass no longer does, or only some loaded a checkpoint. Let "
+                "DistributedDataParallel synchronize in the last backward pass of every step, or set refresh_every=1; "
+                "load the optimizer's state on all"
             )
         if highest[0]:  # on any of them
             differing = _differing([_bits(p) for p in parameters], group) if values else []
@@ -106,6 +113,10 @@ class Agreement:
                     "start from the same values"
                 )
             self._compared = True
+
+    def forget(self) -> None:
+        """Compare the parameters again, after a load; forget the weights of before."""
+        self._compared, self._weights, self._trouble = False, 0, 0
 
     def knows(self, parameters: Sequence[Tensor]) -> bool:
         """Return whether these parameters were compared."""

@@ -305,7 +305,8 @@ class Steering:
 
     def _adopt(self, memory: Memory) -> None:
         """Continue from a memory that `_read` returned."""
-        self._memory, self._agreement, self._functions = memory, Agreement(), None
+        self._memory, self._functions = memory, None
+        self._agreement.forget()
         self.drop_pending()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -378,7 +379,13 @@ class Steering:
             remembered = [*self._memory.state.values(), *([] if last is None else [last.geometry.weights])]
             for group in step.peers:
                 self._agreement.check(
-                    group, self._facts(step), remembered, step.parameters, read=read, values=not sharded
+                    group,
+                    self._facts(step),
+                    remembered,
+                    step.parameters,
+                    read=read,
+                    all_read=sharded or step.isolated,
+                    values=not sharded,
                 )
         return step.hold()
 

@@ -147,6 +147,27 @@ def test_memory_that_was_loaded_on_one_rank_only(refresh_every):
     assert_same_bits(whole(model.parameters()))
 
 
+@processes(2, loaded_before=[1, 2, 4, 5], other=[False, True])
+def test_a_load_on_one_rank_between_refreshes(loaded_before, other):
+    """The state that it has already changes nothing; that of another run is refused at the next Gramian."""
+    model, other_model = replicated(), replicated()
+    optimizer, elsewhere = (
+        steered(m, GradVac(beta=0.3), data_parallel=True, refresh_every=4) for m in (model, other_model)
+    )
+    train(model, optimizer, steps=range(loaded_before))
+    train(other_model, elsewhere, steps=range(1, 1 + loaded_before))
+    if dist.get_rank() == 0:
+        optimizer.load_state_dict(copy.deepcopy((elsewhere if other else optimizer).state_dict()))
+    refresh = -(-loaded_before // 4) * 4
+    if other:
+        train(model, optimizer, steps=range(loaded_before, refresh))
+        optimizer.zero_grad()
+        refused(optimizer, model, "the replicas differ in the memory of the rule")
+    else:
+        train(model, optimizer, steps=range(loaded_before, refresh + 2))
+        assert_trained_alike(model, train_alone(GradVac(beta=0.3), steps=range(refresh + 2), refresh_every=4))
+
+
 @processes(2)
 def test_checkpoints_of_other_steps():
     """One rank would take a Gramian, the other reuse weights."""

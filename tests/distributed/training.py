@@ -52,10 +52,10 @@ def train(
         optimizer.step()
 
 
-def train_alone(rule: Rule | None = None, **options) -> nn.Sequential:
+def train_alone(rule: Rule | None = None, steps: Iterable[int] = range(4), **options) -> nn.Sequential:
     """What comes out of one process with the whole batch."""
     model = make_model()
-    train(model, steered(model, rule, data_parallel=False, **options), rows=lambda x: x)
+    train(model, steered(model, rule, data_parallel=False, **options), rows=lambda x: x, steps=steps)
     return model
 
 
