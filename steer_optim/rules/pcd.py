@@ -40,7 +40,8 @@ class PCD(Rule):
     thousandth of the summed norms of its terms). If no direction meets all constraints (two antiparallel secondaries),
     all are dropped and the update is :math:`g_1`.
 
-    State: ``sq_norms`` ``(S, k)``, the averages :math:`v_i`, from 0.
+    State: ``sq_norms`` ``(S, k)``, the averages :math:`v_i`, from 0. They are of the gradients as they come: when a
+    gradient scaler changes its factor, the averages weigh the steps before by the old one.
 
     Args:
         primary: the component to follow.
