@@ -291,14 +291,20 @@ class Steering:
         """Load the result of :meth:`state_dict`, and drop pending micro-batches; ``{}`` resets the rule.
 
         Raises:
-            ValueError: the memory is that of another rule or scope, or damaged. Then nothing is changed.
+            ValueError: there is no memory in the state dict, or it is that of another rule or scope, or damaged. Then
+                nothing is changed.
         """
         self._adopt(self._read(state_dict))
 
     def _read(self, state_dict: Mapping[str, Any]) -> Memory:
         """Check and return the memory in a state dict, for `_adopt`."""
-        if memory.KEY not in state_dict:
+        if state_dict == {}:
             return Memory()
+        if memory.KEY not in state_dict:
+            raise ValueError(
+                f"this is not the state dict of a Steering: it has no {memory.KEY!r}, only "
+                f"{', '.join(map(repr, state_dict))}. That of a SteeredOptimizer has it in its param_groups[0]"
+            )
         text, scopes = state_dict[memory.KEY], len(self._scopes())
         device = next((p.device for p in self._parameters() if p.device.type != "meta"), torch.device("cpu"))
         return memory.unpack(text, owner=self._owner(), rule=self.rule, scopes=scopes, device=device)
@@ -453,7 +459,8 @@ class Steering:
         if unknown and self._memory.names:
             raise ValueError(
                 f"component {unknown[0]!r} is unknown: this steering has {', '.join(map(repr, known))}, the "
-                "components of its first step. Name all of them in that step, None for those that are absent"
+                "components of its first step. Name all of them in that step, None for those that are absent; "
+                "load_state_dict({}) of the Steering forgets them, and the rule's memory"
             )
         names = (*known, *unknown)
         if not accumulate:

@@ -142,6 +142,11 @@ def test_a_name_that_is_not_one_of_the_first_step(rule, way):
         getattr(optimizer, way)({"std": X.sum(), "viz": X[0]})
     assert X.grad is None
     optimizer.backward_components({"vis": X[0], "std": X.sum()})
+    with pytest.raises(ValueError, match=re.escape("load_state_dict({}) of the Steering forgets them")):
+        getattr(optimizer, way)({"std": X.sum(), "viz": X[0]})
+    optimizer.steering.load_state_dict({})
+    optimizer.rule = Sum()
+    assert optimizer.backward_components({"std": X.sum(), "viz": X[0]}).names == ("std", "viz")
 
 
 def test_hooks_that_step_in_the_backward_pass():

@@ -114,6 +114,17 @@ def test_a_copy_is_independent():
     assert steering.state_dict() == before != other.state_dict()
 
 
+def test_the_state_of_something_else_does_not_reset_the_rule():
+    model = network()
+    steering, optimizer = Steering(model.parameters(), GradVac()), steered(model.parameters(), GradVac())
+    steering.backward_components(conflicting(model(batch())))
+    before = steering.state_dict()
+    for other in (optimizer, optimizer.inner, model):
+        with pytest.raises(ValueError, match="not the state dict of a Steering: it has no 'steer_optim', only '"):
+            steering.load_state_dict(other.state_dict())
+    assert steering.state_dict() == before
+
+
 # Several steerings over one loss
 
 
