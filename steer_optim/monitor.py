@@ -165,8 +165,15 @@ class Monitor:
         return self.history()
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Continue from a record; drop what was recorded here before."""
+        """Continue from a record; drop what was recorded here before.
+
+        Raises:
+            ValueError: it is not the record of a monitor. Then nothing is changed.
+        """
         columns = {name: torch.as_tensor(c, dtype=torch.float64, device="cpu") for name, c in state_dict.items()}
+        shapes = {name: tuple(column.shape) for name, column in columns.items()}
+        if "step" not in shapes or set(shapes.values()) != {(columns["step"].numel(),)}:
+            raise ValueError(f"a record has 'step' and other columns of the same length; got shapes {shapes}")
         self._steps = columns.pop("step").long().tolist()
         self._columns, self._pending = columns, []
 

@@ -200,6 +200,20 @@ def test_a_state_dict_is_a_snapshot():
     assert all(torch.equal(state[key], kept[key]) for key in kept)
 
 
+@pytest.mark.parametrize(
+    "record",
+    [{}, {"weight": torch.ones(2, 2)}, {"step": [0, 1], "steer/norm/a": [1.0]}, {"step": [[0]]}, {"step": 3}],
+    ids=["empty", "another", "ragged", "nested", "number"],
+)
+def test_what_is_no_record_is_refused_and_changes_nothing(record):
+    monitor = Monitor()
+    monitor.record(Geometry(("a",), torch.ones(1, 1).double(), torch.ones(1).double()))
+    before = monitor.history()
+    with pytest.raises(ValueError, match="a record has 'step' and other columns of the same length; got shapes"):
+        monitor.load_state_dict(record)
+    assert str(monitor.history()) == str(before)
+
+
 def test_empty():
     assert list(Monitor().history()) == ["step"]
     monitor = Monitor()
