@@ -122,8 +122,10 @@ def _checked(record: dict[str, Any], rule: Rule, scopes: int, device: torch.devi
         if isinstance(rule, Weighting):  # do not call its function, which is the user's
             for random in state["random"]:
                 torch.Generator().set_state(random.clone())
-        elif not rule(G[: max(map(len, state.values()))], names, state)[0].isfinite().all():
-            raise ValueError("the rule finds no finite weights with this state")
+        else:
+            probe = G[: max(map(len, state.values()))]
+            if rule(probe, names)[0].isfinite().all() and not rule(probe, names, state)[0].isfinite().all():
+                raise ValueError("the rule finds no finite weights with this state")
     last = None
     if "last" in record:
         shapes = {"G": (k, k), "weights": (k,), "previous_norms": (k,), "scale": ()}

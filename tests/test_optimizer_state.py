@@ -212,6 +212,18 @@ def test_half_precision_and_large_counters_survive_as_they_are():
     assert_equal(other.steering._memory.state, optimizer.steering._memory.state)
 
 
+def test_a_rule_without_finite_weights_for_orthogonal_gradients_is_resumed():
+    class Counted(PCGrad):
+        def update(self, G, names, state):
+            return (1 / G[:, 0, 1:2]).expand(-1, len(names)), {"draws": state["draws"] + 1}
+
+    model, optimizer = make(Counted())
+    train(steer_step, optimizer, model, range(1))
+    _, other = make(Counted())
+    other.load_state_dict(through_file(optimizer.state_dict()))
+    assert memory(other) == memory(optimizer)
+
+
 def test_a_tensor_that_is_frozen_and_thaws_keeps_its_row():
     """The parameters that require grad change; whose memory is whose must not."""
     model, optimizer = make(PCGrad(), scope="tensor")
