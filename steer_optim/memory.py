@@ -153,5 +153,7 @@ def _unpack(name: str, packed: Any, shape: Sequence[int], rows: int | None = Non
         inner = inner[0] if inner else None
     fits = found == list(shape) if rows is None else found[1:] == list(shape[1:]) and found[:1] <= [rows]
     if not fits:
-        raise ValueError(f"{name} has shape {tuple(found)}; it should be {tuple(shape)}")
+        more = rows is not None and found[1:] == list(shape[1:])
+        why = "; parameter groups, and tensors, may be added but not removed" if more else ""
+        raise ValueError(f"{name} has shape {tuple(found)}; it should be {tuple(shape)}{why}")
     return torch.tensor(value, dtype=getattr(torch, str(dtype).removeprefix("torch.")), device="cpu")

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from toys import assert_equal, bare_step, components, make_model, memory, steer_step, train, weights
 
-from steer_optim import SteeredOptimizer
+from steer_optim import SteeredOptimizer, Steering
 from steer_optim.rules import PCD, GradVac, PCGrad, Steer, Sum
 
 STATEFUL = {"PCGrad": PCGrad, "GradVac": lambda: GradVac(beta=0.5), "PCD": lambda: PCD("a", tau=0.5, beta=0.9)}
@@ -171,6 +171,14 @@ def test_the_memory_of_another_rule_or_scope_is_refused_before_anything_changes(
     with pytest.raises(ValueError, match="memory of GradVac, scope='model'"):
         other.load_state_dict(optimizer.state_dict())
     assert not other.state
+
+
+def test_the_memory_of_more_groups_is_refused_by_that_name():
+    model, optimizer = make(PCGrad(), scope="group")
+    train(steer_step, optimizer, model, range(1))
+    fewer = Steering(model.parameters(), PCGrad(), scope="group")
+    with pytest.raises(ValueError, match="parameter groups, and tensors, may be added but not removed"):
+        fewer.load_state_dict(optimizer.steering.state_dict())
 
 
 def test_a_rule_without_memory_loads_into_any_other():
