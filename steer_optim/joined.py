@@ -32,6 +32,8 @@ class _Join(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[None, None, None]:
         """Steer; the anchor gets no gradient."""
+        if torch.is_grad_enabled():
+            raise RuntimeError("create_graph=True is not supported: the steered gradients have no graph of their own")
         _ = ctx.saved_tensors
         ctx.steer(scale=scale, retain_graph=torch._C._autograd._get_current_graph_task_keep_graph())
         return None, None, None

@@ -137,6 +137,13 @@ def test_a_second_backward_pass_needs_the_graph_retained_and_adds():
     assert_equal(gradients(model), [2 * g for g in once])
 
 
+def test_a_graph_of_the_steered_gradients_is_refused():
+    model, optimizer = make()
+    with pytest.raises(RuntimeError, match="create_graph=True is not supported"):
+        optimizer.join(components(model, 0)).backward(create_graph=True)
+    assert gradients(model) == [None, None]
+
+
 def test_without_gradients_it_is_the_plain_sum():
     model, optimizer = make()
     with torch.no_grad():

@@ -103,6 +103,8 @@ def conversation(row: Mapping[str, Any]) -> list[dict[str, Any]]:
         images = row.get("images")
         if images is None or (isinstance(images, Sequence) and not images):
             images = row.get("image")
+        elif row.get("image") is not None:
+            raise ValueError("it has images in both columns, images and image: keep one")
         images = [] if images is None else images if isinstance(images, (list, tuple)) else [images]
         images = [picture(image, root) for image in images]
         for message in messages:

@@ -27,7 +27,7 @@ from torch import Tensor
 try:
     import trl
     from accelerate.utils import broadcast_object_list, gather_object, is_peft_model
-    from transformers import PreTrainedModel, ProcessorMixin, TrainerState
+    from transformers import ImageProcessingMixin, PreTrainedModel, ProcessorMixin, TrainerState
     from trl import DistillationConfig, DistillationTrainer
     from trl.trainer.utils import RepeatSampler, create_model_from_path
 except ModuleNotFoundError as error:
@@ -48,6 +48,7 @@ from steer_optim.vlm.rollout import evaluating
 
 TESTED = "1.16"
 _METRICS = "steer_optim metrics"  # in a checkpoint
+_PIXELS = ("image_mean", "image_std", "rescale_factor", "patch_size", "temporal_patch_size", "merge_size")
 _COUNTS = ["refresh_every", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"]
 
 if trl.__version__.rsplit(".", 1)[0] != TESTED:
@@ -502,6 +503,7 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
             options |= self.args.teacher_model_init_kwargs or {}
             if self.accelerator.num_processes > 1:
                 options["device_map"] = None
+            self._check_pixels(teacher)
             teacher = create_model_from_path(teacher, **options)
         elif self.args.teacher_model_init_kwargs or self.args.teacher_model_revision:
             raise ValueError(
@@ -516,6 +518,22 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
                 "must have one vocabulary; only the teacher may have further rows of padding"
             )
         return teacher
+
+    def _check_pixels(self, teacher: str) -> None:
+        """Raise ValueError if the teacher's processor makes other pixels: the teacher gets those of the student's."""
+        try:
+            revision = self.args.teacher_model_revision or "main"
+            theirs, _ = ImageProcessingMixin.get_image_processor_dict(teacher, revision=revision)
+        except OSError:  # it has no processor
+            return
+        own = self.processing_class.image_processor.to_dict()
+        for name in _PIXELS:
+            values = [x[name] if not isinstance(x[name], tuple) else [*x[name]] for x in (own, theirs) if x.get(name)]
+            if len(values) == 2 and values[0] != values[1]:
+                raise ValueError(
+                    f"{name} of the images is {values[0]} for the student and {values[1]} for {teacher}, which would "
+                    "see other images: take a teacher whose processor makes the same pixels"
+                )
 
     def _frozen(self, model: Any) -> Any:
         """Return the frozen model, on its device or sharded."""
@@ -577,6 +595,9 @@ def refuse(args: SteeredDistillationConfig) -> None:
         # TRL's sampler goes on as before, and rows would be left out.
         "auto_find_batch_size": (args.auto_find_batch_size, "set per_device_train_batch_size"),
         "split_batches": (args.accelerator_config.split_batches, "set per_device_train_batch_size"),
+        "label_smoothing_factor": (args.label_smoothing_factor != 0, "leave it out, as there are no labels"),
+        "data_seed": (args.data_seed not in (None, args.seed), "pass it as seed"),
+        "train_sampling_strategy": (args.train_sampling_strategy != "random", "leave it out: rows are shuffled"),
         "remove_unused_columns": (bool(args.remove_unused_columns), "leave it out, as messages would be removed, too"),
     }
     reasons |= {f"parallelism_config.{name}_size={n}": (n > 1, "use FSDP2") for name, n in axes.items()}

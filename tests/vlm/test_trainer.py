@@ -3,6 +3,7 @@
 import datetime
 import math
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy
@@ -16,7 +17,7 @@ pytest.importorskip("trl")
 import tiny_trainer
 from datasets import Dataset
 from PIL import Image
-from tiny_trainer import make_model, make_rows, make_trainer, plain_loop, recorded
+from tiny_trainer import make_model, make_processor, make_rows, make_trainer, plain_loop, recorded
 
 from steer_optim.vlm.data import ROW, Rows, answer, conversation, numbered, picture
 from steer_optim.vlm.trainer import MicroBatch, SteeredDistillationConfig, SteeredDistillationTrainer
@@ -262,6 +263,12 @@ def test_images_of_16_bits_keep_their_range(mode):
     assert [picture(deep).getpixel((x, 0)) for x in (0, 1)] == [(117, 117, 117), (255, 255, 255)]
 
 
+def test_a_row_with_two_columns_of_images_is_refused():
+    red = Image.new("RGB", (8, 8), "red")
+    with pytest.raises(ValueError, match="images in both columns, images and image"):
+        conversation({"prompt": "what", "images": [red], "image": red})
+
+
 def test_images_without_a_place_come_first():
     red, say = Image.new("RGB", (8, 8), "red"), {"type": "text", "text": "what"}
     for content in ("what", [say]):
@@ -320,6 +327,9 @@ REFUSED = {
     "batch size": ({"auto_find_batch_size": True}, "auto_find_batch_size is not supported"),
     "split": ({"accelerator_config": {"split_batches": True}}, "split_batches is not supported"),
     "columns": ({"remove_unused_columns": True}, "remove_unused_columns is not supported"),
+    "labels": ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is not supported"),
+    "data seed": ({"data_seed": 7}, "data_seed is not supported.*: pass it as seed"),
+    "order": ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy is not supported"),
     "float16": ({"fp16": True}, "float16 is not supported"),
     "beta": ({"beta": 0.5}, "use --decomposition forward"),
     "two temperatures": ({"generation_kwargs": {"temperature": 0.5}}, "sample at temperature 0.5, losses at 1.0"),
@@ -418,6 +428,18 @@ def test_a_teacher_with_other_tokens_or_none_is_refused(tmp_path):
     other.resize_token_embeddings(7)
     with pytest.raises(ValueError, match="both must have one vocabulary"):
         make_trainer(tmp_path, teacher=other)
+
+
+def test_a_teacher_that_would_see_other_pixels_is_refused(tmp_path):
+    processor = make_processor()
+    for mean, refused in ((None, False), (0.25, True)):
+        folder = tmp_path / str(mean)
+        make_model(seed=1, hidden_size=32).save_pretrained(folder)
+        if mean is not None:
+            processor.image_processor.image_mean = [mean] * 3
+        processor.save_pretrained(folder)
+        with pytest.raises(ValueError, match="image_mean of the images is ") if refused else nullcontext():
+            make_trainer(tmp_path / "out", teacher=str(folder))
 
 
 @pytest.mark.filterwarnings("ignore:The new embeddings will be initialized")
