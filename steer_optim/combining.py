@@ -107,8 +107,8 @@ def write(update: Gradients, *, in_place: bool) -> None:
 
     Args:
         update: by parameter.
-        in_place: whether a dense ``.grad`` keeps its memory. Not if two share it, as autograd's own do after
-            ``a.view(2, 2) + b.view(2, 2)``.
+        in_place: whether a dense ``.grad`` keeps its memory. Not if elements share it, as in autograd's own after
+            ``a.view(2, 2) + b.view(2, 2)``, or in an expanded one.
     """
     existing = {p: p.grad for p in update if p.grad is not None}
     before = [(p, existing.get(p)) for p in update]
@@ -121,22 +121,21 @@ def write(update: Gradients, *, in_place: bool) -> None:
     for members in kinds.values():
         torch._foreach_add_([update[p] for p in members], [existing[p] for p in members])
     dense = [p for members in kinds.values() for p in members]
-    in_place = in_place and _apart(existing[p] for p in dense)
-    kept = [existing[p].detach() for p in dense if in_place]
-    saved = [gradient.clone() for gradient in kept]
+    kept = dict.fromkeys(dense if in_place and _apart(existing[p] for p in dense) else ())
     try:
-        if kept:
-            torch._foreach_copy_(kept, [update[p] for p in dense])
-            update |= {p: existing[p] for p in dense}
-        put_back(update.items())
+        put_back((p, gradient) for p, gradient in update.items() if p not in kept)
     except BaseException:
-        if kept:
-            torch._foreach_copy_(kept, saved)
         put_back(before)
         raise
+    if kept:
+        torch._foreach_copy_([existing[p].detach() for p in kept], [update[p] for p in kept])
 
 
 def _apart(gradients: Iterable[Tensor]) -> bool:
-    """Return whether no two dense gradients share memory."""
-    ranges = sorted((str(g.device), g.data_ptr(), g.data_ptr() + g.nbytes) for g in gradients if g.numel())
+    """Return whether each element of some dense gradients has memory of its own, which can be written to."""
+    full = [g for g in gradients if g.numel()]
+    spans = [g.element_size() * (1 + sum((n - 1) * s for n, s in zip(g.shape, g.stride(), strict=True))) for g in full]
+    if any(g.nbytes > span or g.is_conj() or g.is_neg() for g, span in zip(full, spans, strict=True)):
+        return False
+    ranges = sorted((str(g.device), g.data_ptr(), g.data_ptr() + n) for g, n in zip(full, spans, strict=True))
     return all(a[0] != b[0] or a[2] <= b[1] for a, b in pairwise(ranges))

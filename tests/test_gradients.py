@@ -21,7 +21,7 @@ from steering import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from steer_optim import VGS, Steer, Weighting, combining, measure
+from steer_optim import VGS, Steer, Sum, Weighting, combining, measure
 
 # 14. Kinds of parameters and gradients
 
@@ -158,6 +158,24 @@ def test_an_existing_gradient_keeps_its_memory(refresh_every):
             conflicting(model(batch)), model.parameters()
         )
         assert_close(buffer, expected)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (torch.ones(()).expand(3), torch.ones(3)),
+        (torch.ones(3), torch.full((3,), -1j).conj().imag),
+        (torch.ones(6)[::2], torch.ones(3)),
+        ((buffer := torch.ones(6))[::2], buffer[2:5]),
+    ],
+    ids=["expanded", "negated", "strided", "overlapping"],
+)
+def test_an_existing_gradient_that_cannot_keep_its_memory_is_replaced(first, second):
+    x, y = (nn.Parameter(torch.ones(3, dtype=g.dtype)) for g in (first, second))
+    x.grad, y.grad = first, second
+    steered([x, y], Sum()).backward_components({"a": 2 * x.sum(), "b": 3 * y.sum()})
+    assert x.grad.tolist() == [3.0] * 3
+    assert y.grad.tolist() == [4.0] * 3
 
 
 def test_an_existing_gradient_is_unchanged_if_writing_fails(monkeypatch):
