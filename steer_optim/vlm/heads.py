@@ -264,16 +264,19 @@ def _after(model: nn.Module) -> dict[str, Any]:
 
 
 def _reads(model: nn.Module, name: str) -> bool:
-    """Return whether the code of a model with a head has ``name``: LLaVA ignores the factor of its text model."""
+    """Return whether the code of a model with a head has ``name``, or is unknown.
+
+    LLaVA ignores the factor of its text model.
+    """
     owners = [x for x in model.modules() if callable(find := getattr(x, "get_output_embeddings", None)) and find()]
     classes = {each for x in owners for each in type(x).__mro__ if hasattr(each, "get_output_embeddings")}
-    sources = [text for each in classes if (text := _source(each))]
-    return not sources or any(name in text for text in sources)
+    unknown = any(vars(each).keys() & {"forward", "get_output_embeddings"} and not _source(each) for each in classes)
+    return unknown or any(name in _source(each) for each in classes)
 
 
 @cache
 def _source(kind: type) -> str:
-    """Return the code of a class; empty if there is none, as for the classes that FSDP2 makes."""
+    """Return the code of a class; empty if there is none, as in a notebook and for the classes that FSDP2 makes."""
     try:
         return inspect.getsource(kind)
     except (OSError, TypeError):

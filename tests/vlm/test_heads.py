@@ -84,6 +84,17 @@ def test_a_model_that_ignores_what_its_text_model_does_to_logits(name, wrapped):
     assert (Head.of(model).scale, Head.of(model).softcap) == (1.0, None)
 
 
+def test_a_model_without_source_does_to_logits_what_its_config_says():
+    def forward(self, hidden):
+        return self.lm_head(hidden) * self.config.logit_scale
+
+    methods = {"forward": forward, "get_output_embeddings": lambda self: self.lm_head}
+    kind = type("FromANotebook", (transformers.PreTrainedModel,), methods)
+    model = kind(transformers.CohereConfig(**_TEXT, logit_scale=0.25))
+    model.lm_head = nn.Linear(16, 7)
+    assert Head.of(model).scale == 0.25
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_vision_language_model_trains_through_its_states_as_through_its_logits(name):
     family = FAMILIES[name]()
