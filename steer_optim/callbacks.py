@@ -6,8 +6,8 @@ One function for each framework, called once before training:
 - :func:`watch_lightning` for Lightning,
 - :func:`watch_accelerator` for a loop under Accelerate.
 
-Each returns the :class:`~steer_optim.monitor.Monitor` that records every step under its number, from 1 on; those of the
-Trainer and of Accelerate warn if a step is not steered, as when the loss is not that of ``join``. The
+Each returns the :class:`~steer_optim.monitor.Monitor` that records every step under its number, from 1 on. Those of the
+Trainer and of Accelerate warn at steps before the first steered one, as when the loss is never that of ``join``. The
 framework saves it in checkpoints and restores it. The log gets the means over the steps since its last line, under the
 names of :mod:`steer_optim.monitor`: with ``refresh_every`` a single step often has no angle. ``join`` and
 ``backward_components`` without ``accumulate`` then ask the framework whether more micro-batches follow.
@@ -198,7 +198,7 @@ class _Watch:
     last: Geometry | None = None
 
     def record(self, step: int, *, stepped: bool = True) -> None:
-        """Record the last geometry, unless it is recorded already; warn if the optimizer stepped without one."""
+        """Record the last geometry, unless it is recorded already; warn if the optimizer stepped before the first."""
         geometry = None if self.steering is None else self.steering.geometry
         if geometry is None and stepped:
             warnings.warn(f"step {step} was not steered: let the loop backpropagate optimizer.join(...)", stacklevel=2)
