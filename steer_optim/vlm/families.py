@@ -145,7 +145,9 @@ def refuse(config: Any, batch: Mapping[str, Any]) -> None:
         reason = "it is an encoder-decoder, which takes prompt and response as separate inputs"
     if reason:
         raise ValueError(f"{type_of(config)!r} cannot be distilled on responses that follow their prompts: {reason}")
-    ids_BL = batch["input_ids"]
+    ids_BL, mask_BL = batch["input_ids"], batch.get("attention_mask")
+    if mask_BL is not None and mask_BL.shape == ids_BL.shape:
+        ids_BL = ids_BL.where(mask_BL.bool(), -1)  # some pad with a placeholder
     placed_B = torch.isin(ids_BL, torch.tensor(sorted(placeholder_ids(config)), device=ids_BL.device)).any(dim=1)
     if not family.mixed and len(placed_B.unique()) > 1:
         raise ValueError(

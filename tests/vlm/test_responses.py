@@ -73,6 +73,12 @@ def test_placeholders_without_pixels_are_refused(use):
         use(batch, response, CONFIG)
 
 
+def test_padding_with_a_placeholder_is_no_image():
+    batch = {"input_ids": torch.tensor([[20, 21, 22], [4, 4, 22]]), "attention_mask": torch.tensor([[1] * 3, [0, 0, 1]])}
+    view = append_response(batch, Rollout.of([[30], [31]], config=CONFIG), CONFIG)
+    assert view["input_ids"].tolist() == [[20, 21, 22, 30], [0, 0, 22, 31]]
+
+
 @pytest.mark.parametrize("config", [SimpleNamespace(model_type="llama"), SimpleNamespace(image_token_id=9)])
 def test_pixels_that_the_model_would_not_read_are_refused(config):
     """A language model takes pixels among other keywords, and sees no image."""
