@@ -21,7 +21,8 @@ from steer_optim.rules.weighting import Weighting
 KEY = "steer_optim"
 
 # Weights are reused if for each gradient |w_i| max_j ||g_j|| <= _AMPLIFIED ||update||, or its norm changed by at most a
-# factor _STEADY since the previous Gramian. Gradients cancel if the update is shorter than _ROUNDING max_j ||g_j||.
+# factor _STEADY since the previous Gramian. Gradients cancel if the update is shorter than _ROUNDING max_j ||g_j||,
+# unless the rule chose so: the plain sum is longer, and the update is longer than _ROUNDING max_j ||w_j g_j||.
 _AMPLIFIED, _STEADY, _ROUNDING = 10.0, 4.0, 1e-6
 
 
@@ -53,7 +54,9 @@ class Last:
         norms, weights = self.geometry.norms, self.geometry.weights
         amplified = weights.abs() * norms.max() > _AMPLIFIED * self.geometry.update_norm
         steady = (norms <= _STEADY * self.previous_norms) & (self.previous_norms <= _STEADY * norms)
-        cancelled = self.geometry.update_norm <= _ROUNDING * norms.max()
+        update, short = self.geometry.update_norm, _ROUNDING * norms.max()
+        by_choice = (self.geometry.sum_norm > short) & (update > _ROUNDING * (weights.abs() * norms).max())
+        cancelled = (update <= short) & ~by_choice
         return (weights.isfinite() & norms.isfinite() & (norms > 0) & (steady | ~amplified) & ~cancelled).all()
 
 

@@ -196,6 +196,13 @@ def test_the_step_after_one_whose_components_cancel_is_exact(rule, rest):
     assert min(lengths[5:]) > 1
 
 
+def test_weights_that_a_rule_makes_small_are_used_again():
+    x = nn.Parameter(torch.tensor([1.0, 2.0]).double())
+    optimizer = steered([x], Weighting(lambda G: torch.full((2,), 1e-9)), refresh_every=3)
+    ages = [optimizer.backward_components({"a": x.sum(), "b": x[0].square()}).age for _ in range(4)]
+    assert ages == [0, 1, 2, 0]
+
+
 @pytest.mark.parametrize("value", [0, -1, 2.0, "10", None, True])
 def test_a_bad_number_of_steps_is_refused(value):
     with pytest.raises(ValueError, match=r"an int of at least 1; got"):
