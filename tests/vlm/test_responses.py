@@ -74,7 +74,8 @@ def test_placeholders_without_pixels_are_refused(use):
 
 
 def test_padding_with_a_placeholder_is_no_image():
-    batch = {"input_ids": torch.tensor([[20, 21, 22], [4, 4, 22]]), "attention_mask": torch.tensor([[1] * 3, [0, 0, 1]])}
+    ids, mask = [[20, 21, 22], [4, 4, 22]], [[1, 1, 1], [0, 0, 1]]
+    batch = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
     view = append_response(batch, Rollout.of([[30], [31]], config=CONFIG), CONFIG)
     assert view["input_ids"].tolist() == [[20, 21, 22, 30], [0, 0, 22, 31]]
 
