@@ -6,7 +6,7 @@ The k sets of a step have the Gramian ``G[i, j] = <g_i, g_j>``, which is all tha
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -57,7 +57,7 @@ class Geometry:
     losses: Tensor | None = None
     scopes: tuple[str, ...] = ()
     age: int = 0
-    _update_norm: Tensor | None = None  # if G is of an earlier step
+    _update_norm: Tensor | None = field(default=None, repr=False)  # if G is of an earlier step
 
     @property
     def norms(self) -> Tensor:

@@ -274,3 +274,8 @@ def test_geometries_are_compared_by_identity():
     geometry = Geometry(("a",), torch.eye(1).double(), torch.ones(1).double())
     assert geometry in [geometry]
     assert geometry != dataclasses.replace(geometry)
+
+
+def test_a_geometry_shows_its_public_fields_only():
+    geometry = Geometry(("a",), torch.eye(1).double(), torch.ones(1).double())
+    assert "=None, scopes=(), age=0)" in repr(geometry)
