@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import ast
 import copy
+import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -526,10 +527,10 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
             theirs, _ = ImageProcessingMixin.get_image_processor_dict(teacher, revision=revision)
         except OSError:  # it has no processor
             return
-        own = self.processing_class.image_processor.to_dict()
+        own = json.loads(self.processing_class.image_processor.to_json_string())
         for name in _PIXELS:
-            values = [x[name] if not isinstance(x[name], tuple) else [*x[name]] for x in (own, theirs) if x.get(name)]
-            if len(values) == 2 and values[0] != values[1]:
+            values = own.get(name), theirs.get(name)
+            if all(values) and _numbers(values[0]) != _numbers(values[1]):
                 raise ValueError(
                     f"{name} of the images is {values[0]} for the student and {values[1]} for {teacher}, which would "
                     "see other images: take a teacher whose processor makes the same pixels"
@@ -579,6 +580,13 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
             low_BT |= log_p_BT.exp() < floor  # 1 where not scored
         counts: Tensor = self.accelerator.reduce(torch.stack([low_BT.sum(), response.scored_BT.sum()]))
         return float(counts[0] / counts[1].clamp(min=1))
+
+
+def _numbers(value: Any) -> list[Any]:
+    """Return the numbers of a setting of images; one if all are equal: 14 is also written [14, 14], or by name."""
+    values = [*value.values()] if isinstance(value, Mapping) else value
+    numbers = values if isinstance(values, list) else [values]
+    return numbers[:1] if len({*numbers}) == 1 else numbers
 
 
 def refuse(args: SteeredDistillationConfig) -> None:

@@ -20,7 +20,7 @@ from PIL import Image
 from tiny_trainer import make_model, make_processor, make_rows, make_trainer, plain_loop, recorded
 
 from steer_optim.vlm.data import ROW, Rows, answer, conversation, numbered, picture
-from steer_optim.vlm.trainer import MicroBatch, SteeredDistillationConfig, SteeredDistillationTrainer
+from steer_optim.vlm.trainer import MicroBatch, SteeredDistillationConfig, SteeredDistillationTrainer, _numbers
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_accelerate"),
@@ -440,6 +440,19 @@ def test_a_teacher_that_would_see_other_pixels_is_refused(tmp_path):
         processor.save_pretrained(folder)
         with pytest.raises(ValueError, match="image_mean of the images is ") if refused else nullcontext():
             make_trainer(tmp_path / "out", teacher=str(folder))
+
+
+@pytest.mark.parametrize(
+    ("own", "theirs", "equal"),
+    [
+        (14, {"height": 14, "width": 14}, True),
+        ([0.5, 0.5, 0.5], 0.5, True),
+        (14, {"height": 16, "width": 16}, False),
+        ([0.5, 0.4, 0.5], 0.5, False),
+    ],
+)
+def test_settings_of_images_are_compared_as_numbers(own, theirs, equal):
+    assert (_numbers(own) == _numbers(theirs)) == equal
 
 
 @pytest.mark.filterwarnings("ignore:The new embeddings will be initialized")
