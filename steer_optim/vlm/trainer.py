@@ -504,7 +504,7 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
             options |= self.args.teacher_model_init_kwargs or {}
             if self.accelerator.num_processes > 1:
                 options["device_map"] = None
-            self._check_pixels(teacher)
+            self._check_pixels(teacher, options["revision"])
             teacher = create_model_from_path(teacher, **options)
         elif self.args.teacher_model_init_kwargs or self.args.teacher_model_revision:
             raise ValueError(
@@ -520,10 +520,9 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
             )
         return teacher
 
-    def _check_pixels(self, teacher: str) -> None:
+    def _check_pixels(self, teacher: str, revision: str) -> None:
         """Raise ValueError if the teacher's processor makes other pixels: the teacher gets those of the student's."""
         try:
-            revision = self.args.teacher_model_revision or "main"
             theirs, _ = ImageProcessingMixin.get_image_processor_dict(teacher, revision=revision)
         except OSError:  # it has no processor
             return

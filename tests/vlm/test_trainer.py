@@ -442,6 +442,21 @@ def test_a_teacher_that_would_see_other_pixels_is_refused(tmp_path):
             make_trainer(tmp_path / "out", teacher=str(folder))
 
 
+def test_pixels_are_compared_at_the_revision_that_is_loaded(tmp_path, monkeypatch):
+    make_model(seed=1, hidden_size=32).save_pretrained(tmp_path)
+    read = []
+
+    class Processors:
+        @staticmethod
+        def get_image_processor_dict(name, revision):
+            read.append(revision)
+            return {}, {}
+
+    monkeypatch.setattr("steer_optim.vlm.trainer.ImageProcessingMixin", Processors)
+    make_trainer(tmp_path / "out", teacher=str(tmp_path), teacher_model_init_kwargs={"revision": "v2"})
+    assert read == ["v2"]
+
+
 @pytest.mark.parametrize(
     ("own", "theirs", "equal"),
     [
