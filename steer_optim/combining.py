@@ -121,14 +121,19 @@ def write(update: Gradients, *, in_place: bool) -> None:
     for members in kinds.values():
         torch._foreach_add_([update[p] for p in members], [existing[p] for p in members])
     dense = [p for members in kinds.values() for p in members]
-    kept = dict.fromkeys(dense if in_place and _apart(existing[p] for p in dense) else ())
+    in_place = in_place and _apart(existing[p] for p in dense)
+    kept = [existing[p].detach() for p in dense if in_place]
+    saved = [gradient.clone() for gradient in kept]
     try:
-        put_back((p, gradient) for p, gradient in update.items() if p not in kept)
+        if kept:
+            torch._foreach_copy_(kept, [update[p] for p in dense])
+            update |= {p: existing[p] for p in dense}
+        put_back(update.items())
     except BaseException:
+        if kept:
+            torch._foreach_copy_(kept, saved)
         put_back(before)
         raise
-    if kept:
-        torch._foreach_copy_([existing[p].detach() for p in kept], [update[p] for p in kept])
 
 
 def _apart(gradients: Iterable[Tensor]) -> bool:
