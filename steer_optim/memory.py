@@ -36,6 +36,7 @@ class Last:
         previous_norms: ``(k,)``, the norms at the Gramian before this one; 0 where there was none.
         scale: the factor on the losses (gradient scaler, division), summed over micro-batches.
         age: how many steps ago it was taken.
+        functions: what the rule calls, since two of them may look alike in its name; None if this was loaded.
     """
 
     rule: str
@@ -43,6 +44,7 @@ class Last:
     previous_norms: Tensor
     scale: Tensor
     age: int = 0
+    functions: tuple[Any, ...] | None = None
 
     def reusable(self) -> Tensor:
         """Return whether later steps may reuse the weights; a bool on the device.
@@ -55,8 +57,8 @@ class Last:
         amplified = weights.abs() * norms.max() > _AMPLIFIED * self.geometry.update_norm
         steady = (norms <= _STEADY * self.previous_norms) & (self.previous_norms <= _STEADY * norms)
         update, short = self.geometry.update_norm, _ROUNDING * norms.max()
-        by_choice = (self.geometry.sum_norm > short) & (update > _ROUNDING * (weights.abs() * norms).max())
-        cancelled = (update <= short) & ~by_choice
+        weighted = _ROUNDING * (weights.abs() * norms).max()
+        cancelled = (update <= short) & ((self.geometry.sum_norm <= short) | (update <= weighted))
         return (weights.isfinite() & norms.isfinite() & (norms > 0) & (steady | ~amplified) & ~cancelled).all()
 
 

@@ -114,7 +114,6 @@ class Steering:
         self.data_parallel = data_parallel
         self.refresh_every = refresh_every
         self._agreement = Agreement()
-        self._functions: list[Any] | None = None  # of the rule, when it gave the last weights; None if they were loaded
         _ALIVE.add(self)
 
     @property
@@ -311,7 +310,7 @@ class Steering:
 
     def _adopt(self, memory: Memory) -> None:
         """Continue from a memory that `_read` returned."""
-        self._memory, self._functions = memory, None
+        self._memory = memory
         self._agreement.forget()
         self.drop_pending()
 
@@ -412,8 +411,8 @@ class Steering:
                 return weights, Memory(names, state, None, Geometry(names, G, weights, losses, scopes))
             previous = G.new_zeros(len(names)) if old.last is None else old.last.geometry.norms
             kept = Geometry(names, G[0].clone(), weights[0].clone())  # the user may write to the other one
-            self._functions = self._called()
-            now = Last(self._reuse_key(), kept, previous.nan_to_num(0.0, 0.0), scale)
+            before = previous.nan_to_num(0.0, 0.0)
+            now = Last(self._reuse_key(), kept, before, scale, functions=self._functions())
             return weights, Memory(names, state, now, Geometry(names, G[0], weights[0], losses))
         exact = last.geometry
         length, most = G[:, 0].clamp(min=0).sqrt(), BOUND * exact.update_norm * scale / last.scale
@@ -428,7 +427,7 @@ class Steering:
         last = self._memory.last
         if last is None or last.age + 1 >= self.refresh_every or last.rule != self._reuse_key():
             return None
-        if self._functions is not None and [*map(id, self._functions)] != [*map(id, self._called())]:
+        if last.functions is not None and [*map(id, last.functions)] != [*map(id, self._functions())]:
             return None
         # Synchronizes once per refresh.
         return last if last.age or bool(last.reusable()) else None
@@ -494,9 +493,9 @@ class Steering:
         trainable = bytes(p.requires_grad for p in self._parameters())
         return f"{self._rule_key()}, trainable={zlib.crc32(trainable):08x}"
 
-    def _called(self) -> list[Any]:
-        """Return the functions that the rule calls: two of them may look alike in its key."""
-        return [value for value in vars(self.rule).values() if callable(value)]
+    def _functions(self) -> tuple[Any, ...]:
+        """Return the functions that the rule calls."""
+        return tuple(value for value in vars(self.rule).values() if callable(value))
 
     def _rule_key(self) -> str:
         """Return the rule with its hyperparameters, without addresses: the same in all processes."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from steer_optim.gramian import Geometry, measure
+from steer_optim.vlm.topk import check_mask
 
 
 def angles_by_decile(
@@ -51,8 +52,7 @@ def angles_by_decile(
     References:
         arXiv 2606.00564, Fig. 3 and Eq. 12.
     """
-    if mask_BT.dtype != torch.bool:
-        raise TypeError(f"mask_BT must be bool, True at response tokens; got {mask_BT.dtype}: pass mask.bool()")
+    check_mask(mask_BT)
     for name, value in {**token_losses, "vds_BT": vds_BT}.items():
         if value.shape != mask_BT.shape:
             raise ValueError(

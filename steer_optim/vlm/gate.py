@@ -21,6 +21,7 @@ from steer_optim.vlm.divergences import TERMS, View, check_temperature, refuse_n
 from steer_optim.vlm.engine import weighted_sums
 from steer_optim.vlm.heads import HiddenStates
 from steer_optim.vlm.rows import Rows, chunks, default_size
+from steer_optim.vlm.topk import check_mask
 
 
 def visual_dependency(
@@ -257,12 +258,6 @@ def adaptive_strength(vds_BT: Tensor, mask_BT: Tensor, *, group: dist.ProcessGro
     somewhat = visual_tokens(vds_BT, mask_BT, quantile=0.4, group=group)
     strongly = visual_tokens(vds_BT, mask_BT, quantile=0.7, group=group)
     return (somewhat.to(vds_BT.dtype) + strongly.to(vds_BT.dtype)) / 2
-
-
-def check_mask(mask_BT: Tensor) -> None:
-    """Raise TypeError unless the mask is bool: an integer one would select rows by number."""
-    if mask_BT.dtype != torch.bool:
-        raise TypeError(f"mask_BT must be bool, True at response tokens; got {mask_BT.dtype}: pass mask.bool()")
 
 
 def check_quantile(quantile: float) -> None:

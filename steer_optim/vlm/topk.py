@@ -213,8 +213,7 @@ def top_ids(
         tensor([[[ 1,  3],
                  [-1, -1]]])
     """
-    if mask_BT.dtype != torch.bool:
-        raise TypeError(f"mask_BT must be bool, True at response tokens; got {mask_BT.dtype}: pass mask.bool()")
+    check_mask(mask_BT)
     views = [student_BTV] if student_text_BTV is None else [student_BTV, student_text_BTV]
     for view in views:
         if view.shape[:-1] != mask_BT.shape or view.shape != student_BTV.shape or view.device != mask_BT.device:
@@ -260,6 +259,12 @@ def intersect(image: TopLogProbs, text: TopLogProbs) -> tuple[TopLogProbs, TopLo
     text_log_probs = text.log_probs_BTk.gather(-1, order.gather(-1, place)).masked_fill(~common, ABSENT)
     ids = image.ids_BTk.masked_fill(~common, -1)
     return TopLogProbs(ids, image.log_probs_BTk), TopLogProbs(ids, text_log_probs)
+
+
+def check_mask(mask_BT: Tensor) -> None:
+    """Raise TypeError unless the mask is bool: an integer one would select rows by number."""
+    if mask_BT.dtype != torch.bool:
+        raise TypeError(f"mask_BT must be bool, True at response tokens; got {mask_BT.dtype}: pass mask.bool()")
 
 
 def check_ids(ids: Tensor, vocabulary: int | None = None) -> None:
