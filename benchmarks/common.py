@@ -43,6 +43,7 @@ def take_turns(
     """Seconds of every step in each of ``repeats`` rounds, after ``warm_up`` rounds that are not counted."""
     order, names = random.Random(0), list(steps)
     times: dict[str, list[float]] = {name: [] for name in names}
+    frozen = gc.get_freeze_count()
     gc.freeze()  # what is there already need not be looked through every time
     for repeat in range(warm_up + repeats):
         for name in order.sample(names, len(names)):
@@ -53,7 +54,8 @@ def take_turns(
             synchronise()
             if repeat >= warm_up:
                 times[name].append(time.perf_counter() - start)
-    gc.unfreeze()
+    if not frozen:  # by the caller, as tests are
+        gc.unfreeze()
     return times
 
 

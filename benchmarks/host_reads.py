@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from benchmarks.workloads import make as make_workload
 READS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero")
 
 
+@cache
 def is_read(function: Any) -> bool:
     return any(name in str(function) for name in READS)
 

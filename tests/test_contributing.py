@@ -12,14 +12,14 @@ import steer_optim.contrib
 import steer_optim.rules
 from benchmarks.parity import CONFIGURATIONS
 from steer_optim import reference
-from steer_optim.rules import Rule, Sum, Weighting
+from steer_optim.rules import Sum, Weighting
 from steer_optim.vlm.distillation import DECOMPOSITIONS, DecomposedDistillation
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = (steer_optim.rules, steer_optim.contrib)
 FILES = [path for package in PACKAGES for path in sorted(Path(package.__file__).parent.glob("[a-z]*.py"))]
-RULES = [getattr(package, name) for package in PACKAGES for name in package.__all__]
-RULES = [rule for rule in RULES if inspect.isclass(rule) and issubclass(rule, Rule) and rule is not Rule]
+NAMES = [(package, name) for package in PACKAGES for name in package.__all__ if name not in ("Rule", "State")]
+RULES = [getattr(package, name) for package, name in NAMES]
 MAKE = (ROOT / "Makefile").read_text() + (ROOT / "benchmarks" / "gpu.py").read_text()
 BENCHMARKS = [path for path in sorted((ROOT / "benchmarks").glob("*.py")) if '"__main__"' in path.read_text()]
 

@@ -8,6 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+pytest.importorskip("transformers", minversion="5.23")
+
 from PIL import Image
 from tiny_llava import make_processor
 from torch import Tensor
