@@ -6,7 +6,7 @@ Nothing is trained. Dimensions: ``B`` prompts, ``T`` response tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import fmean, stdev
@@ -19,7 +19,7 @@ from steer_optim.vlm.distillation import Component, DecomposedDistillation, Deco
 from steer_optim.vlm.divergences import TERMS
 from steer_optim.vlm.examination import examine, table
 from steer_optim.vlm.forward import score
-from steer_optim.vlm.gate import top_share, visual_dependency
+from steer_optim.vlm.gate import visual_dependency, visual_tokens
 
 _NAMES = ("std", "vis", "lang")
 _MEASURED = Decomposition({name: Component(TERMS[name]) for name in _NAMES}, lambda gamma: Sum())
@@ -70,6 +70,7 @@ def investigate(trainer: Any, rows: Any, *, batches: int = 8) -> tuple[Findings,
     trainer.model_wrapped = trainer.accelerator.prepare_model(trainer.model)
     student, method = trainer.model.train(), DecomposedDistillation(_MEASURED, temperature=trainer.args.temperature)
     size, geometries, visual = trainer.args.per_device_train_batch_size, [], []
+    values: dict[str, list[float]] = {"std": [], "lang": []}
     for i in range(min(batches, math.ceil(len(rows) / size))):
         (batch,) = trainer.sample([rows[j] for j in range(i * size, min((i + 1) * size, len(rows)))], parts=1)
         mask_BT = batch.response.scored_BT
@@ -77,9 +78,11 @@ def investigate(trainer: Any, rows: Any, *, batches: int = 8) -> tuple[Findings,
             views = score(student, trainer.teacher_model, batch.prompts, batch.response, method=method)
             losses = method(views, mask_BT)
         vds_BT = visual_dependency(views["teacher"], views["teacher_text"], mask_BT)
-        top_BT = top_share(vds_BT, mask_BT, quantile=0.7, share=1.0) > 0
+        top_BT = visual_tokens(vds_BT, mask_BT, quantile=0.7)
         visual.append(float(vds_BT[top_BT].sum() / vds_BT.sum().clamp(min=1e-12)))
         geometries.append(measure(losses, student.parameters(), retain_graph=False))
+        for name, each in values.items():
+            each.append(losses[name].item())
     student_means, of_student = examine(trainer, student, rows)
     teacher_means, of_teacher = examine(trainer, trainer.teacher_model, rows)
     differences = [
@@ -91,10 +94,10 @@ def investigate(trainer: Any, rows: Any, *, batches: int = 8) -> tuple[Findings,
     if len(differences) > 1:
         language = fmean(differences), stdev(differences) / math.sqrt(len(differences))
     found = Findings(
-        angles={f"{a}, {b}": _mean(geometries, lambda g, a=a, b=b: g.angle(a, b)) for a, b in combinations(_NAMES, 2)},
-        dose=_mean(geometries, lambda g: _dose(g, trainer.args.gamma)),
-        norms={name: _mean(geometries, lambda g, i=i: g.norms[i]) for i, name in enumerate(_NAMES)},
-        losses={name: _mean(geometries, lambda g, i=i: g.losses[i]) for i, name in ((0, "std"), (2, "lang"))},
+        angles={f"{a}, {b}": fmean(float(g.angle(a, b)) for g in geometries) for a, b in combinations(_NAMES, 2)},
+        dose=fmean(_dose(g, trainer.args.gamma) for g in geometries),
+        norms={name: fmean(float(g.norm(name)) for g in geometries) for name in _NAMES},
+        losses={name: fmean(losses) for name, losses in values.items()},
         visual=fmean(visual),
         language=language,
         right=teacher_means["with_image"],
@@ -124,7 +127,7 @@ def advise(found: Findings) -> str:
     ]
     if found.language is None:
         choice = "standard"
-        reason = "Without right answers nobody can tell whose language is better: add them in a column answer."
+        reason = "Nobody can tell whose language is better from fewer than two right answers: add a column answer."
     else:
         gain, error = found.language
         lines.append(
@@ -152,7 +155,3 @@ def _dose(geometry: Geometry, gamma: float) -> float:
     steered = torch.tensor([1.0, gamma, 0.0], dtype=G.dtype, device=G.device)
     cosine = (G[0] @ steered) / (G[0, 0] * (steered @ G @ steered)).sqrt()
     return math.degrees(math.acos(float(cosine.nan_to_num(1.0).clamp(-1, 1))))
-
-
-def _mean(geometries: Sequence[Geometry], read: Any) -> float:
-    return fmean(float(read(geometry)) for geometry in geometries)

@@ -14,6 +14,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import fsspec  # type: ignore[import-untyped]
 import torch
 from datasets import IterableDataset
 
@@ -73,6 +74,8 @@ def numbered(dataset: Any, root: str | Path = ".") -> Any:
         return dataset
     if not isinstance(dataset, IterableDataset):
         return Rows(dataset, root)
+    # Images are decoded in `picture`, where an error can name the row.
+    dataset = dataset.decode(False) if dataset.features else dataset
     return dataset.map(lambda row, number: {_ROOT: str(root), **row, ROW: number}, with_indices=True)
 
 
@@ -111,7 +114,12 @@ def conversation(row: Mapping[str, Any]) -> list[dict[str, Any]]:
             content = message.get("content") or ()
             parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
             message["content"] = [_part(part, root) for part in parts]
-        if all(part["type"] == "text" for message in messages for part in message["content"]):
+        parts = [part for message in messages for part in message["content"]]
+        if images and any("<image>" in (part.get("text") or "") for part in parts):
+            raise ValueError(
+                "its text has the tag <image> beside its images: put a part of the type image in its place"
+            )
+        if all(part["type"] == "text" for part in parts):
             first["content"] = [{"type": "image"}] * len(images) + first["content"]
         prepared: list[dict[str, Any]] = prepare_multimodal_messages(messages, images)
         return prepared
@@ -138,15 +146,17 @@ def answer(row: Mapping[str, Any]) -> str | None:
     if given is not None:
         if not isinstance(given, (str, int, float)):
             raise ValueError(
-                f"row {row.get(ROW, '?')} of the data set: the answer was read as {type(given).__name__}, not as text: "
-                f"{given!r}. Store text that looks like a date in a parquet file"
+                f"row {row.get(ROW, '?')} of the data set: the answer must be text, but was read as "
+                f"{type(given).__name__}: {given!r}. Store it as text (parquet keeps text that looks like a date)"
             )
         return str(given)
     last = _messages(row)[-1]
     if last["role"] != "assistant":
         return None
     content = last.get("content") or ""
-    return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content) or None
+    if isinstance(content, str):
+        return content
+    return "".join(part if isinstance(part, str) else part.get("text") or "" for part in content) or None
 
 
 def picture(image: Any, root: Path = Path()) -> Any:
@@ -169,14 +179,16 @@ def picture(image: Any, root: Path = Path()) -> Any:
 
     if isinstance(image, Mapping):
         image = image.get("bytes") or image.get("path")
+    if isinstance(image, (str, Path)):
+        if not str(image).startswith(("http://", "https://", "data:")):
+            found = [path for path in (Path(image), root / image) if path.is_file()]
+            if not found:
+                raise ValueError(f"there is no image {image}, as it is or in {root.absolute()}")
+            image = found[0]
+        with fsspec.open(str(image)) as file:
+            image = file.read()
     if isinstance(image, bytes):
         image = Image.open(BytesIO(image))
-    if isinstance(image, (str, Path)) and not str(image).startswith(("http://", "https://", "data:")):
-        paths = [Path(image), root / image]
-        if not any(path.is_file() for path in paths):
-            raise ValueError(f"there is no image {image}, as it is or in {root.absolute()}")
-        image = str(next(path for path in paths if path.is_file()))
-    image = load_image(image) if isinstance(image, str) else image
     if not isinstance(image, Image.Image):
         raise ValueError(f"an image must be PIL, bytes, a path or a URL; got {type(image).__name__}")
     if image.mode.startswith("I;16"):

@@ -339,7 +339,8 @@ class DecomposedDistillation:
             without = ", ".join(name for name, trains in trained.items() if not trains)
             raise ValueError(
                 f"these components train the views {', '.join(trained)} (lam={self.lam}, detach_prior="
-                f"{self.detach_prior}), but {without} requires no grad: compute it outside torch.no_grad()"
+                f"{self.detach_prior}), but {without} requires no grad: its weights are frozen, or it was "
+                "computed under torch.no_grad()"
             )
         if not isinstance(mask_BT, Tensor):
             raise TypeError(f"mask_BT must be a tensor, such as rollout.scored_BT; got {type(mask_BT).__name__}")

@@ -47,8 +47,8 @@ def examine(trainer: Any, model: Any, rows: Any) -> tuple[dict[str, float | None
     Returns:
         The means of ``with_image`` and ``without_image`` (exact matches of the answer, up to case and spaces),
         ``kl`` and ``text_kl`` (divergence from the teacher per token of the greedy response, under each view, in nats),
-        and ``text_loss`` (cross-entropy of the right answers without the image, in nats per token); None if nothing
-        can be compared. And one record per row: ``row``, ``answer``, the responses ``with_image`` and
+        and ``text_loss`` (cross-entropy of right answers without the image and an end token, in nats per token); None
+        if nothing can be compared. And one record per row: ``row``, ``answer``, the responses ``with_image`` and
         ``without_image``, and its ``scores``.
 
     Example:
@@ -182,8 +182,9 @@ def _examine_batch(trainer: Any, model: Any, rows: Sequence[Mapping[str, Any]]) 
                 losses = both(mine, seen.scored_BT[i : i + 1])
                 scores[i] |= {"kl": losses["std"].item(), "text_kl": losses["lang"].item()}
         # Rows without an answer, too: all processes run equally many passes.
-        ids = [[*tokenizer(x or "", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for x in right]
-        fit = [not image_ids(model.config) & {*each} for each in ids]  # without ids that the model takes for an image
+        ids = [tokenizer(x or "", add_special_tokens=False)["input_ids"] for x in right]
+        # Something to score, without ids that the model takes for an image.
+        fit = [bool(each) and not image_ids(model.config) & {*each} for each in ids]
         ids = [each if fits else [tokenizer.eos_token_id] for each, fits in zip(ids, fit, strict=True)]
         answers = Rollout.of(ids, config=model.config, device=device)
         only: Any = score(model, teacher, prompts, answers, method=trainer.method, names=("student_text",))

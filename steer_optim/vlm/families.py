@@ -202,10 +202,12 @@ def placeholder_ids(config: Any) -> set[int]:
 def _named(config: Any, names: tuple[str, ...]) -> list[int]:
     owners = [config, *(getattr(config, f"{part}_config", None) for part in ("vision", "audio"))]
     attributes = [f"{name}_{end}" for name in names for end in ("id", "index", "ids")]
-    values = [getattr(owner, attribute, None) for owner in owners for attribute in attributes]
-    return [
-        one for value in values if value is not None for one in (value if isinstance(value, (list, tuple)) else [value])
-    ]
+    return [one for owner in owners for attribute in attributes for one in flat(getattr(owner, attribute, None))]
+
+
+def flat(ids: Any) -> list[int]:
+    """Return ids that configs give as one, several or None, as a list."""
+    return [] if ids is None else [ids] if isinstance(ids, int) else [*ids]
 
 
 def _looked_up(tokenizer: Any, attributes: tuple[str, ...], tokens: tuple[str, ...]) -> list[int]:

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from steer_optim.vlm.distillation import DecomposedDistillation
 from steer_optim.vlm.divergences import View
 from steer_optim.vlm.heads import Head, HiddenStates, output_embeddings
-from steer_optim.vlm.prompts import Prompts, Rollout, append_response
+from steer_optim.vlm.prompts import Prompts, Rollout, append_response, unpadded
 
 # By model, the identities of the heads that were compared with it.
 _COMPARED: weakref.WeakKeyDictionary[nn.Module, set[tuple[object, ...]]] = weakref.WeakKeyDictionary()
@@ -167,7 +167,7 @@ def score(
     Args:
         student: a transformers model, or a wrapper that passes keywords on. Keep its weights in float32, and use
             ``torch.autocast`` to compute in bfloat16.
-        teacher: the same, in any dtype; for self-distillation, a frozen or averaged copy of the student.
+        teacher: the same, in any dtype under autocast; for self-distillation, a frozen or averaged copy of the student.
         prompts: both views of the prompts.
         response: sampled from the student with the image.
         method: whose :attr:`~steer_optim.vlm.distillation.DecomposedDistillation.views` are computed.
@@ -214,8 +214,8 @@ def score(
     views: dict[str, View] = dict(known or {})
     wanted = [x for x in (method.views if names is None else names) if x in batches and x not in views]
     without_adapter: Any = _without_adapter(student) if "prior" in wanted and prior is None else nullcontext
-    if prior is student:
-        raise ValueError("prior is the student itself, which is trained: pass a copy made before training")
+    if prior is not None and shares_trained(student, prior):
+        raise ValueError("prior is the student itself, or inside it, and is trained: pass a copy made before training")
     for name in wanted:
         if models[name.removesuffix("_text")] is None:
             raise ValueError(
@@ -236,7 +236,26 @@ def score(
                 views[name] = response_states(model, batch, T, head=head)[:B]
             else:
                 views[name] = response_logits(model, batch, T)[:B]
+    if "teacher_text" in wanted:
+        _equate_rows_without_images(views, others)
     return views
+
+
+def _equate_rows_without_images(views: Mapping[str, View], prompts: Prompts) -> None:
+    """Give both views of the teacher the same bits where the prompts are equal, or a gate selects by their rounding."""
+    seen, blind = (getattr(views.get(name), "hidden_BTd", views.get(name)) for name in ("teacher", "teacher_text"))
+    pixels = any(isinstance(x, Tensor) and x.is_floating_point() for x in prompts.text.values())  # of a masked image
+    if isinstance(seen, Tensor) and isinstance(blind, Tensor) and seen.shape == blind.shape and not pixels:
+        every = (prompts.image, prompts.text)
+        rows = (unpadded(x["input_ids"], x.get("attention_mask", torch.ones_like(x["input_ids"]))) for x in every)
+        for row, (image, text) in enumerate(zip(*rows, strict=True)):
+            if image == text and row < len(seen):  # the blank one is not there any more
+                blind[row] = seen[row]
+
+
+def shares_trained(student: nn.Module, other: nn.Module) -> bool:
+    """Return whether a model has parameters that are trained as the student's."""
+    return not {p for p in student.parameters() if p.requires_grad}.isdisjoint(other.parameters())
 
 
 def in_evaluation(model: nn.Module) -> AbstractContextManager[None]:

@@ -225,7 +225,8 @@ def text_only(
     the side on which the batch was padded. Only ids, mask and token types are kept.
 
     Text that a processor or a chat template writes for an image stays: the timestamps of a video, the sentence before
-    Gemma 3's crops, the newline after LLaVA's ``<image>``. ``render`` has an exact text view for these.
+    Gemma 3's crops, the newline after LLaVA's ``<image>``. Tokens on either side of an image that the tokenizer would
+    merge, such as two newlines, are merged for Gemma only. ``render`` has an exact text view for these.
 
     Args:
         batch: prompts only, before ``append_response``: ``input_ids`` (B, L) int64; ``attention_mask`` (B, L), all ones
@@ -439,14 +440,26 @@ def _first(where: Tensor) -> int:
     return int(where.nonzero()[0, 0])
 
 
-def _without_newlines(ids_BL: Tensor, drop_BL: Tensor, newline_ids: range) -> tuple[Tensor, Tensor]:
-    """Remove two newlines from the token before an image and two from the one after it."""
-    before_BL = nn.functional.pad(drop_BL[:, 1:], (0, 1))
-    after_BL = nn.functional.pad(drop_BL[:, :-1], (1, 0))
-    first = newline_ids.start
-    newlines_BL = (ids_BL - first + 1).where((ids_BL >= first) & (ids_BL < newline_ids.stop) & ~drop_BL, 0)
-    left_BL = (newlines_BL - 2 * before_BL.long() - 2 * after_BL.long()).clamp(min=0)
-    return ids_BL.where(newlines_BL == 0, left_BL + first - 1), drop_BL | ((newlines_BL > 0) & (left_BL == 0))
+def _without_newlines(ids_BL: Tensor, drop_BL: Tensor, newlines: range) -> tuple[Tensor, Tensor]:
+    """Remove two newlines on either side of an image; those of the text on both sides become one token again."""
+    ids, drop = ids_BL.tolist(), drop_BL.tolist()
+    for row, dropped in zip(ids, drop, strict=True):
+        image, last = [*dropped, False], -1  # the last token that stays
+        for i, token in enumerate(row):
+            if image[i]:
+                continue
+            if token in newlines:
+                left = token - newlines.start + 1 - 2 * image[i - 1] - 2 * image[i + 1]
+                merges = last >= 0 and image[i - 1] and row[last] in newlines and left > 0
+                if merges and row[last] + left < newlines.stop:
+                    row[last] += left
+                    left = 0
+                dropped[i] = left <= 0
+                if dropped[i]:
+                    continue
+                row[i] = newlines.start + left - 1
+            last = i
+    return ids_BL.new_tensor(ids), drop_BL.new_tensor(drop)
 
 
 def _compact(batch: Mapping[str, Tensor], keep_BL: Tensor, *, left: bool) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 
-from steer_optim.vlm.families import image_ids, refuse
+from steer_optim.vlm.families import flat, image_ids, refuse
 from steer_optim.vlm.forward import in_evaluation, overridden
 from steer_optim.vlm.prompts import Prompts, Rollout, left_padded
 
@@ -28,8 +28,8 @@ def rollout(
     max_new_tokens: int,
     temperature: float = 1.0,
     top_p: float = 1.0,
-    suppress_ids: Collection[int] = (),
-    eos_ids: Collection[int] | None = None,
+    suppress_ids: int | Collection[int] = (),
+    eos_ids: int | Collection[int] | None = None,
     pad_id: int | None = None,
 ) -> Rollout:
     """Sample one response to each prompt, in evaluation mode and without gradients.
@@ -81,9 +81,9 @@ def rollout(
     batch, blank = (prompts.image, prompts.blank) if isinstance(prompts, Prompts) else (prompts, 0)
     refuse(model.config, batch)
     defaults = model.generation_config
-    eos = sorted(_ids(defaults.eos_token_id) if eos_ids is None else set(eos_ids))
+    eos = sorted({*flat(defaults.eos_token_id if eos_ids is None else eos_ids)})
     pad = next((x for x in (pad_id, defaults.pad_token_id, *eos) if x is not None), None)
-    suppress = image_ids(model.config) | set(suppress_ids) | (_ids(pad) - set(eos))
+    suppress = image_ids(model.config) | {*flat(suppress_ids)} | {*flat(pad)} - {*eos}
     # top_k=0 disables the default of 50.
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
     batch = left_padded(batch)
@@ -118,7 +118,3 @@ def evaluating(model: Any) -> Iterator[None]:
         finally:
             if not own:
                 vars(model).pop("generate", None)
-
-
-def _ids(value: int | list[int] | None) -> set[int]:
-    return set() if value is None else {value} if isinstance(value, int) else set(value)

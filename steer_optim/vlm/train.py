@@ -35,7 +35,7 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"there is no {error.name}: pip install 'steer_optim[trl]'") from error
 
 from steer_optim.vlm.advice import advise, investigate
-from steer_optim.vlm.data import Rows, conversation, numbered
+from steer_optim.vlm.data import Rows, answer, conversation, numbered
 from steer_optim.vlm.examination import Examination
 from steer_optim.vlm.trainer import SteeredDistillationConfig, SteeredDistillationTrainer, option
 
@@ -86,10 +86,11 @@ def load(data: DataArguments) -> tuple[Any, Any]:
         if not len(train):
             raise ValueError(f"the split {data.dataset_train_split} of {name} has no rows")
         conversation(train[0])  # before any model is loaded
+        answer(train[0])
     if data.dataset_test_split in splits and data.dataset_test_split != data.dataset_train_split:
         rows = splits[data.dataset_test_split]
         count = data.held_out if data.dataset_streaming else min(data.held_out, len(rows))
-        rows = list(rows.take(count)) if data.dataset_streaming else rows.select(range(count))
+        rows = list(numbered(rows, root).take(count)) if data.dataset_streaming else rows.select(range(count))
         return train, Rows(rows, root) if count else None
     if not data.held_out:
         return train, None
@@ -182,7 +183,8 @@ def prepare(data: DataArguments, args: SteeredDistillationConfig, model: ModelCo
         raise ValueError(f"{resume} has more steps than --max_steps {args.max_steps}: choose another --output_dir")
     if not data.measure_only:
         settings = {**asdict(data), **args.to_dict(), **asdict(model)}
-        check_settings(path, settings, trained=resume is not None, write=args.should_save)
+        trained = resume is not None or any(path.glob("*.safetensors"))
+        check_settings(path, settings, trained=trained, write=args.should_save)
     options = {"revision": model.model_revision, "attn_implementation": model.attn_implementation}
     options |= {"dtype": model.dtype, "trust_remote_code": args.trust_remote_code}
     args.model_init_kwargs = {**options, **(args.model_init_kwargs or {})}

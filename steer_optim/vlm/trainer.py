@@ -28,7 +28,7 @@ from torch import Tensor
 try:
     import trl
     from accelerate.utils import broadcast_object_list, gather_object, is_peft_model
-    from transformers import ImageProcessingMixin, PreTrainedModel, ProcessorMixin, TrainerState
+    from transformers import AutoTokenizer, ImageProcessingMixin, PreTrainedModel, ProcessorMixin, TrainerState
     from trl import DistillationConfig, DistillationTrainer
     from trl.trainer.utils import RepeatSampler, create_model_from_path
 except ModuleNotFoundError as error:
@@ -42,7 +42,7 @@ from steer_optim.vlm.data import ROW, conversation, numbered
 from steer_optim.vlm.distillation import DECOMPOSITIONS, DecomposedDistillation
 from steer_optim.vlm.divergences import View
 from steer_optim.vlm.families import image_ids
-from steer_optim.vlm.forward import score
+from steer_optim.vlm.forward import score, shares_trained
 from steer_optim.vlm.gate import sampled_log_probs, visual_dependency, visual_tokens
 from steer_optim.vlm.prompts import BadConversation, Prompts, Rollout, render, unpadded
 from steer_optim.vlm.rollout import evaluating
@@ -120,6 +120,11 @@ class SteeredDistillationConfig(DistillationConfig):  # type: ignore[misc]  # tr
                 f"beta={self.beta} is not read here: use --decomposition forward, jsd, or standard (reverse KL)"
             )
         given = (self.generation_kwargs or {}).get("temperature", self.temperature)
+        if ends := {"eos_token_id", "pad_token_id"} & {*(self.generation_kwargs or {})}:
+            raise ValueError(
+                f"{', '.join(sorted(ends))} of --generation_kwargs would not reach what masks the responses: set it in "
+                "the generation_config of the student"
+            )
         if given != self.temperature:
             raise ValueError(
                 f"--generation_kwargs sample at temperature {given}, losses at {self.temperature}: pass it as "
@@ -212,6 +217,8 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         **options: Any,
     ) -> None:
         refuse(args)
+        if isinstance(train_dataset, Mapping):
+            raise ValueError(f"train_dataset has the splits {', '.join(train_dataset)}: pass one of them")
         if options.get("tools"):
             raise ValueError("tools are not supported: prompts would not name them, and their answers be trained on")
         self.method = args.method()
@@ -237,9 +244,9 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
             )
         self._tokenizer.padding_side = "left"
         suppressed = image_ids(self.model.config) | ({self._tokenizer.pad_token_id} - {*self.eos_token_ids})
-        if not (args.generation_kwargs or {}).get("suppress_tokens"):
-            self.generation_kwargs["suppress_tokens"] = sorted(suppressed)
-            self.generation_config.suppress_tokens = sorted(suppressed)
+        suppressed |= {*((args.generation_kwargs or {}).get("suppress_tokens") or ())}
+        self.generation_kwargs["suppress_tokens"] = sorted(suppressed)
+        self.generation_config.suppress_tokens = sorted(suppressed)
         if self._colocated:
             never = {"logit_bias": dict.fromkeys(suppressed, -100.0)}
             self.vllm_generation.generation_kwargs = {**never, **self.vllm_generation.generation_kwargs}
@@ -248,8 +255,10 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         self.prior = None
         # Switched off, only adapters that begin at zero leave the initial student.
         untrained = ("lora_", "modules_to_save", "trainable_tokens")
-        moved = [n for n, p in self.model.named_parameters() if "lora_B" in n and p.any()]
-        moved += [n for n, p in self.model.named_parameters() if p.requires_grad and not any(x in n for x in untrained)]
+        moved = any(
+            p.any() if "lora_B" in name else p.requires_grad and not any(x in name for x in untrained)
+            for name, p in self.model.named_parameters()
+        )
         if self.method.prior == "frozen" and moved:
             prior = copy.deepcopy(self.model)
             self.prior = self._frozen(prior.bfloat16() if args.bf16 else prior)
@@ -286,6 +295,10 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
             return (loss, None) if return_outputs else loss
         if self.method.floor and (self.state.global_step + 1) % max(int(self.state.logging_steps), 1) == 0:
             self._metrics["train"]["steer/floored"].append(self._share_floored(views, response, self.method.floor))
+        if inputs.prompts.image.keys() <= inputs.prompts.text.keys():
+            # Without an image nothing may be reached, if only the vision tower is trained: its gradients are zero.
+            zero = 0 * next(p for p in self.model.parameters() if p.requires_grad).flatten()[:1].sum()
+            losses = {name: value + zero for name, value in losses.items()}
         loss = self.steered.join(losses, accumulate=not self.accelerator.sync_gradients)
         return (loss, None) if return_outputs else loss
 
@@ -491,20 +504,22 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
             self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _load_teacher(self, teacher: Any) -> PreTrainedModel:
-        if teacher is self.model:
-            raise ValueError("the teacher is the student itself, which is trained: pass a copy")
+        if isinstance(teacher, torch.nn.Module) and shares_trained(self.model, teacher):
+            raise ValueError("the teacher is the student itself, or inside it, and would be trained: pass a copy")
         if teacher is None:
             raise ValueError(
                 "a teacher is needed: pass teacher_model (--teacher_model_name_or_path on the command line)"
             )
         if isinstance(teacher, str):
-            options: dict[str, Any] = {"dtype": "bfloat16" if self.args.bf16 else "float32"}
-            options |= {"trust_remote_code": self.args.trust_remote_code}
-            options |= {"revision": self.args.teacher_model_revision or "main"}
-            options |= self.args.teacher_model_init_kwargs or {}
+            options = {
+                "dtype": "bfloat16" if self.args.bf16 else "float32",
+                "trust_remote_code": self.args.trust_remote_code,
+                "revision": self.args.teacher_model_revision or "main",
+                **(self.args.teacher_model_init_kwargs or {}),
+            }
             if self.accelerator.num_processes > 1:
                 options["device_map"] = None
-            self._check_pixels(teacher, options["revision"])
+            self._check_processor(teacher, options)
             teacher = create_model_from_path(teacher, **options)
         elif self.args.teacher_model_init_kwargs or self.args.teacher_model_revision:
             raise ValueError(
@@ -520,15 +535,28 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
             )
         return teacher
 
-    def _check_pixels(self, teacher: str, revision: str) -> None:
-        """Raise ValueError if the teacher's processor makes other pixels: the teacher gets those of the student's."""
+    def _check_processor(self, teacher: str, options: Mapping[str, Any]) -> None:
+        """Raise ValueError if the teacher's processor differs: the teacher gets the ids and pixels of the student's."""
+        source = {name: options[name] for name in ("revision", "trust_remote_code")}
         try:
-            theirs, _ = ImageProcessingMixin.get_image_processor_dict(teacher, revision=revision)
+            words = AutoTokenizer.from_pretrained(teacher, **source)
+        except (OSError, ValueError):  # it has no tokenizer
+            words = self._tokenizer
+        special = self._tokenizer.added_tokens_decoder.keys() | words.added_tokens_decoder.keys()
+        own = {number: token for token, number in self._tokenizer.get_vocab().items() if number not in special}
+        for token, number in words.get_vocab().items():
+            if own.get(number, token) != token:
+                raise ValueError(
+                    f"id {number} is {own[number]!r} for the student and {token!r} for {teacher}: both must have one "
+                    "vocabulary"
+                )
+        try:
+            theirs, _ = ImageProcessingMixin.get_image_processor_dict(teacher, revision=source["revision"])
         except OSError:  # it has no processor
             return
-        own = json.loads(self.processing_class.image_processor.to_json_string())
+        ours = json.loads(self.processing_class.image_processor.to_json_string())
         for name in _PIXELS:
-            values = own.get(name), theirs.get(name)
+            values = ours.get(name), theirs.get(name)
             if all(values) and _numbers(values[0]) != _numbers(values[1]):
                 raise ValueError(
                     f"{name} of the images is {values[0]} for the student and {values[1]} for {teacher}, which would "

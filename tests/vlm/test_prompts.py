@@ -137,7 +137,7 @@ def test_gemma_takes_back_its_own_newlines_only():
         return text_only({"input_ids": torch.tensor([ids])}, config)["input_ids"][0].tolist()
 
     assert left(20, two, *image, two, 21) == [20, 21]
-    assert left(20, three, *image, five, 21) == [20, NEWLINE, three, 21]
+    assert left(20, three, *image, five, 21) == [20, four, 21]  # the text's on both sides, in one token
     assert left(20, two, *image, four, *image, two, 21) == [20, 21]
     assert left(20, two, *image, five, *image, two, 21) == [20, NEWLINE, 21]
     assert left(20, two, NEWLINE, 21, two, *image, two, NEWLINE, two) == [20, two, NEWLINE, 21, NEWLINE, two]

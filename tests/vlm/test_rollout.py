@@ -113,7 +113,7 @@ def test_the_mask_ends_with_the_end_of_sequence(name, side):
     free = ask(family, side=side, temperature=0, max_new_tokens=6, eos_ids=()).response_BT
     # A token that some response holds early makes it end there, and the others go on.
     end = int(free[0, 1])
-    responses = ask(family, side=side, temperature=0, max_new_tokens=6, eos_ids=[end])
+    responses = ask(family, side=side, temperature=0, max_new_tokens=6, eos_ids=end)
     lengths = [(row.index(end) + 1 if end in row else 6) for row in free.tolist()]
     assert lengths[0] <= 2
     T = max(lengths)

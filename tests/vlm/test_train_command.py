@@ -1,6 +1,7 @@
 """The command: from two checkpoints and a data set on disk to a student, a table and figures; and after a kill."""
 
 import importlib
+import io
 import json
 import runpy
 import shutil
@@ -13,7 +14,8 @@ import torch
 
 pytest.importorskip("trl")
 
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, Features, Value
+from datasets import Image as Feature
 from PIL import Image
 from preloaded import preloaded
 from safetensors.torch import load_file
@@ -201,6 +203,15 @@ def test_other_settings_in_the_same_directory_are_refused(tmp_path):
         check_settings(tmp_path, {"gamma": 2.0}, trained=True, write=True)
 
 
+def test_a_run_without_checkpoints_is_not_overwritten(folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(arguments(folder, out, save_strategy="no", held_out=0)) == 0
+    weights = (out / "model.safetensors").read_bytes()
+    assert main(arguments(folder, out, save_strategy="no", held_out=0, gamma=3.0)) == 2
+    assert "gamma is 2.0 there and 3.0 here" in capsys.readouterr().err
+    assert (out / "model.safetensors").read_bytes() == weights
+
+
 SOURCES = {
     "parquet": lambda rows, path: rows.to_parquet(path / "rows.parquet"),
     "lines": lambda rows, path: rows.remove_columns("images").to_json(path / "rows.jsonl"),
@@ -238,6 +249,26 @@ def test_a_stream_is_trained_on(folder, tmp_path, monkeypatch):
     out = tmp_path / "run"
     assert main(arguments(folder, out, dataset_streaming=True)) == 0
     assert len((out / "answers.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_bad_row_of_a_stream_is_named_by_its_number(tmp_path):
+    rows = [{"prompt": "is it", "images": [{"bytes": x, "path": None}]} for x in (png(), b"not a picture")]
+    features = Features({"prompt": Value("string"), "images": [Feature()]})
+    for split in ("train", "test"):
+        (tmp_path / "rows").mkdir(exist_ok=True)
+        Dataset.from_list(rows, features=features).to_parquet(tmp_path / "rows" / f"{split}.parquet")
+    train, held_out = load(DataArguments(dataset_name=str(tmp_path / "rows"), dataset_streaming=True))
+    for part in (numbered(train), held_out):
+        first, second = part
+        assert conversation(first)[0]["content"][0]["image"].size == (8, 8)
+        with pytest.raises(ValueError, match="row 1 of the data set: cannot identify image"):
+            conversation(second)
+
+
+def png():
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(file, "png")
+    return file.getvalue()
 
 
 def test_paths_in_a_stream_are_relative_to_its_file(tmp_path):

@@ -1,5 +1,7 @@
 """The trainer on TRL: equal to a plain loop on the same responses, in one process and in two; and resumed."""
 
+import base64
+import copy
 import datetime
 import math
 import warnings
@@ -17,9 +19,11 @@ pytest.importorskip("trl")
 import tiny_trainer
 from datasets import Dataset
 from PIL import Image
+from tiny_llava import COLOURS, WORDS
 from tiny_trainer import make_model, make_processor, make_rows, make_trainer, plain_loop, recorded
 
 from steer_optim.vlm.data import ROW, Rows, answer, conversation, numbered, picture
+from steer_optim.vlm.examination import examine
 from steer_optim.vlm.trainer import MicroBatch, SteeredDistillationConfig, SteeredDistillationTrainer, _numbers
 
 pytestmark = [
@@ -263,6 +267,17 @@ def test_images_of_16_bits_keep_their_range(mode):
     assert [picture(deep).getpixel((x, 0)) for x in (0, 1)] == [(117, 117, 117), (255, 255, 255)]
 
 
+def test_images_of_16_bits_keep_their_range_from_files_and_urls(tmp_path):
+    file = tmp_path / "deep.png"
+    Image.frombytes("I;16", (1, 1), numpy.array([30_000], "<u2").tobytes()).save(file)
+    url = "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
+    for form in (file, str(file), file.read_bytes(), {"bytes": None, "path": str(file)}, url):
+        assert picture(form).getpixel((0, 0)) == (117, 117, 117), form
+    Image.new("F", (8, 8)).save(tmp_path / "floats.tiff")
+    with pytest.raises(ValueError, match="mode F has no known range"):
+        picture(tmp_path / "floats.tiff")
+
+
 def test_a_row_with_two_columns_of_images_is_refused():
     red = Image.new("RGB", (8, 8), "red")
     with pytest.raises(ValueError, match="images in both columns, images and image"):
@@ -287,6 +302,7 @@ NOT_READ = {
     "messages as text": ({"messages": "[]"}, "messages are text, not a list"),
     "no image": ({"prompt": "what", "images": [None]}, "an image must be PIL"),
     "an array": ({"prompt": "what", "images": [numpy.zeros((2, 2, 3))]}, "got ndarray"),
+    "a tag": ({"prompt": "<image>what", "images": [Image.new("RGB", (8, 8))]}, "the tag <image> beside its images"),
 }
 
 
@@ -298,7 +314,7 @@ def test_rows_that_cannot_be_read_say_why(name):
 
 
 def test_an_answer_that_became_a_date_is_refused():
-    with pytest.raises(ValueError, match="read as date, not as text"):
+    with pytest.raises(ValueError, match="must be text, but was read as date"):
         answer({"prompt": "when", "answer": datetime.date(2024, 1, 2)})
 
 
@@ -333,6 +349,7 @@ REFUSED = {
     "float16": ({"fp16": True}, "float16 is not supported"),
     "beta": ({"beta": 0.5}, "use --decomposition forward"),
     "two temperatures": ({"generation_kwargs": {"temperature": 0.5}}, "sample at temperature 0.5, losses at 1.0"),
+    "another end": ({"generation_kwargs": {"eos_token_id": 5}}, "eos_token_id of --generation_kwargs would not reach"),
     "rule": ({"rule": "Best()"}, "rule must be one of"),
     "code": ({"rule": "Steer(__import__('os'))"}, "rule must be one of"),
     "no such component": ({"rule": "Steer('foo')"}, "foo"),
@@ -428,6 +445,63 @@ def test_a_teacher_with_other_tokens_or_none_is_refused(tmp_path):
     other.resize_token_embeddings(7)
     with pytest.raises(ValueError, match="both must have one vocabulary"):
         make_trainer(tmp_path, teacher=other)
+
+
+def test_a_teacher_with_the_same_words_under_other_ids_is_refused(tmp_path):
+    make_model(seed=1).save_pretrained(tmp_path)
+    make_processor([*reversed(COLOURS)]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"id \d+ is '\w+' for the student and '\w+' for .*: both must have one vocab"):
+        make_trainer(tmp_path / "out", teacher=str(tmp_path))
+
+
+def test_a_teacher_inside_the_student_is_refused(tmp_path):
+    base = make_model(seed=0)
+    student = tiny_trainer.peft.get_peft_model(base, tiny_trainer.peft.LoraConfig(**tiny_trainer.LORA))
+    for teacher in (student, base):
+        with pytest.raises(ValueError, match="the teacher is the student itself, or inside it"):
+            make_trainer(tmp_path, student=student, teacher=teacher)
+
+
+def test_several_splits_are_no_data_to_train_on(tmp_path):
+    config = SteeredDistillationConfig(str(tmp_path), use_cpu=True)
+    with pytest.raises(ValueError, match="train_dataset has the splits train, test: pass one"):
+        SteeredDistillationTrainer(make_model(seed=0), make_model(seed=1), config, {"train": [], "test": []})
+
+
+def test_ids_to_suppress_are_added_to_those_of_images_and_padding(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1, generation_kwargs={"suppress_tokens": [WORDS.index("red")]})
+    suppressed = [WORDS.index(word) for word in ("<pad>", "<image>", "red")]
+    assert trainer.generation_kwargs["suppress_tokens"] == suppressed
+    batches = recorded(trainer)
+    trainer.train()
+    for batch in batches:
+        assert not torch.isin(batch.response.response_BT[batch.response.mask_BT], torch.tensor(suppressed)).any()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_vision_alone_may_be_trained_on_rows_without_images(tmp_path, checkpointing):
+    student = make_model(seed=0).requires_grad_(False)
+    projector = student.model.multi_modal_projector.requires_grad_(True)
+    before = copy.deepcopy(projector.state_dict())
+    sizes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 12}
+    trainer = make_trainer(tmp_path, student=student, gradient_checkpointing=checkpointing, **sizes)
+    trainer.train()
+    norms = [entry["grad_norm"] for entry in losses_of(trainer)]
+    assert norms.count(0.0) == 1  # of the row without an image
+    assert all(math.isfinite(entry["loss"]) for entry in losses_of(trainer))
+    assert not torch.equal(before["linear_1.weight"], projector.state_dict()["linear_1.weight"])
+
+
+def test_the_loss_of_right_answers_counts_their_words_only(tmp_path):
+    """Models end a turn with other ids than their tokenizer's."""
+    trainer = make_trainer(tmp_path)
+    (row,) = numbered(make_rows()[:1])
+    (record,) = examine(trainer, trainer.model, [row])[1]
+    ids = make_processor().tokenizer("it is red")["input_ids"]
+    prompt = trainer.render([conversation(row)], [0]).text["input_ids"][0].tolist()
+    with torch.no_grad():
+        log_p = trainer.model.eval()(torch.tensor([[*prompt, *ids]])).logits[0, -1 - len(ids) : -1].log_softmax(-1)
+    assert record["scores"]["text_loss"] == pytest.approx(-float(log_p[range(len(ids)), ids].mean()), rel=1e-5)
 
 
 def test_a_teacher_that_would_see_other_pixels_is_refused(tmp_path):

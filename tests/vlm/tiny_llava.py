@@ -21,8 +21,9 @@ TEMPLATE = """{% for message in messages %}{% for part in message['content'] %}
 {%- endfor %}{% endfor %}"""
 
 
-def make_processor():
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+def make_processor(colours=COLOURS):
+    vocabulary = {word: i for i, word in enumerate((*WORDS[:4], *colours, *WORDS[4 + len(COLOURS) :]))}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words,
