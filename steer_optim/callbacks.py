@@ -150,12 +150,15 @@ def watch_lightning(trainer: Any, steering: Steering | None = None) -> Monitor:
     return watch.monitor
 
 
-def watch_accelerator(accelerator: Any, optimizer: Any, *, log_every: int = 10) -> Monitor:
+def watch_accelerator(
+    accelerator: Any, optimizer: Any, steering: Steering | None = None, *, log_every: int = 10
+) -> Monitor:
     """Watch a steered optimizer in a loop under Accelerate.
 
     Args:
         accelerator: before ``load_state``.
         optimizer: the :class:`~steer_optim.SteeredOptimizer`, or what ``prepare`` made of it, which has no ``join``.
+        steering: by default that of the optimizer, whose steps are recorded.
         log_every: ``accelerator.log`` gets the numbers once in this many steps; 0 for never.
 
     Returns:
@@ -174,7 +177,7 @@ def watch_accelerator(accelerator: Any, optimizer: Any, *, log_every: int = 10) 
                 accelerator.backward(steered.join(losses(model, batch)))
                 ...
     """
-    steering = _steering_of([optimizer])
+    steering = steering or _steering_of([optimizer])
     steering.accumulating = _accelerate_accumulates
     watch = _Watch(steering)
 

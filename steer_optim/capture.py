@@ -141,9 +141,10 @@ def capture_isolated(
     own: Gradients,
     *,
     retain_graph: bool,
+    leaves: Sequence[Tensor] = (),
     on_gradient: Callable[[Tensor], None] | None = None,
 ) -> Gradients:
-    """Capture like :func:`capture`, but accumulate nothing, so that no reducer runs; other leaves get no gradient.
+    """Capture like :func:`capture`, but accumulate into no parameter, so that no reducer runs.
 
     Args:
         losses: as there.
@@ -151,6 +152,7 @@ def capture_isolated(
         parameters: as there.
         own: as there; not written to.
         retain_graph: as there.
+        leaves: other tensors, whose ``.grad`` accumulates as in a backward pass.
         on_gradient: called with every gradient as it is computed.
 
     Returns:
@@ -163,7 +165,7 @@ def capture_isolated(
                     p.register_hook(on_gradient)
             taken = _with_remedy(
                 lambda: torch.autograd.grad(
-                    losses, parameters, grad_tensors, retain_graph=retain_graph, allow_unused=True
+                    losses, (*parameters, *leaves), grad_tensors, retain_graph=retain_graph, allow_unused=True
                 )
             )
         finally:
@@ -173,7 +175,9 @@ def capture_isolated(
     if any(g is None for g in taken) and any(map(is_reentrant, graph(losses))):
         # torch.autograd.grad skips it without an error if no parameter is upstream of it.
         raise RuntimeError(_REMEDIES["use_reentrant=True"])
-    new = zip(parameters, taken, strict=True)
+    for leaf, g in zip(leaves, taken[len(parameters) :], strict=True):
+        leaf.grad = g.clone() if leaf.grad is None else leaf.grad + g
+    new = zip(parameters, taken, strict=False)
     return own | {p: own[p] + g if p in own else g for p, g in new if g is not None}
 
 
@@ -201,8 +205,8 @@ def is_reentrant(node: Any) -> bool:
 
 _REMEDIES = {
     "donated buffer": "a compiled graph freed its buffers after one backward pass, and several components need them. "
-    "Set torch._functorch.config.donated_buffer = False before the first backward pass, or pass the components as "
-    "callables, each with its own forward pass",
+    "Import torch._functorch.config, and set its donated_buffer = False before the first backward pass; or pass the "
+    "components as callables, each with its own forward pass",
     "use_reentrant=True": "the model uses reentrant checkpointing. It does not support torch.autograd.grad, "
     "which data_parallel and measure need. Checkpoint with use_reentrant=False (transformers: "
     'gradient_checkpointing_enable({"use_reentrant": False}))',

@@ -16,7 +16,7 @@ import math
 import os
 import re
 import uuid
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from itertools import zip_longest
 from pathlib import Path
@@ -198,10 +198,10 @@ def _encode(value: Any, where: str, tensors: dict[str, Tensor]) -> object:
         return [_encode(item, f"{where}.{i}", tensors) for i, item in enumerate(value)]
     if kind is tuple:
         return {"tuple": _encode(list(value), where, tensors)}
-    if kind is dict:
+    if kind in (dict, Counter):  # the milestones of a scheduler are a Counter
         keys = [_encode(key, f"a key of {where}", tensors) for key in value]
         values = [_encode(item, f"{where}.{key}", tensors) for key, item in value.items()]
-        return {"dict": list(zip(keys, values, strict=True))}
+        return {kind.__name__: list(zip(keys, values, strict=True))}
     if kind is OrderedDict:  # a module's state dict, whose attribute _metadata has the versions of its layers
         return {
             "OrderedDict": [_encode(dict(value), where, tensors), _encode(vars(value), f"{where}.__dict__", tensors)]
@@ -225,8 +225,9 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     ((kind, content),) = value.items()
     if kind == "tuple":
         return tuple(_decode(content, tensors))
-    if kind == "dict":
-        return {_decode(key, tensors): _decode(item, tensors) for key, item in content}
+    if kind in ("dict", "Counter"):
+        decoded = {_decode(key, tensors): _decode(item, tensors) for key, item in content}
+        return decoded if kind == "dict" else Counter(decoded)
     if kind == "OrderedDict":
         ordered = OrderedDict(_decode(content[0], tensors))
         vars(ordered).update(_decode(content[1], tensors))
@@ -238,7 +239,7 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     steps = sorted((step, size) for step, size in zip(stride, tensor.shape, strict=True) if size != 1)
     if any(step != math.prod(size for _, size in steps[:i]) for i, (step, _) in enumerate(steps)) and tensor.numel():
         raise ValueError(f"strides {stride} of {name} do not fit its shape {tuple(tensor.shape)}")
-    return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype).copy_(tensor)
+    return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device="cpu").copy_(tensor)
 
 
 def _store(value: Tensor, where: str, tensors: dict[str, Tensor]) -> tuple[str, tuple[int, ...]]:
@@ -294,7 +295,9 @@ def _check_parameters(path: Path, saved: list[list[list[Any]]], found: list[list
         raise ValueError(f"{path} holds parameter groups of sizes {sizes}; the optimizer has {found_sizes}")
     for g, (saved_group, group) in enumerate(zip(saved, found, strict=True)):
         for i, (a, b) in enumerate(zip(saved_group, group, strict=True)):
-            if a[1:] != b[1:] or (a[0] != b[0] and None not in (a[0], b[0])):
+            # The wrappers of DDP and torch.compile change the names.
+            names = [name and re.sub(r"^module\.|\b_orig_mod\.", "", name) for name in (a[0], b[0])]
+            if a[1:] != b[1:] or (names[0] != names[1] and None not in names):
                 raise ValueError(
                     f"parameter {i} of group {g} is {_describe(a)} in {path}, and {_describe(b)} in the optimizer"
                 )

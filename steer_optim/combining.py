@@ -36,10 +36,10 @@ def combine(rows: Iterable[Row], weights: Tensor) -> list[Tensor]:
         terms = [(g, w) for g, w in zip(row, table[scope], strict=True) if g is not None]
         row.clear()
         total = terms[0][0]
-        if on_cpu and any(abs(w) > _LARGE for _, w in terms):
-            total = _sum([(g.to(torch.promote_types(g.dtype, torch.float64)), w) for g, w in terms]).to(total.dtype)
-        elif any(g.is_sparse for g, _ in terms):
-            total = _sum(terms)
+        large = on_cpu and any(abs(w) > _LARGE for _, w in terms)
+        if large or any(g.is_sparse for g, _ in terms):
+            wide = torch.promote_types(total.dtype, torch.float64 if large else torch.float32)
+            total = _sum([(g.to(wide), w) for g, w in terms]).to(total.dtype)
         elif total.dtype.itemsize == 2 or (on_cpu and total.device.type == "cpu" and total.numel() >= _SMALL):
             _combine_in_pieces(terms)
         else:

@@ -18,7 +18,7 @@ from steer_optim.products import inner_products, zeros
 
 # If the determinant of the cosines is below _VOLUME, norms of sums may cancel to the error of float32 products; a
 # squared norm below _TINY may have underflowed.
-_VOLUME, _TINY = 1e-3, 1e-25
+_VOLUME, _TINY = 1e-2, 1e-25
 
 
 @dataclass(frozen=True, eq=False)  # tensors have no single truth value

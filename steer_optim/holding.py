@@ -81,9 +81,16 @@ class AveragedSets:
         names: the ``k`` components.
         parameters: those of each scope.
         group: the replicas.
+        unsteered: parameters that some component reached, and no steering has: refused on all replicas.
     """
 
-    def __init__(self, names: Sequence[str], parameters: Sequence[Sequence[Tensor]], group: dist.ProcessGroup) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        parameters: Sequence[Sequence[Tensor]],
+        group: dist.ProcessGroup,
+        unsteered: Sequence[Tensor],
+    ) -> None:
         self.names, self.k, self.scopes = names, len(names), len(parameters)
         self._group, self._size, self._rank = group, dist.get_world_size(group), dist.get_rank(group)
         members = [(scope, p) for scope, own in enumerate(parameters) for p in dict.fromkeys(own)]
@@ -105,7 +112,7 @@ class AveragedSets:
         # gloo's thread may hold a message longer. Kept here, it is freed by this thread, where memory profiles see it.
         self._recent: deque[Tensor] = deque(maxlen=3)
         self._in_place = dist.get_backend(group) in _COPYING
-        self.unsteered: list[Tensor] = []
+        self._unsteered = unsteered
 
     def on_gradient(self, gradient: Tensor) -> None:
         """Wait until the gradients held and the messages in flight fit into the memory of one set."""
@@ -182,7 +189,7 @@ class AveragedSets:
 
     def _reached_anywhere(self) -> set[Tensor]:
         """Return the parameters that some component reaches on some replica; synchronizes."""
-        table = [[*self._flags[name], len(self.unsteered)] for name in self.names]
+        table = [[*self._flags[name], len(self._unsteered)] for name in self.names]
         anywhere = torch.tensor(table, dtype=torch.int32, device=self.device)
         dist.all_reduce(anywhere, dist.ReduceOp.MAX, group=self._group)
         reached: set[Tensor] = set()
@@ -198,7 +205,7 @@ class AveragedSets:
                 )
             reached.update(p for p, flag in zip(self._parameters, flags, strict=True) if flag)
         if table[0][-1]:
-            shapes = [tuple(p.shape) for p in self.unsteered] or "on another rank"
+            shapes = [tuple(p.shape) for p in self._unsteered] or "on another rank"
             raise ValueError(_UNSTEERED.format(shapes=shapes))
         return reached
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,7 +25,10 @@ class _Join(torch.autograd.Function):
         ctx.steer = backward
         # Saved only because autograd frees it with the graph, so that a second backward pass raises.
         ctx.save_for_backward(anchor)
-        total = losses[0].detach().reshape(()).clone() if losses else torch.zeros(())
+        if not losses:
+            return torch.zeros(())
+        dtype = functools.reduce(torch.promote_types, (loss.dtype for loss in losses))
+        total = losses[0].detach().reshape(()).to(dtype, copy=True)
         for loss in losses[1:]:
             total += loss.detach().reshape(()).to(total)
         return total

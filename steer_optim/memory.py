@@ -34,7 +34,8 @@ class Last:
         rule: the rule that gave the weights, hyperparameters included, and which parameters were trainable.
         geometry: of the step that took the Gramian, over the whole model.
         previous_norms: ``(k,)``, the norms at the Gramian before this one; 0 where there was none.
-        scale: the factor on the losses (gradient scaler, division), summed over micro-batches.
+        scale: ``(2,)``, the factor on the losses (gradient scaler, division): its sum over micro-batches, and the
+            largest.
         age: how many steps ago it was taken.
         functions: what the rule calls, since two of them may look alike in its name; None if this was loaded.
     """
@@ -70,11 +71,13 @@ class Memory:
     state: State = field(default_factory=dict)
     last: Last | None = None
     geometry: Geometry | None = None
+    started: Tensor | None = None  # whether a Gramian was finite, so that the state is more than `Rule.init` of noise
 
 
 def pack(memory: Memory, *, owner: str, keep_last: bool) -> str:
     """Return the memory as a string; ``owner`` names the rule and its scope."""
-    state = {key: _pack(value) for key, value in memory.state.items()}
+    kept = memory.state if memory.started is None or bool(memory.started) else {}
+    state = {key: _pack(value) for key, value in kept.items()}
     record: dict[str, Any] = {"rule": owner, "names": memory.names, "state": state}
     last = memory.last
     if keep_last and last is not None and bool((last.geometry.G.sum() + last.geometry.weights.sum()).isfinite()):
@@ -124,21 +127,18 @@ def _checked(record: dict[str, Any], rule: Rule, scopes: int, device: torch.devi
             state[key] = _unpack(key, record["state"][key], like.shape, rows=scopes)
             if state[key].dtype != like.dtype or (state[key].isnan().any() and not like.isnan().any()):
                 raise ValueError(f"{key} must be {like.dtype} without NaN; got {state[key].dtype}")
-        if isinstance(rule, Weighting):  # do not call its function, which is the user's
-            for random in state["random"]:
-                torch.Generator().set_state(random.clone())
-        else:
+        if not isinstance(rule, Weighting):  # do not call its function, which is the user's
             probe = G[: max(map(len, state.values()))]
             if rule(probe, names)[0].isfinite().all() and not rule(probe, names, state)[0].isfinite().all():
                 raise ValueError("the rule finds no finite weights with this state")
     last = None
     if "last" in record:
-        shapes = {"G": (k, k), "weights": (k,), "previous_norms": (k,), "scale": ()}
+        shapes = {"G": (k, k), "weights": (k,), "previous_norms": (k,), "scale": (2,)}
         tensors = {key: _unpack(key, record["last"][key], shape).to(device) for key, shape in shapes.items()}
         if not all(t.dtype == torch.float64 and (t.abs() < 1e300).all() for t in tensors.values()):
             raise ValueError("the last weights and their Gramian must be float64 and finite")
         key, age = record["last"]["rule"], record["last"]["age"]
-        if not isinstance(key, str) or not isinstance(age, int) or age < 0 or tensors["scale"] < 0:
+        if not isinstance(key, str) or not isinstance(age, int) or age < 0 or (tensors["scale"] < 0).any():
             raise ValueError("the last weights need a rule (str), an age (int, at least 0) and a scale of at least 0")
         geometry = Geometry(names, tensors["G"], tensors["weights"])
         last = Last(key, geometry, tensors["previous_norms"], tensors["scale"], age)

@@ -21,6 +21,7 @@ weights (``geometry.age > 0``) has losses and weights only. NaN is kept for loss
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Mapping
 from itertools import combinations
 from typing import Any
@@ -115,13 +116,16 @@ class Monitor:
             geometry: the result of ``backward_components``, or ``optimizer.geometry``. None, the result with
                 ``accumulate=True``, is skipped.
             step: the number of the step; by default one more than the last, beginning at 0.
+
+        Raises:
+            TypeError: ``step`` is not an integer.
         """
         if geometry is None:
             return
         if step is None:
             step = self._steps[-1] + 1 if self._steps else 0
         self._pending.append(_row(geometry))
-        self._steps.append(step)
+        self._steps.append(operator.index(step))
         if len(self._pending) >= _BATCH:
             self._move_to_host()
 

@@ -245,7 +245,7 @@ def angles_by_decile(angles: Mapping[str, Values], *, axes: Axes | None = None) 
         raise ValueError("there are no angles to draw: pass at least one pair")
     axes = axes or _figure().subplots()
     axes.locator_params(axis="x", integer=True)
-    lines = {pair: (torch.arange(len(values)), _tensor(values)) for pair, values in angles.items()}
+    lines = {pair: (torch.arange(len(values), device="cpu"), _tensor(values)) for pair, values in angles.items()}
     axes.set_ylabel("angle between gradients (degrees)")
     return _lines(axes, lines, marker="o", level=90, xlabel="visual dependency of the tokens (decile)")
 
@@ -294,7 +294,7 @@ def _lines(
 
 
 def _tensor(values: Values) -> Tensor:
-    return torch.as_tensor(values, dtype=torch.float64).detach().cpu()
+    return torch.as_tensor(values, dtype=torch.float64, device="cpu").detach()
 
 
 def _figure(*, height: float = 3.6) -> Figure:

@@ -38,7 +38,8 @@ Scope = Literal["model", "group", "tensor"]
 BOUND = 3.0
 """The largest norm of an update between two refreshes, relative to that of the last step that took a Gramian."""
 
-_ALIVE: weakref.WeakSet[Steering] = weakref.WeakSet()  # each leaves the others' parameters alone
+# Each leaves the others' parameters alone. The list of its references is made at once, whatever other threads add.
+_ALIVE: weakref.WeakValueDictionary[int, Steering] = weakref.WeakValueDictionary()
 
 
 class _Groups(Optimizer):
@@ -66,7 +67,9 @@ class Steering:
             parameters are sharded (FSDP2, tensor parallel).
         refresh_every: take the Gramian once in this many steps; a call without ``accumulate`` is a step. The steps in
             between reuse the last weights, in one backward pass of the weighted sum; ``geometry.age`` says how old they
-            are. The norm of such an update is at most three times that of the last step that took a Gramian. If in that
+            are. The norm of such an update is at most three times that of the last step that took a Gramian, times the
+            ratio of the factors on the scalar of :meth:`join`: of their sums over micro-batches or of the largest,
+            whichever is larger. If in that
             step a component's gradient was zero, not finite, or small with a large weight, or if the components
             cancelled, the next step takes a Gramian too. Losses scaled by a gradient scaler belong in :meth:`join`,
             which knows the factor: here a larger loss makes a longer update. Needs ``scope="model"``. May be changed at
@@ -114,7 +117,7 @@ class Steering:
         self.data_parallel = data_parallel
         self.refresh_every = refresh_every
         self._agreement = Agreement()
-        _ALIVE.add(self)
+        _ALIVE[id(self)] = self
 
     @property
     def geometry(self) -> Geometry | None:
@@ -134,7 +137,7 @@ class Steering:
                 remedy = "Wrap a function of the Gramian in Weighting(...)"
             raise TypeError(f"rule must be a Rule; got {rule!r}. {remedy}")
         if rule is not getattr(self, "_rule", None):
-            self._rule, self._memory = rule, replace(self._memory, state={}, last=None)
+            self._rule, self._memory = rule, replace(self._memory, state={}, last=None, started=None)
             if self._pending is not None and self._pending.last is not None:
                 self._pending.last = replace(self._pending.last, rule="")  # used to finish this step only
 
@@ -231,7 +234,7 @@ class Steering:
             accumulate: as for :meth:`backward_components`: True for every micro-batch but the last.
 
         Returns:
-            A scalar, on the device and in the dtype of the first component that is present; 0 if none is.
+            A scalar, on the device of the first component that is present, in the widest dtype; 0 if none is.
 
         Raises:
             TypeError, ValueError: as for :meth:`backward_components`; names and shapes are checked here.
@@ -279,7 +282,8 @@ class Steering:
         if self._pending is not None:
             raise RuntimeError(
                 f"components {sorted(self._pending.losses)} were accumulated and never steered, so that .grad lacks "
-                "them: call backward_components or join without accumulate=True for the last micro-batch of a step"
+                "them: call backward_components or join without accumulate=True for the last micro-batch of a step, or "
+                "with accumulate=False if a watched loop has ended"
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -320,7 +324,7 @@ class Steering:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        _ALIVE.add(self)
+        _ALIVE[id(self)] = self
 
     def __repr__(self) -> str:
         return f"Steering({self.rule!r}, scope={self.scope!r})"
@@ -362,7 +366,8 @@ class Steering:
             raise ValueError("there is no parameter that requires grad: unfreeze one, or pass others")
         check_parameters(parameters)
         mine = {p for own in scopes for p in own}
-        others = [p for other in list(_ALIVE) if other is not self for p in other._parameters() if p not in mine]
+        alive = [other for reference in _ALIVE.valuerefs() if (other := reference()) not in (None, self)]
+        others = [p for other in alive for p in other._parameters() if p not in mine]
         replicas = processes.replica_group(self.data_parallel, parameters)
         peers = [replicas] if replicas is not None else processes.mesh_groups(parameters)
         averaged = replicas is not None and self._agreement.averages is not False
@@ -371,7 +376,9 @@ class Steering:
         pending.names = names
         pending.parameters.update(parameters)
         if scale is not None:
-            pending.scale = scale.detach().abs() + (0.0 if pending.scale is None else pending.scale)
+            factor, before = scale.detach().abs(), pending.scale
+            both = (factor, factor) if before is None else (before[0] + factor, torch.maximum(before[1], factor))
+            pending.scale = torch.stack(both)
         return Step(scopes, parameters, others, replicas, peers, averaged, scale, retain_graph, pending)
 
     def _hold(self, step: Step) -> GradientSets:
@@ -398,29 +405,34 @@ class Steering:
         """Return the weights of the held sets, ``(S, k)`` (between refreshes ``(1, 1)``), and the new memory."""
         pending = step.pending
         names, old, last = pending.names, self._memory, pending.last
-        scale = G.new_ones(()) if pending.scale is None else pending.scale.to(G)
+        scale = G.new_ones(2) if pending.scale is None else pending.scale.to(G)
         for group in step.peers if pending.scale is not None else ():  # the same bound everywhere
             dist.all_reduce(scale, dist.ReduceOp.MAX, group=group)
         losses = stack_losses([pending.losses.get(name) for name in names], G)
         if last is None:
-            weights, state = self.rule(G, names, carry_over(old.state, self.rule.init(G, names)))
+            fresh, started = self.rule.init(G, names), G.isfinite().all()
+            state = carry_over(old.state, fresh)
+            if old.started is not None:
+                state = {key: torch.where(old.started, value, fresh[key]) for key, value in state.items()}
+                started |= old.started
+            weights, state = self.rule(G, names, state)
             if step.peers:
                 self._agreement.note_weights(weights)
             if self.scope != "model":
                 scopes = tuple(name for name, _ in self._scopes())
-                return weights, Memory(names, state, None, Geometry(names, G, weights, losses, scopes))
+                return weights, Memory(names, state, None, Geometry(names, G, weights, losses, scopes), started)
             previous = G.new_zeros(len(names)) if old.last is None else old.last.geometry.norms
             kept = Geometry(names, G[0].clone(), weights[0].clone())  # the user may write to the other one
             before = previous.nan_to_num(0.0, 0.0)
             now = Last(self._reuse_key(), kept, before, scale, functions=self._functions())
-            return weights, Memory(names, state, now, Geometry(names, G[0], weights[0], losses))
+            return weights, Memory(names, state, now, Geometry(names, G[0], weights[0], losses), started)
         exact = last.geometry
-        length, most = G[:, 0].clamp(min=0).sqrt(), BOUND * exact.update_norm * scale / last.scale
+        length, most = G[:, 0].clamp(min=0).sqrt(), BOUND * exact.update_norm * (scale / last.scale).max()
         factor = torch.where(length.isfinite() & (length > most), most / length, 1.0)
         now = replace(last, age=last.age + 1)
         norm, weights = (length * factor)[0, 0], exact.weights * factor[0]
         geometry = Geometry(names, exact.G.clone(), weights, losses, age=now.age, _update_norm=norm)
-        return factor, Memory(names, old.state, now, geometry)
+        return factor, Memory(names, old.state, now, geometry, old.started)
 
     def _last_to_reuse(self) -> Last | None:
         """Return the last Gramian if this step reuses its weights; None if it takes a new one."""
@@ -499,7 +511,7 @@ class Steering:
 
     def _rule_key(self) -> str:
         """Return the rule with its hyperparameters, without addresses: the same in all processes."""
-        return f"{re.sub(' at 0x[0-9a-f]+', '', repr(self.rule))}, scope={self.scope!r}"
+        return f"{re.sub(' at 0x[0-9a-fA-F]+', '', repr(self.rule))}, scope={self.scope!r}"
 
 
 def _names(group: Mapping[str, Any], number: int) -> list[str]:

@@ -24,7 +24,8 @@ class Pending:
     sets: dict[str, Gradients] = field(default_factory=dict)
     losses: dict[str, Tensor] = field(default_factory=dict)
     parameters: set[Tensor] = field(default_factory=set)  # required grad in some micro-batch
-    scale: Tensor | None = None  # the factor on the losses, summed over micro-batches
+    scale: Tensor | None = None  # the factor on the losses: its sum over micro-batches, and the largest
+    unsteered: list[Tensor] = field(default_factory=list)  # reached parameters of no steering, where this is refused
 
 
 @dataclass
@@ -50,7 +51,9 @@ class Step:
         """Return the holder of this step's sets."""
         names = self.pending.names if self.pending.last is None else (" + ".join(self.pending.names),)
         parameters = [[p for p in own if p in self.pending.parameters] for own in self.scopes]
-        return AveragedSets(names, parameters, self.replicas) if self.isolated else LocalSets(names, parameters)
+        if not self.isolated:
+            return LocalSets(names, parameters)
+        return AveragedSets(names, parameters, self.replicas, self.pending.unsteered)
 
     def capture(self, losses: Mapping[str, Any], held: GradientSets | None) -> Iterator[str]:
         """Add the gradients to the pending sets; yield each component when its set is complete, or it is absent.
@@ -79,14 +82,19 @@ class Step:
             weight = None if last is None else last.geometry.weights[last.geometry.index(name)]
             grad_tensors.append(_grad_tensor(loss, (weight, self.scale)))
             before = self.pending.losses.get(name)
-            self.pending.losses[name] = loss.detach() if before is None else before + loss.detach()
+            value = loss.detach().to(torch.promote_types(loss.dtype, torch.float32))
+            self.pending.losses[name] = value if before is None else before + value
         if self.isolated:
-            on_gradient = None
-            if isinstance(held, AveragedSets):
-                on_gradient = held.on_gradient
-                held.unsteered.extend(self._unsteered(terms))
+            beyond = self._beyond(terms)
+            self.pending.unsteered.extend(p for p in beyond if isinstance(p, torch.nn.Parameter))
             sets[label] = capture_isolated(
-                terms, grad_tensors, self.parameters, own, retain_graph=keep, on_gradient=on_gradient
+                terms,
+                grad_tensors,
+                self.parameters,
+                own,
+                retain_graph=keep,
+                leaves=[x for x in beyond if not isinstance(x, torch.nn.Parameter)],
+                on_gradient=held.on_gradient if isinstance(held, AveragedSets) else None,
             )
             return
         others = self._others(terms)
@@ -104,11 +112,11 @@ class Step:
         leaves = {getattr(node, "variable", None) for node in nodes}
         return [p for p in self.others if p in leaves]
 
-    def _unsteered(self, losses: Sequence[Tensor]) -> list[Tensor]:
-        """Return the parameters that the losses reach and no steering has."""
+    def _beyond(self, losses: Sequence[Tensor]) -> list[Tensor]:
+        """Return the leaves that the losses reach and no steering has."""
         known = {*self.others, *(p for own in self.scopes for p in own)}
         leaves = (getattr(node, "variable", None) for node in graph(losses))
-        return [p for p in leaves if isinstance(p, torch.nn.Parameter) and p not in known]
+        return [x for x in leaves if x is not None and x not in known]
 
     def average(self, held: GradientSets, agreement: Agreement) -> GradientSets:
         """Return the held sets averaged over the replicas; average here if no reducer has done so."""

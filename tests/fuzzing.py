@@ -14,6 +14,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
+from functools import reduce
 from typing import Any
 from unittest import mock
 
@@ -495,7 +496,7 @@ class Last:
     G: Tensor
     weights: Tensor
     before: Tensor
-    scale: float
+    scale: tuple[float, float]
     age: int = 0
 
     @property
@@ -538,9 +539,10 @@ class Totals:
     orphaned: bool = False  # whether another rule was set on the way
 
     @property
-    def scale(self) -> float:
-        """What the losses were multiplied by, if that is known."""
-        return sum(self.scales) if self.scales else 1.0
+    def scale(self) -> tuple[float, float]:
+        """What the losses were multiplied by, if that is known: in sum, and at most."""
+        sizes = [abs(scale) for scale in self.scales] or [1.0]
+        return sum(sizes), max(sizes)
 
 
 @dataclass
@@ -1114,7 +1116,8 @@ class StepRun:
         if self.failure is None:
             assert total.shape == ()
             values = [*self.call.losses.values(), *self.late_call.losses.values()]
-            size, dtype = sum(map(abs, values)), self.program.losses[self.there[0]][0] if self.there else torch.float32
+            dtypes = [self.program.losses[i][0] for i in self.there] or [torch.float32]
+            size, dtype = sum(map(abs, values)), reduce(torch.promote_types, dtypes)
             assert total.dtype == dtype
             expected = torch.tensor(sum(values), dtype=torch.float64)
             assert_near(total.detach().double(), expected, 8 * EPSILON[dtype] * size, torch.finfo(dtype).max)
@@ -1298,6 +1301,8 @@ class Check:
         state = carry_over(old.state, model.rule.init(G, names))
         expected, new = model.rule(G, names, state)
         assert torch.equal(weights, expected)
+        if not old.state and not G.isfinite().all():
+            new = {}  # it begins with the first finite Gramian
         if self.program.precise and exact_G.isfinite().all():
             self.check_update(weights, exact_G, [J for J, _ in matrices], sizes, state)
         last = None
@@ -1340,7 +1345,8 @@ class Check:
         ((_, scope),) = self.scopes
         J, sizes = model.matrix(scope)
         update = last.weights @ J
-        length, most = float(update.norm()), BOUND * last.length * abs(self.totals.scale / last.scale)
+        length, most = float(update.norm()), BOUND * last.length
+        most *= max(now / before for now, before in zip(self.totals.scale, last.scale, strict=True))
         factor = most / length if most < length < float("inf") else 1.0
         assert self.geometry.age == last.age + 1
         assert torch.equal(self.geometry.G, last.G)

@@ -160,6 +160,12 @@ def test_watching_needs_one_steered_optimizer():
     plain = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
     with pytest.raises(TypeError, match="one SteeredOptimizer is needed, and 0 were found"):
         callbacks.watch_accelerator(Accelerator(), plain)
+    x = torch.zeros(1, requires_grad=True)
+    steering, plain = Steering([x], Sum()), torch.optim.SGD([x])
+    monitor = callbacks.watch_accelerator(Accelerator(), plain, steering, log_every=0)
+    steering.join({"a": x.sum()}).backward()
+    plain.step()
+    assert len(monitor) == 1
 
 
 @pytest.mark.usefixtures("fresh_accelerate")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from toys import assert_equal, components, make_model, memory, steer_step, train
 
-from steer_optim import SteeredOptimizer
+from steer_optim import SteeredOptimizer, Steering
 from steer_optim.rules import PCD, GradVac, PCGrad, Steer, Sum
 
 RULES = {"Sum": Sum, "Steer": lambda: Steer("a"), "PCGrad": PCGrad, "GradVac": GradVac, "PCD": lambda: PCD("a")}
@@ -59,6 +59,17 @@ def test_a_division_by_the_number_of_micro_batches_scales_the_result():
     for step in range(4):
         (optimizer.join(components(model, step), accumulate=step < 3) / 4).backward()
     assert_equal(gradients(model), steered(steps=range(4), factor=0.25))
+
+
+@pytest.mark.parametrize("first", ["half", "full"])
+def test_a_component_in_half_precision_rounds_no_factor_of_the_others(first):
+    x, y = (torch.ones(1, requires_grad=True) for _ in range(2))
+    losses = {"half": (1.36 * y).bfloat16().sum(), "full": (0.53125 * x).sum()}
+    total = Steering([x, y], Sum()).join({first: losses.pop(first), **losses})
+    assert total.dtype == torch.float32
+    assert total.item() == 1.359375 + 0.53125
+    (total / 3).backward()
+    assert x.grad.item() == (torch.tensor(0.53125) * torch.tensor(1.0).div(3)).item()
 
 
 def test_micro_batches_may_be_scaled_differently():

@@ -219,3 +219,10 @@ def test_empty():
     monitor = Monitor()
     monitor.load_state_dict(Monitor().state_dict())
     assert len(monitor) == 0
+
+
+def test_a_step_that_is_no_whole_number_is_refused():
+    geometry = Geometry(("a",), torch.eye(1).double(), torch.ones(1).double())
+    monitor = Monitor()
+    with pytest.raises(TypeError, match="integer"):
+        monitor.record(geometry, step=0.25)

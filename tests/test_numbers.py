@@ -8,7 +8,7 @@ from properties import RULES
 from steering import assert_close, clear, flat_grad, steered
 from torch import Tensor, nn
 
-from steer_optim import VGS, Steer, SteeredOptimizer, Sum
+from steer_optim import VGS, Steer, SteeredOptimizer, Sum, Weighting
 
 SIZES = [1000, 5000, 100_000]  # end to end with others, by itself, in several pieces
 
@@ -101,6 +101,43 @@ def test_float32_is_good_to_a_thousandth_at_any_angle(cosine, dtype, seed):
     clear([p])
     # Down to a ten millionth of the parts, where the squares of float64 end.
     assert abs(geometry.sum_norm - exact) <= 1e-3 * exact + 1e-7 * a.norm()
+
+
+@pytest.mark.parametrize("degrees", [175.0, 178.0])
+def test_gradients_of_like_elements_are_added_to_a_thousandth(degrees):
+    """The roundings of float32 sums go to one side."""
+    n, half = 2**16, torch.tensor(degrees).deg2rad() / 2
+    random = torch.Generator().manual_seed(0)
+    along, across = 1 + 1e-3 * torch.randn(2, n, generator=random)
+    across[::2] *= -1
+    a, b = half.cos() * along + half.sin() * across, half.cos() * along - half.sin() * across
+    p = nn.Parameter(torch.zeros(n))
+    geometry = SteeredOptimizer(torch.optim.SGD([p]), Steer("g0")).backward_components(linear(p, a, b))
+    exact = (a.double() + b.double()).norm()
+    assert abs(geometry.sum_norm - exact) <= 1e-3 * exact
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sparse_half_precision_is_combined_wide_and_rounded_once(dtype):
+    weight, ids = nn.Parameter(torch.ones(4, 500, dtype=dtype)), torch.tensor([0, 2])
+    rows = nn.functional.embedding(ids, weight, sparse=True)
+    a, b = torch.randn(2, 2, 500, generator=torch.Generator().manual_seed(0)).to(dtype)
+    losses = {"a": (rows.float() * a).sum(), "b": (rows.float() * b * 100).sum()}
+    geometry = SteeredOptimizer(torch.optim.SGD([weight]), Weighting(lambda G: torch.tensor([1.1, 0.013])))
+    weights = geometry.backward_components(losses, retain_graph=True).weights
+    gradients = [
+        torch.autograd.grad(loss, [weight], retain_graph=True)[0].to_dense().double() for loss in losses.values()
+    ]
+    exact = sum(w * g for w, g in zip(weights, gradients, strict=True))
+    assert torch.equal(weight.grad.to_dense(), exact.float().to(dtype))
+
+
+def test_losses_in_half_precision_are_added_up_wide():
+    x = nn.Parameter(torch.ones(1))
+    optimizer = steered([x], Sum())
+    for i in range(512):
+        geometry = optimizer.backward_components({"a": (1.36 * x).bfloat16().sum()}, accumulate=i < 511)
+    assert geometry.losses.tolist() == [512 * 1.359375]
 
 
 @pytest.mark.parametrize("n", [2, 70_000])

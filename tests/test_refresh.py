@@ -468,6 +468,18 @@ def test_the_bound_does_not_depend_on_the_number_of_micro_batches(counts, way):
         assert_close(x.grad, torch.full_like(x, 3))
 
 
+@pytest.mark.parametrize("counts", [(8, 1, 8), (1, 8, 1)])
+def test_a_step_of_fewer_micro_batches_is_not_shortened(counts):
+    """Trainers divide the losses, not the joined loss, by the number of tokens: all steps are as long."""
+    x = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = steered([x], Sum(), refresh_every=10)
+    for n in counts:
+        x.grad = None
+        for i in range(n):
+            optimizer.join({"a": x.sum() / n, "b": 2 * x.sum() / n}, accumulate=i < n - 1).backward()
+        assert_close(x.grad, torch.full_like(x, 3))
+
+
 def test_a_run_is_resumed_after_an_overflow():
     x = nn.Parameter(torch.ones(3))
 

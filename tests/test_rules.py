@@ -1,8 +1,10 @@
 """What every rule does alike, and where their random numbers come from."""
 
 import copy
+import math
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import permutations
 
 import pytest
 import torch
@@ -254,9 +256,9 @@ def test_weighting_draws_from_its_own_generators():
 
     G = random_gramian(2, 3)
     weights, state = Weighting(draw, seed=1)(G, NAMES[:3])
-    assert torch.equal(weights[1], torch.rand(3, dtype=torch.float64, generator=torch.Generator().manual_seed(2)))
-    assert not torch.equal(weights[0], weights[1])
-    assert not torch.equal(weights, Weighting(draw, seed=1)(G, NAMES[:3], state)[0])
+    assert state["draws"].tolist() == [1, 1]
+    others = [Weighting(draw, seed=1)(G, NAMES[:3], state)[0], Weighting(draw, seed=-2)(G, NAMES[:3])[0]]
+    assert len({tuple(row.tolist()) for each in (weights, *others) for row in each}) == 6
     torch.manual_seed(99)
     assert torch.equal(weights, Weighting(draw, seed=1)(G, NAMES[:3])[0])
 
@@ -278,6 +280,57 @@ def test_weightings_in_two_threads_draw_as_one_after_the_other():
         found = list(threads.map(run, [0, 1]))
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_weighting_may_differentiate():
+    def descend(G):
+        w = torch.full((len(G),), 0.5, dtype=G.dtype, requires_grad=True)
+        (gradient,) = torch.autograd.grad(w @ G @ w, [w])
+        return w - 0.1 * gradient
+
+    x = torch.nn.Parameter(torch.ones(2))
+    optimizer = SteeredOptimizer(torch.optim.SGD([x]), Weighting(descend))
+    optimizer.join({"a": x[0], "b": x.sum()}).backward()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("scope", ["model", "group"])
+def test_weighting_is_not_called_where_all_gradients_are_zero(scope):
+    frozen, x = torch.nn.Parameter(torch.ones(2), requires_grad=False), torch.nn.Parameter(torch.ones(2))
+    rule = Weighting(lambda G: torch.linalg.solve(G, torch.ones(len(G), dtype=G.dtype)))
+    optimizer = SteeredOptimizer(torch.optim.SGD([{"params": [frozen]}, {"params": [x]}]), rule, scope=scope)
+    optimizer.backward_components({"a": x[0] + 0 * x[1], "b": x[1]})
+    assert x.grad.tolist() == [1, 1]
+    assert optimizer.backward_components({"a": 0 * x[0], "b": 0 * x[1]}).weights.eq(1).all()
+
+
+def test_the_state_begins_at_the_first_gramian_that_is_finite():
+    """A gradient scaler begins with a factor that overflows."""
+
+    class ToFirst(Rule):
+        def init(self, G, names):
+            return {"first": G.diagonal(dim1=1, dim2=2).sqrt()}
+
+        def update(self, G, names, state):
+            return state["first"] / G.diagonal(dim1=1, dim2=2).sqrt(), state
+
+    x = torch.nn.Parameter(torch.ones(2))
+    optimizer, other = (SteeredOptimizer(torch.optim.SGD([x]), ToFirst()) for _ in range(2))
+    for factor in (float("inf"), float("inf"), 2.0, 4.0):
+        optimizer.backward_components({"a": factor * x[0], "b": x[1]})
+        other.load_state_dict(optimizer.state_dict())
+        geometry = other.backward_components({"a": 8 * x[0], "b": x[1]})
+        assert geometry.weights.tolist() == ([1.0, 1.0] if math.isinf(factor) else [0.25, 1.0])
+    assert optimizer.geometry.weights.tolist() == [0.5, 1.0]
+
+
+def test_a_set_of_hyperparameters_has_one_name_in_all_processes():
+    class Named(Sum):
+        def __init__(self, names):
+            self.names = names
+
+    found = {repr(Named({*order, *order})) for order in permutations(("main", "kl", "reg"))}
+    assert found == {"Named(names={'kl', 'main', 'reg'})"}
 
 
 def test_weighting_restores_the_global_generator_after_an_error():

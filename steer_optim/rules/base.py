@@ -64,7 +64,10 @@ class Rule(abc.ABC):
         """Raise ValueError if this rule cannot weigh the components ``names``."""
 
     def init(self, G: Tensor, names: Sequence[str]) -> State:
-        """Return the state before the first update, on the device of ``G``; empty for a rule without state."""
+        """Return the state before the first update, on the device of ``G``; empty for a rule without state.
+
+        Called again while every Gramian so far was not finite.
+        """
         return {}
 
     @abc.abstractmethod
@@ -122,5 +125,10 @@ class Rule(abc.ABC):
         return weights, {key: torch.where(finite, new[key].detach(), old[key]) for key in new}
 
     def __repr__(self) -> str:
-        options = ", ".join(f"{key}={value!r}" for key, value in vars(self).items())
+        options = ", ".join(f"{key}={_shown(value)}" for key, value in vars(self).items())
         return f"{type(self).__name__}({options})"
+
+
+def _shown(value: object) -> str:
+    """Return the repr of a hyperparameter, which replicas compare: the order of a set differs between processes."""
+    return f"{{{', '.join(sorted(map(repr, value)))}}}" if isinstance(value, set | frozenset) else repr(value)

@@ -1,6 +1,6 @@
-"""Random visiting orders for the rules that project on one component after the other.
+"""Random numbers for rules: visiting orders for those that project on one component after the other, and seeds.
 
-The orders are a hash of a counter. Drawing them changes only that counter, needs no host, and gives the same orders on
+They are a hash of a counter. Drawing them changes only that counter, needs no host, and gives the same orders on
 every device and replica. The hash is splitmix64 (Steele, Lea and Flood, OOPSLA 2014).
 """
 
@@ -41,10 +41,14 @@ def draw_orders(draws: Tensor, names: Sequence[str], *, seed: int) -> Tensor:
     ranks = sorted(names)
     # Filled one by one: torch.tensor(list, device=...) copies from the host, which synchronizes.
     keys = torch.stack([draws.new_full((), ranks.index(name)) for name in names])
-    scopes = torch.arange(len(draws), device=draws.device)
-    per_scope = _mix(_mix(_mix(torch.full_like(draws, _signed(seed))) + draws) + scopes)
-    per_row = _mix(per_scope[:, None] + keys)
+    per_row = _mix(draw_words(draws, seed=seed)[:, None] + keys)
     return _mix(per_row[:, :, None] + keys).argsort(dim=-1, stable=True)
+
+
+def draw_words(draws: Tensor, *, seed: int) -> Tensor:
+    """Return one random int64 per scope, ``(S,)``; the arguments are those of :func:`draw_orders`."""
+    scopes = torch.arange(len(draws), device=draws.device)
+    return _mix(_mix(_mix(torch.full_like(draws, _signed(seed))) + draws) + scopes)
 
 
 def _signed(word: int) -> int:

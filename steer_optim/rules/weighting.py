@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from steer_optim.rules.base import Rule, State
-from steer_optim.rules.orders import check_seed
+from steer_optim.rules.orders import check_seed, draw_words
 
 _GLOBAL_GENERATOR = threading.RLock()  # held while its state is that of a rule
 
@@ -18,16 +18,17 @@ class Weighting(Rule):
     """Take the weights from any callable, ``f(G) -> w``, called once per scope.
 
     ``f`` receives the Gramian on the CPU, so this is the only rule that synchronizes with a GPU. If ``f`` draws from
-    torch's global generator, it gets numbers from a generator of this rule, whose state is part of the rule's state:
-    the global one is untouched, and a resumed run continues bit for bit. Memory inside ``f`` is neither saved nor
-    restored, and is shared by all scopes; a change inside ``f`` has no effect between two refreshes.
+    torch's global generator, it gets numbers that depend on the seed, the scope and the number of calls: the global one
+    is untouched, and a resumed run continues bit for bit. Where all gradients are zero, the weights are 1 and ``f`` is
+    not called. Memory inside ``f`` is neither saved nor restored, and is shared by all scopes; a change inside ``f``
+    has no effect between two refreshes.
 
-    State: ``random`` ``(S, bytes)`` uint8, the state of each scope's CPU generator.
+    State: ``draws`` ``(S,)`` int64, the number of calls so far.
 
     Args:
         f: a map from a ``(k, k)`` float64 Gramian to ``(k,)`` weights, such as
             ``torchjd.aggregation.UPGradWeighting()``.
-        seed: of the generators, 0 or more; that of scope ``s`` starts at ``seed + s``.
+        seed: of the random numbers, any integer.
 
     Raises:
         TypeError: ``f`` is not callable, or ``seed`` is not an int.
@@ -35,11 +36,13 @@ class Weighting(Rule):
     Example:
         >>> import torch
         >>> from steer_optim.rules import Weighting
-        >>> # Every gradient at unit length; a weight that is not finite would make the update so.
-        >>> normalise = Weighting(lambda G: torch.where(G.diagonal() > 0, G.diagonal().rsqrt(), 0.0))
-        >>> weights, _ = normalise(torch.diag(torch.tensor([4.0, 16.0], dtype=torch.float64)), ["lang", "vis"])
+        >>> def equal_lengths(G):
+        ...     norms = G.diagonal().sqrt()  # a zero gradient gets weight 0: every weight must be finite
+        ...     return torch.where(norms > 0, norms.mean() / norms, 0.0)
+        >>> G = torch.diag(torch.tensor([4.0, 16.0], dtype=torch.float64))
+        >>> weights, _ = Weighting(equal_lengths)(G, ["lang", "vis"])
         >>> weights
-        tensor([0.5000, 0.2500], dtype=torch.float64)
+        tensor([1.5000, 0.7500], dtype=torch.float64)
     """
 
     def __init__(self, f: Callable[[Tensor], Tensor], *, seed: int = 0) -> None:
@@ -49,21 +52,21 @@ class Weighting(Rule):
         self.seed = check_seed(seed)
 
     def init(self, G: Tensor, names: Sequence[str]) -> State:
-        """Return the states of freshly seeded generators."""
-        states = [torch.Generator().manual_seed(self.seed + s).get_state() for s in range(len(G))]
-        return {"random": torch.stack(states).to(G.device)}
+        """Return no calls so far."""
+        return {"draws": torch.zeros(len(G), dtype=torch.int64, device=G.device)}
 
     def update(self, G: Tensor, names: Sequence[str], state: State) -> tuple[Tensor, State]:
-        """Call ``f`` scope by scope; return its weights and the states of the generators.
+        """Call ``f`` scope by scope; return its weights, and count one more call.
 
         Raises:
             ValueError: ``f`` did not return one finite weight per component.
         """
-        weights, randoms = [], []
-        with _GLOBAL_GENERATOR, torch.random.fork_rng(devices=[]):
-            for gramian, random in zip(G.cpu(), state["random"].cpu(), strict=True):
-                torch.set_rng_state(random.clone())  # a view into a larger tensor crashes it (torch 2.13)
-                w = self.f(gramian)
+        weights = []
+        seeds = draw_words(state["draws"], seed=self.seed).tolist()
+        with _GLOBAL_GENERATOR, torch.random.fork_rng(devices=[]), torch.enable_grad():
+            for gramian, seed in zip(G.cpu(), seeds, strict=True):
+                torch.default_generator.manual_seed(seed)  # of the CPU only
+                w = self.f(gramian) if gramian.any() else gramian.new_ones(len(names))
                 found = tuple(w.shape) if isinstance(w, Tensor) else type(w).__name__
                 if found != (len(names),):
                     raise ValueError(
@@ -74,5 +77,4 @@ class Weighting(Rule):
                         f"the weighting of a finite Gramian is not finite: {w.tolist()} of {gramian.tolist()}"
                     )
                 weights.append(w.detach().to(G))
-                randoms.append(torch.get_rng_state())
-        return torch.stack(weights), {"random": torch.stack(randoms).to(G.device)}
+        return torch.stack(weights), {"draws": state["draws"] + 1}

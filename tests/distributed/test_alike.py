@@ -579,6 +579,31 @@ def test_shards_whose_rules_or_memory_differ():
 
 
 @processes(2)
+def test_a_parameter_that_no_steering_has_is_noticed_in_every_micro_batch():
+    model, outside = make_model(), nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = steered(model, data_parallel=True)
+    output = model(share(batch(1)))
+    optimizer.backward_components(components(output * outside), accumulate=True, retain_graph=True)
+    with pytest.raises(ValueError, match="parameters that the optimizer does not have"):
+        optimizer.backward_components(components(output))
+
+
+@processes(2, every=[1, 3])
+def test_leaves_that_are_no_parameters_get_the_plain_sum(every):
+    """Such as log-variances, or inputs; DDP does not average them either."""
+    model, leaf = make_model(), torch.ones(3, dtype=torch.float64, requires_grad=True)
+    optimizer = steered(model, Sum(), data_parallel=True, refresh_every=every)
+    for step in range(3):
+        losses = components(model(share(batch(step))) * leaf)
+        (expected,) = torch.autograd.grad(sum(losses.values()), [leaf], retain_graph=True)
+        leaf.grad = None
+        for _ in range(2):
+            optimizer.zero_grad()
+            optimizer.backward_components(losses, retain_graph=True)
+        assert_close(leaf.grad, 2 * expected)
+
+
+@processes(2)
 def test_a_parameter_that_no_steering_has_and_that_is_reached_later():
     model, outside = make_model(), nn.Parameter(torch.ones(3, dtype=torch.float64))
     optimizer = steered(model, data_parallel=True)

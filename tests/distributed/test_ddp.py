@@ -126,7 +126,8 @@ def test_a_component_may_reach_nothing_here_if_it_does_elsewhere():
     geometry = sgd([p]).backward_components({"first": p[0], "second": second})
     assert p.grad.tolist() == [1.5, 0.5]
     assert geometry.G.tolist() == [[1, 0.5], [0.5, 0.5]]
-    assert other.grad is None
+    # A leaf that no module has gets what a plain backward pass gives it.
+    assert other.grad is None if dist.get_rank() == 1 else other.grad.tolist() == [1, 1]
 
 
 @processes(2, decomposition=["vgs-frozen", "vgs", "standard", "exact", "language"], reduction=["token", "sequence"])
