@@ -13,7 +13,6 @@ import weakref
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from itertools import chain
 from typing import Any, Literal, overload
 
 import torch
@@ -491,10 +490,8 @@ class Steering:
             return [("model", self._parameters())]
         if self.scope == "group":
             return [(f"group {i}", group["params"]) for i, group in groups]
-        return [(name, [p]) for name, p in zip(self._labels(), self._parameters(), strict=True)]
-
-    def _labels(self) -> list[str]:
-        return [*chain.from_iterable(_names(group, i) for i, group in enumerate(self._source.param_groups))]
+        named = (zip(_names(group, i), group["params"], strict=True) for i, group in groups)
+        return [(name, [p]) for group in named for name, p in group]
 
     def _owner(self) -> str:
         """Return the class of the rule and the scope: a memory saved with others is refused."""
