@@ -179,14 +179,14 @@ def picture(image: Any, root: Path = Path()) -> Any:
 
     if isinstance(image, Mapping):
         image = image.get("bytes") or image.get("path")
-    if isinstance(image, (str, Path)):
-        if not str(image).startswith(("http://", "https://", "data:")):
-            found = [path for path in (Path(image), root / image) if path.is_file()]
-            if not found:
-                raise ValueError(f"there is no image {image}, as it is or in {root.absolute()}")
-            image = found[0]
-        with fsspec.open(str(image)) as file:
+    if isinstance(image, (str, Path)) and str(image).startswith(("http://", "https://", "data:")):
+        with fsspec.open(str(image), expand=False) as file:
             image = file.read()
+    elif isinstance(image, (str, Path)):
+        found = [path for path in (Path(image), root / image) if path.is_file()]
+        if not found:
+            raise ValueError(f"there is no image {image}, as it is or in {root.absolute()}")
+        image = found[0].read_bytes()
     if isinstance(image, bytes):
         image = Image.open(BytesIO(image))
     if not isinstance(image, Image.Image):
