@@ -176,8 +176,9 @@ def capture_isolated(
         # torch.autograd.grad skips it without an error if no parameter is upstream of it.
         raise RuntimeError(_REMEDIES["use_reentrant=True"])
     for leaf, g in zip(leaves, taken[len(parameters) :], strict=True):
-        leaf.grad = g.clone() if leaf.grad is None else leaf.grad + g
-    new = zip(parameters, taken, strict=False)
+        before = leaf.grad
+        leaf.grad = g.clone() if before is None else g + before if before.is_sparse else before + g
+    new = zip(parameters, taken[: len(parameters)], strict=True)
     return own | {p: own[p] + g if p in own else g for p, g in new if g is not None}
 
 

@@ -296,7 +296,7 @@ def _check_parameters(path: Path, saved: list[list[list[Any]]], found: list[list
     for g, (saved_group, group) in enumerate(zip(saved, found, strict=True)):
         for i, (a, b) in enumerate(zip(saved_group, group, strict=True)):
             # The wrappers of DDP and torch.compile change the names.
-            names = [name and re.sub(r"^module\.|\b_orig_mod\.", "", name) for name in (a[0], b[0])]
+            names = [name and re.sub(r"^((module|_orig_mod)\.)+|\b_orig_mod\.", "", name) for name in (a[0], b[0])]
             if a[1:] != b[1:] or (names[0] != names[1] and None not in names):
                 raise ValueError(
                     f"parameter {i} of group {g} is {_describe(a)} in {path}, and {_describe(b)} in the optimizer"

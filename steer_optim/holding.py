@@ -205,7 +205,7 @@ class AveragedSets:
                 )
             reached.update(p for p, flag in zip(self._parameters, flags, strict=True) if flag)
         if table[0][-1]:
-            shapes = [tuple(p.shape) for p in self._unsteered] or "on another rank"
+            shapes = [tuple(p.shape) for p in dict.fromkeys(self._unsteered)] or "on another rank"
             raise ValueError(_UNSTEERED.format(shapes=shapes))
         return reached
 

@@ -28,10 +28,8 @@ class _Join(torch.autograd.Function):
         if not losses:
             return torch.zeros(())
         dtype = functools.reduce(torch.promote_types, (loss.dtype for loss in losses))
-        total = losses[0].detach().reshape(()).to(dtype, copy=True)
-        for loss in losses[1:]:
-            total += loss.detach().reshape(()).to(total)
-        return total
+        first, *others = (loss.detach().reshape(()).to(losses[0].device, dtype) for loss in losses)
+        return sum(others, first.clone())
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[None, None, None]:

@@ -142,7 +142,8 @@ def _checked(record: dict[str, Any], rule: Rule, scopes: int, device: torch.devi
             raise ValueError("the last weights need a rule (str), an age (int, at least 0) and a scale of at least 0")
         geometry = Geometry(names, tensors["G"], tensors["weights"])
         last = Last(key, geometry, tensors["previous_norms"], tensors["scale"], age)
-    return Memory(names, state, last)
+    started = torch.ones((), dtype=torch.bool, device=device) if state else None
+    return Memory(names, state, last, started=started)
 
 
 def _pack(value: Tensor) -> list[Any]:

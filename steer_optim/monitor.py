@@ -124,8 +124,9 @@ class Monitor:
             return
         if step is None:
             step = self._steps[-1] + 1 if self._steps else 0
+        step = operator.index(step)
         self._pending.append(_row(geometry))
-        self._steps.append(operator.index(step))
+        self._steps.append(step)
         if len(self._pending) >= _BATCH:
             self._move_to_host()
 

@@ -412,8 +412,9 @@ class Steering:
             fresh, started = self.rule.init(G, names), G.isfinite().all()
             state = carry_over(old.state, fresh)
             if old.started is not None:
-                state = {key: torch.where(old.started, value, fresh[key]) for key, value in state.items()}
-                started |= old.started
+                before = old.started.to(G.device)
+                state = {key: torch.where(before, value, fresh[key]) for key, value in state.items()}
+                started |= before
             weights, state = self.rule(G, names, state)
             if step.peers:
                 self._agreement.note_weights(weights)
@@ -490,8 +491,7 @@ class Steering:
             return [("model", self._parameters())]
         if self.scope == "group":
             return [(f"group {i}", group["params"]) for i, group in groups]
-        named = (zip(_names(group, i), group["params"], strict=True) for i, group in groups)
-        return [(name, [p]) for group in named for name, p in group]
+        return [(n, [p]) for i, group in groups for n, p in zip(_names(group, i), group["params"], strict=True)]
 
     def _owner(self) -> str:
         """Return the class of the rule and the scope: a memory saved with others is refused."""

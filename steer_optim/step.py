@@ -116,7 +116,7 @@ class Step:
         """Return the leaves that the losses reach and no steering has."""
         known = {*self.others, *(p for own in self.scopes for p in own)}
         leaves = (getattr(node, "variable", None) for node in graph(losses))
-        return [x for x in leaves if x is not None and x not in known]
+        return [x for x in leaves if x is not None and x.requires_grad and x not in known]
 
     def average(self, held: GradientSets, agreement: Agreement) -> GradientSets:
         """Return the held sets averaged over the replicas; average here if no reducer has done so."""

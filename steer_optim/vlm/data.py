@@ -13,10 +13,12 @@ from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
-import fsspec  # type: ignore[import-untyped]
+import requests
 import torch
 from datasets import IterableDataset
+from datasets.utils.file_utils import xopen
 
 ROW = "steer_optim_row"
 """The column with the number of a row, which errors name."""
@@ -74,8 +76,8 @@ def numbered(dataset: Any, root: str | Path = ".") -> Any:
         return dataset
     if not isinstance(dataset, IterableDataset):
         return Rows(dataset, root)
-    # Images are decoded in `picture`, where an error can name the row.
-    dataset = dataset.decode(False) if dataset.features else dataset
+    # Images are decoded in `picture`, where an error can name the row, but for a mode that the user chose.
+    dataset = dataset.decode(False) if dataset.features and "mode='" not in repr(dataset.features) else dataset
     return dataset.map(lambda row, number: {_ROOT: str(root), **row, ROW: number}, with_indices=True)
 
 
@@ -115,11 +117,9 @@ def conversation(row: Mapping[str, Any]) -> list[dict[str, Any]]:
             parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
             message["content"] = [_part(part, root) for part in parts]
         parts = [part for message in messages for part in message["content"]]
-        if images and any("<image>" in (part.get("text") or "") for part in parts):
-            raise ValueError(
-                "its text has the tag <image> beside its images: put a part of the type image in its place"
-            )
         if all(part["type"] == "text" for part in parts):
+            if images and any("<image>" in (part.get("text") or "") for part in parts):
+                raise ValueError("its text has the tag <image>: put a part of the type image in its place")
             first["content"] = [{"type": "image"}] * len(images) + first["content"]
         prepared: list[dict[str, Any]] = prepare_multimodal_messages(messages, images)
         return prepared
@@ -179,10 +179,17 @@ def picture(image: Any, root: Path = Path()) -> Any:
 
     if isinstance(image, Mapping):
         image = image.get("bytes") or image.get("path")
-    if isinstance(image, (str, Path)) and str(image).startswith(("http://", "https://", "data:")):
-        with fsspec.open(str(image), expand=False) as file:
+    url = str(image) if isinstance(image, (str, Path)) else ""
+    if url.startswith(("http://", "https://")):
+        response = requests.get(url, timeout=60)
+        response.raise_for_status()
+        image = response.content
+    elif url.startswith("data:"):
+        image = urlopen(url).read()
+    elif "://" in url:  # in an archive or a store that is streamed
+        with xopen(url, "rb") as file:
             image = file.read()
-    elif isinstance(image, (str, Path)):
+    elif url:
         found = [path for path in (Path(image), root / image) if path.is_file()]
         if not found:
             raise ValueError(f"there is no image {image}, as it is or in {root.absolute()}")

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from steer_optim.vlm.distillation import DecomposedDistillation
 from steer_optim.vlm.divergences import View
+from steer_optim.vlm.families import per_token_keys
 from steer_optim.vlm.heads import Head, HiddenStates, output_embeddings
 from steer_optim.vlm.prompts import Prompts, Rollout, append_response, unpadded
 
@@ -244,10 +245,10 @@ def score(
 def _equate_rows_without_images(views: Mapping[str, View], prompts: Prompts) -> None:
     """Give both views of the teacher the same bits where the prompts are equal, or a gate selects by their rounding."""
     seen, blind = (getattr(views.get(name), "hidden_BTd", views.get(name)) for name in ("teacher", "teacher_text"))
-    pixels = any(isinstance(x, Tensor) and x.is_floating_point() for x in prompts.text.values())  # of a masked image
+    pixels = prompts.text.keys() - {"input_ids", "attention_mask", *per_token_keys()}  # of a masked image
     if isinstance(seen, Tensor) and isinstance(blind, Tensor) and seen.shape == blind.shape and not pixels:
-        every = (prompts.image, prompts.text)
-        rows = (unpadded(x["input_ids"], x.get("attention_mask", torch.ones_like(x["input_ids"]))) for x in every)
+        ids = ((x["input_ids"].cpu(), x.get("attention_mask")) for x in (prompts.image, prompts.text))
+        rows = (unpadded(x, torch.ones_like(x) if mask is None else mask.cpu()) for x, mask in ids)
         for row, (image, text) in enumerate(zip(*rows, strict=True)):
             if image == text and row < len(seen):  # the blank one is not there any more
                 blind[row] = seen[row]

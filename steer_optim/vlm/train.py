@@ -15,6 +15,7 @@ run from its last checkpoint.
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 import warnings
@@ -82,23 +83,26 @@ def load(data: DataArguments) -> tuple[Any, Any]:
     if unread := {*(train.column_names or ())} - {"messages", "prompt", "images", "image", "answer"}:
         print(f"columns that are not read: {', '.join(sorted(unread))}", file=sys.stderr)
     train = numbered(train, root)
+    held_out: Any = None
     if not data.dataset_streaming:
         if not len(train):
             raise ValueError(f"the split {data.dataset_train_split} of {name} has no rows")
         conversation(train[0])  # before any model is loaded
-        answer(train[0])
     if data.dataset_test_split in splits and data.dataset_test_split != data.dataset_train_split:
         rows = splits[data.dataset_test_split]
         count = data.held_out if data.dataset_streaming else min(data.held_out, len(rows))
         rows = list(numbered(rows, root).take(count)) if data.dataset_streaming else rows.select(range(count))
-        return train, Rows(rows, root) if count else None
-    if not data.held_out:
-        return train, None
-    if data.dataset_streaming:
+        held_out = Rows(rows, root) if count else None
+    elif data.held_out and data.dataset_streaming:
         raise ValueError(f"{name} has no split {data.dataset_test_split!r}: name one, or pass --held_out 0")
-    count = min(data.held_out, max(1, len(train) // 20))
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
-    return torch.utils.data.Subset(train, order[count:]), torch.utils.data.Subset(train, order[:count])
+    elif data.held_out:
+        count = min(data.held_out, max(1, len(train) // 20))
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
+        train, held_out = (torch.utils.data.Subset(train, part) for part in (order[count:], order[:count]))
+    if held_out is not None:
+        conversation(held_out[0])
+        answer(held_out[0])
+    return train, held_out
 
 
 def _splits(path: Path, data: DataArguments) -> Any:
@@ -183,7 +187,8 @@ def prepare(data: DataArguments, args: SteeredDistillationConfig, model: ModelCo
         raise ValueError(f"{resume} has more steps than --max_steps {args.max_steps}: choose another --output_dir")
     if not data.measure_only:
         settings = {**asdict(data), **args.to_dict(), **asdict(model)}
-        trained = resume is not None or any(path.glob("*.safetensors"))
+        started = (path / "run.json").stat().st_mtime if (path / "run.json").exists() else math.inf
+        trained = resume is not None or any(x.stat().st_mtime >= started for x in path.glob("*.safetensors"))
         check_settings(path, settings, trained=trained, write=args.should_save)
     options = {"revision": model.model_revision, "attn_implementation": model.attn_implementation}
     options |= {"dtype": model.dtype, "trust_remote_code": args.trust_remote_code}

@@ -36,12 +36,13 @@ except ModuleNotFoundError as error:
 
 import steer_optim.rules
 from steer_optim import SteeredOptimizer
+from steer_optim.capture import graph
 from steer_optim.monitor import scalars
 from steer_optim.rules import Rule
 from steer_optim.vlm.data import ROW, conversation, numbered
 from steer_optim.vlm.distillation import DECOMPOSITIONS, DecomposedDistillation
 from steer_optim.vlm.divergences import View
-from steer_optim.vlm.families import image_ids
+from steer_optim.vlm.families import flat, image_ids
 from steer_optim.vlm.forward import score, shares_trained
 from steer_optim.vlm.gate import sampled_log_probs, visual_dependency, visual_tokens
 from steer_optim.vlm.prompts import BadConversation, Prompts, Rollout, render, unpadded
@@ -120,11 +121,6 @@ class SteeredDistillationConfig(DistillationConfig):  # type: ignore[misc]  # tr
                 f"beta={self.beta} is not read here: use --decomposition forward, jsd, or standard (reverse KL)"
             )
         given = (self.generation_kwargs or {}).get("temperature", self.temperature)
-        if ends := {"eos_token_id", "pad_token_id"} & {*(self.generation_kwargs or {})}:
-            raise ValueError(
-                f"{', '.join(sorted(ends))} of --generation_kwargs would not reach what masks the responses: set it in "
-                "the generation_config of the student"
-            )
         if given != self.temperature:
             raise ValueError(
                 f"--generation_kwargs sample at temperature {given}, losses at {self.temperature}: pass it as "
@@ -244,6 +240,11 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
             )
         self._tokenizer.padding_side = "left"
         suppressed = image_ids(self.model.config) | ({self._tokenizer.pad_token_id} - {*self.eos_token_ids})
+        if ends := {*flat((args.generation_kwargs or {}).get("eos_token_id"))} - {*self.eos_token_ids}:
+            raise ValueError(
+                f"eos_token_id {sorted(ends)} of --generation_kwargs would not end the responses that are scored: set "
+                "it in the generation_config of the student"
+            )
         suppressed |= {*((args.generation_kwargs or {}).get("suppress_tokens") or ())}
         self.generation_kwargs["suppress_tokens"] = sorted(suppressed)
         self.generation_config.suppress_tokens = sorted(suppressed)
@@ -296,9 +297,11 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         if self.method.floor and (self.state.global_step + 1) % max(int(self.state.logging_steps), 1) == 0:
             self._metrics["train"]["steer/floored"].append(self._share_floored(views, response, self.method.floor))
         if inputs.prompts.image.keys() <= inputs.prompts.text.keys():
-            # Without an image nothing may be reached, if only the vision tower is trained: its gradients are zero.
-            zero = 0 * next(p for p in self.model.parameters() if p.requires_grad).flatten()[:1].sum()
-            losses = {name: value + zero for name, value in losses.items()}
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            if {getattr(node, "variable", None) for node in graph(losses.values())}.isdisjoint(trained):
+                # Only the vision tower is trained, and no row has an image: its gradients are zero.
+                zero = 0 * trained[0].sum()
+                losses = {name: value + zero.to(value) for name, value in losses.items()}
         loss = self.steered.join(losses, accumulate=not self.accelerator.sync_gradients)
         return (loss, None) if return_outputs else loss
 
@@ -540,11 +543,12 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         source = {name: options[name] for name in ("revision", "trust_remote_code")}
         try:
             words = AutoTokenizer.from_pretrained(teacher, **source)
-        except (OSError, ValueError):  # it has no tokenizer
-            words = self._tokenizer
-        special = self._tokenizer.added_tokens_decoder.keys() | words.added_tokens_decoder.keys()
+            special = self._tokenizer.added_tokens_decoder.keys() | words.added_tokens_decoder.keys()
+            vocabulary = words.get_vocab()
+        except Exception:  # it has none, or one that cannot be loaded here: only its weights are needed
+            special, vocabulary = set(), {}
         own = {number: token for token, number in self._tokenizer.get_vocab().items() if number not in special}
-        for token, number in words.get_vocab().items():
+        for token, number in vocabulary.items():
             if own.get(number, token) != token:
                 raise ValueError(
                     f"id {number} is {own[number]!r} for the student and {token!r} for {teacher}: both must have one "

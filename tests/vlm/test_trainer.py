@@ -302,7 +302,10 @@ NOT_READ = {
     "messages as text": ({"messages": "[]"}, "messages are text, not a list"),
     "no image": ({"prompt": "what", "images": [None]}, "an image must be PIL"),
     "an array": ({"prompt": "what", "images": [numpy.zeros((2, 2, 3))]}, "got ndarray"),
-    "a tag": ({"prompt": "<image>what", "images": [Image.new("RGB", (8, 8))]}, "the tag <image> beside its images"),
+    "a tag": (
+        {"prompt": "<image>what", "images": [Image.new("RGB", (8, 8))]},
+        "its text has the tag <image>: put a part",
+    ),
 }
 
 
@@ -349,7 +352,10 @@ REFUSED = {
     "float16": ({"fp16": True}, "float16 is not supported"),
     "beta": ({"beta": 0.5}, "use --decomposition forward"),
     "two temperatures": ({"generation_kwargs": {"temperature": 0.5}}, "sample at temperature 0.5, losses at 1.0"),
-    "another end": ({"generation_kwargs": {"eos_token_id": 5}}, "eos_token_id of --generation_kwargs would not reach"),
+    "another end": (
+        {"generation_kwargs": {"eos_token_id": [1, 5]}},
+        r"eos_token_id \[5\] of --generation_kwargs would not",
+    ),
     "rule": ({"rule": "Best()"}, "rule must be one of"),
     "code": ({"rule": "Steer(__import__('os'))"}, "rule must be one of"),
     "no such component": ({"rule": "Steer('foo')"}, "foo"),
