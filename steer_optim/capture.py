@@ -51,8 +51,8 @@ def check_loss(name: str, loss: Tensor, *, grad: bool) -> None:
         raise ValueError(f"component {name!r} must be a scalar; got shape {tuple(loss.shape)}. Reduce it first")
     if grad and not loss.requires_grad:
         raise ValueError(
-            f"component {name!r} is detached: it does not require grad. Look for .detach(), no_grad or frozen "
-            "parameters in its graph, or pass None if there is no loss"
+            f"component {name!r} is detached: it does not require grad. Look for .detach(), no_grad, inference_mode "
+            "or frozen parameters in its graph, or pass None if there is no loss"
         )
 
 
@@ -142,7 +142,7 @@ def capture_isolated(
     *,
     retain_graph: bool,
     leaves: Sequence[Tensor] = (),
-    on_gradient: Callable[[Tensor], None] | None = None,
+    on_gradient: Callable[[Tensor | None], None] | None = None,
 ) -> Gradients:
     """Capture like :func:`capture`, but accumulate into no parameter, so that no reducer runs.
 
@@ -153,7 +153,7 @@ def capture_isolated(
         own: as there; not written to.
         retain_graph: as there.
         leaves: other tensors, whose ``.grad`` accumulates as in a backward pass.
-        on_gradient: called with every gradient as it is computed.
+        on_gradient: called with every gradient as it is computed; None if a node passes none on.
 
     Returns:
         The gradient set. Its tensors may share memory: do not write to them.
@@ -182,7 +182,7 @@ def capture_isolated(
     return own | {p: own[p] + g if p in own else g for p, g in new if g is not None}
 
 
-def _remove_hooks(parameters: Iterable[Tensor], hook: Callable[[Tensor], None] | None) -> None:
+def _remove_hooks(parameters: Iterable[Tensor], hook: Callable[[Tensor | None], None] | None) -> None:
     for hooks in (p._backward_hooks for p in parameters if p._backward_hooks):
         for key in [key for key, registered in hooks.items() if registered == hook]:
             del hooks[key]
@@ -213,6 +213,9 @@ _REMEDIES = {
     'gradient_checkpointing_enable({"use_reentrant": False}))',
     "Untracked tensor": "offloaded activations can be restored for one backward pass only. Pass the "
     "components as callables, each with its own forward pass, or disable offloading",
+    "mark a variable ready only once": "DDP's reducer did not expect this backward pass between "
+    "two refreshes. Call the module inside DDP (ddp.module), whose gradients data_parallel=True averages, too, or set "
+    "refresh_every=1",
     "backward an extra time": "selective activation checkpointing recomputes for one backward pass only. Pass the "
     "components as callables, each with its own forward pass, or checkpoint entire layers",
 }

@@ -114,9 +114,9 @@ class AveragedSets:
         self._in_place = dist.get_backend(group) in _COPYING
         self._unsteered = unsteered
 
-    def on_gradient(self, gradient: Tensor) -> None:
+    def on_gradient(self, gradient: Tensor | None) -> None:
         """Wait until the gradients held and the messages in flight fit into the memory of one set."""
-        self._unpacked += _bytes(gradient)
+        self._unpacked += 0 if gradient is None else _bytes(gradient)  # None from a node that joins several outputs
         self._make_room(self._largest)  # room for the next gradient, whose size is not known yet
 
     def _make_room(self, more: int) -> None:

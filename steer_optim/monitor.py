@@ -15,7 +15,8 @@ training, under the same names. For components ``lang`` and ``vis`` these are
 =========================== ==========================================================================
 
 Norms, cosines and angles are over all parameters under any scope, so that runs are comparable. A step that reused
-weights (``geometry.age > 0``) has losses and weights only. NaN is kept for losses, norms and weights, else left out.
+weights (``geometry.age > 0``) has losses and weights only; one in which a component has no gradient lacks the numbers
+of its pairs. NaN is kept for losses, norms and weights, else left out.
 """
 
 from __future__ import annotations
@@ -209,8 +210,11 @@ def _row(geometry: Geometry) -> tuple[Keys, Tensor]:
         whole, update_norm = geometry.overall, geometry.update_norm.square().sum().sqrt()
         add("norm", whole.norms)
         conflicts = geometry.conflicts.reshape(-1, k, k).to(whole.G.dtype).mean(0)
+        there = whole.norms != 0
         for kind, matrix in (("cos", whole.cosines), ("angle", whole.angles), ("conflict", conflicts)):
             for i, j in combinations(sorted(range(k), key=names.__getitem__), 2):
-                numbers[f"steer/{kind}/{names[i]}~{names[j]}"] = matrix[i, j]
+                numbers[f"steer/{kind}/{names[i]}~{names[j]}"] = torch.where(
+                    there[i] & there[j], matrix[i, j], math.nan
+                )
         numbers |= {"steer/update_norm": update_norm, "steer/update_norm_ratio": update_norm / whole.sum_norm}
     return tuple(numbers), torch.stack(list(numbers.values()))

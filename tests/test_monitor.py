@@ -226,3 +226,16 @@ def test_a_step_that_is_no_whole_number_is_refused():
     monitor = Monitor()
     with pytest.raises(TypeError, match="integer"):
         monitor.record(geometry, step=0.25)
+    assert len(monitor) == 0
+    monitor.record(replace(geometry, losses=torch.ones(1)), step=3)
+    assert monitor.history()["steer/loss/a"].tolist() == [1.0]
+
+
+def test_a_component_without_a_gradient_has_no_angle():
+    x, monitor = torch.ones(2, requires_grad=True), Monitor()
+    optimizer = SteeredOptimizer(torch.optim.SGD([x]), Sum())
+    for present in (True, False, False):
+        monitor.record(optimizer.backward_components({"a": x[0], "b": x[1] - x[0] if present else None}))
+    means, geometry = monitor.means(3), optimizer.geometry
+    assert (means["steer/angle/a~b"], means["steer/conflict/a~b"]) == pytest.approx((135.0, 1.0))
+    assert "steer/cos/a~b" not in scalars(geometry)

@@ -324,6 +324,28 @@ def test_the_state_begins_at_the_first_gramian_that_is_finite():
     assert optimizer.geometry.weights.tolist() == [0.5, 1.0]
 
 
+@pytest.mark.parametrize(
+    "rule", [PCGrad(), GradVac(), Weighting(lambda G: torch.rand(len(G)))], ids=lambda rule: type(rule).__name__
+)
+def test_an_overflow_after_resuming_leaves_the_state(rule):
+    x = torch.nn.Parameter(torch.ones(2))
+    optimizers = [SteeredOptimizer(torch.optim.SGD([x]), rule) for _ in range(3)]
+    one, other, third = optimizers
+
+    def step(optimizer, factor=1.0):
+        return optimizer.backward_components({"a": factor * x[0], "b": x[1] - x[0]}).weights
+
+    for _ in range(3):
+        step(one)
+    other.load_state_dict(one.state_dict())
+    for optimizer in (one, other):
+        step(optimizer, float("inf"))
+    third.load_state_dict(other.state_dict())
+    expected = step(one)
+    assert torch.equal(step(other), expected)
+    assert torch.equal(step(third), expected)
+
+
 def test_a_set_of_hyperparameters_has_one_name_in_all_processes():
     class Named(Sum):
         def __init__(self, names):

@@ -24,7 +24,7 @@ def make_trainer(directory):
     optimizer, scheduler = make_optimizer(model, data_parallel=processes > 1)
 
     def steered_loss(outputs, labels, num_items_in_batch=None):
-        share = 1 if num_items_in_batch is None else labels.numel() / num_items_in_batch  # None in an evaluation
+        share = 1 if num_items_in_batch is None else labels.numel() / num_items_in_batch
         losses = {name: loss * share for name, loss in components(outputs, labels).items()}
         return optimizer.join(losses)
 

@@ -9,7 +9,7 @@ from steer_optim.vlm.gate import adaptive_strength, sampled_log_probs, top_share
 from steer_optim.vlm.heads import Head, HiddenStates
 from steer_optim.vlm.prompts import Prompts, Rollout, append_response, left_padded, render, text_only
 from steer_optim.vlm.rollout import rollout
-from steer_optim.vlm.topk import TopLogProbs
+from steer_optim.vlm.topk import TopLogProbs, intersect, top_ids
 
 __all__ = [
     "Component",
@@ -25,6 +25,7 @@ __all__ = [
     "angles_by_decile",
     "append_response",
     "check_views",
+    "intersect",
     "left_padded",
     "render",
     "response_logits",
@@ -34,6 +35,7 @@ __all__ = [
     "score",
     "text_only",
     "token_losses",
+    "top_ids",
     "top_share",
     "visual_dependency",
     "visual_tokens",

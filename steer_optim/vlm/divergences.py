@@ -316,7 +316,7 @@ def check_inputs(views: Mapping[str, View], terms: Mapping[str, Term], temperatu
             if name in {term.left for term in terms.values()} - {"teacher"} or not x.ids_BTk.equal(servers[0].ids_BTk):
                 raise ValueError(
                     f"{name} must be a view of the teacher over the ids of the teacher's other views, and not trained: "
-                    "pass both views through intersect, or score the same ids in both"
+                    "pass both views through steer_optim.vlm.intersect, or score the same ids in both"
                 )
     if servers:
         check_ids(servers[0].ids_BTk, common_vocabulary(views) or None)

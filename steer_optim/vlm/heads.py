@@ -24,6 +24,7 @@ from torch import Tensor, nn
 # The names of the factor of the logits in configs, and its exponent: Granite divides by it.
 _SCALES = {"logit_scale": 1, "logits_scaling": -1, "lm_head_multiplier": 1, "output_multiplier": 1}
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
+_WAY_OUT = "pass logits instead, those of response_logits or score(..., hidden_states=False)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,13 +148,13 @@ class Head:
         if (copies := getattr(module, "modules_to_save", None)) is not None:
             active = [] if module.disable_adapters else list(module.active_adapters)
             if len(active) > 1:
-                raise ValueError(f"only one trained copy of the head may be active; got {active}: pass logits instead")
+                raise ValueError(f"only one trained copy of the head may be active; got {active}: {_WAY_OUT}")
             module = copies[active[0]] if active else module.original_module
         adapter = {}
         if hasattr(module, "base_layer"):
             adapter, module = _lora(module), module.base_layer
         if not isinstance(module, nn.Linear):
-            raise ValueError(f"the head must be a torch.nn.Linear; got {type(module).__name__}: pass logits instead")
+            raise ValueError(f"the head must be a torch.nn.Linear; got {type(module).__name__}: {_WAY_OUT}")
         return cls(module.weight, bias_V=module.bias, **_after(owner), **adapter)
 
 
@@ -299,6 +300,6 @@ def _lora(layer: Any) -> dict[str, Any]:
         raise ValueError(
             "the head's adapter must be one plain LoRA without bias and, in training mode, without dropout; got "
             f"{type(layer).__name__} with adapters {active}, dropout {dropout}"
-            f"{'' if plain else ', and a variant, a bias, or no LoRA'}: pass logits instead"
+            f"{'' if plain else ', and a variant, a bias, or no LoRA'}: {_WAY_OUT}"
         )
     return {"lora_A_rd": A.weight, "lora_B_Vr": B.weight, "lora_scaling": float(layer.scaling[name])}

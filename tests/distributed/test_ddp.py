@@ -45,6 +45,34 @@ def test_replicas_train_as_one_process(option):
     assert_trained_alike(model, train_alone())
 
 
+@processes(2, option=["find_unused_parameters", "static_graph"], every=[1, 3])
+def test_a_model_of_several_outputs_of_which_a_component_reads_one(option, every):
+    """DDP joins the outputs in one node, which passes no gradient on to the others."""
+
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.trunk, self.a, self.b = (nn.Linear(4, 4, dtype=torch.float64) for _ in range(3))
+
+        def forward(self, x):
+            x = self.trunk(x).tanh()
+            return {"a": self.a(x), "b": self.b(x)}
+
+    def train_on(rows, *, data_parallel):
+        torch.manual_seed(0)
+        model = Heads()
+        optimizer = steered(model, Steer("a"), refresh_every=every, data_parallel=data_parallel)
+        wrapped = DistributedDataParallel(model, **OPTIONS[option]) if data_parallel else model
+        for step in range(4):
+            optimizer.zero_grad()
+            out = wrapped(rows(batch(step)))
+            optimizer.backward_components({name: x.square().mean(0).sum() for name, x in out.items()})
+            optimizer.step()
+        return model
+
+    assert_trained_alike(train_on(share, data_parallel=True), train_on(lambda x: x, data_parallel=False))
+
+
 @processes(2, fused=[True, False])
 def test_gradients_keep_the_memory_format_of_their_parameters(fused):
     """A fused kernel pairs parameters and gradients in the order of memory."""

@@ -8,13 +8,14 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 import torch
 
 pytest.importorskip("trl")
 
-from datasets import Dataset, DatasetDict, Features, Value
+from datasets import Dataset, DatasetDict, Features, Value, load_dataset
 from datasets import Image as Feature
 from PIL import Image
 from preloaded import preloaded
@@ -263,6 +264,14 @@ def test_a_bad_row_of_a_stream_is_named_by_its_number(tmp_path):
         assert conversation(first)[0]["content"][0]["image"].size == (8, 8)
         with pytest.raises(ValueError, match="row 1 of the data set: cannot identify image"):
             conversation(second)
+
+
+def test_images_in_a_streamed_archive_are_read(tmp_path):
+    with ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.writestr("0.png", png())
+    rows = load_dataset("imagefolder", data_files=str(tmp_path / "images.zip"), split="train", streaming=True)
+    (row,) = numbered(rows.map(lambda row: {"prompt": "is it"}))
+    assert conversation(row)[0]["content"][0]["image"].getpixel((0, 0)) == (255, 0, 0)
 
 
 def png():

@@ -289,6 +289,10 @@ def test_images_without_a_place_come_first():
     for content in ("what", [say]):
         (message,) = conversation({"messages": [{"role": "user", "content": content}], "images": [red]})
         assert [part["type"] for part in message["content"]] == ["image", "text"]
+    (message,) = conversation(
+        {"messages": [{"role": "user", "content": [{"type": "image"}, {**say, "text": "<image>"}]}], "images": [red]}
+    )
+    assert message["content"][1]["text"] == "<image>"  # a word beside an image that has its place
     later = [{"role": "user", "content": "look"}, {"role": "user", "content": [{"type": "image"}, say]}]
     first, second = conversation({"messages": later, "images": [red]})
     assert [part["type"] for part in first["content"]] == ["text"]
@@ -458,6 +462,23 @@ def test_a_teacher_with_the_same_words_under_other_ids_is_refused(tmp_path):
     make_processor([*reversed(COLOURS)]).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"id \d+ is '\w+' for the student and '\w+' for .*: both must have one vocab"):
         make_trainer(tmp_path / "out", teacher=str(tmp_path))
+
+
+def test_a_teacher_whose_tokenizer_cannot_be_loaded_is_a_teacher(tmp_path):
+    make_model(seed=1).save_pretrained(tmp_path)
+    make_processor().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    make_trainer(tmp_path / "out", teacher=str(tmp_path))
+
+
+def test_rows_without_images_move_no_weight_of_the_vision_tower(tmp_path):
+    rows = [{"messages": row["messages"], "images": []} for row in make_rows()]
+    trainer = make_trainer(tmp_path, rows=rows, optim="adamw_torch", weight_decay=0.1, max_steps=1)
+    before = copy.deepcopy(trainer.model.state_dict())
+    trainer.train()
+    moved = {name for name, x in trainer.model.state_dict().items() if not torch.equal(x, before[name])}
+    assert moved
+    assert not [name for name in moved if "vision" in name or "projector" in name]
 
 
 def test_a_teacher_inside_the_student_is_refused(tmp_path):
