@@ -92,7 +92,7 @@ def load(data: DataArguments) -> tuple[Any, Any]:
         rows = splits[data.dataset_test_split]
         count = data.held_out if data.dataset_streaming else min(data.held_out, len(rows))
         rows = list(numbered(rows, root).take(count)) if data.dataset_streaming else rows.select(range(count))
-        held_out = Rows(rows, root) if count else None
+        held_out = Rows(rows, root) if len(rows) else None
     elif data.held_out and data.dataset_streaming:
         raise ValueError(f"{name} has no split {data.dataset_test_split!r}: name one, or pass --held_out 0")
     elif data.held_out:

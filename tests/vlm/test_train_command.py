@@ -266,6 +266,14 @@ def test_a_bad_row_of_a_stream_is_named_by_its_number(tmp_path):
             conversation(second)
 
 
+def test_a_streamed_test_split_without_rows_is_not_examined(tmp_path):
+    features = Features({"prompt": Value("string")})
+    for split, prompts in (("train", ["is it"]), ("test", [])):
+        Dataset.from_dict({"prompt": prompts}, features=features).to_parquet(tmp_path / f"{split}.parquet")
+    _, held_out = load(DataArguments(dataset_name=str(tmp_path), dataset_streaming=True))
+    assert held_out is None
+
+
 def test_images_in_a_streamed_archive_are_read(tmp_path):
     with ZipFile(tmp_path / "images.zip", "w") as archive:
         archive.writestr("0.png", png())
