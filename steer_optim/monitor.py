@@ -211,10 +211,10 @@ def _row(geometry: Geometry) -> tuple[Keys, Tensor]:
         add("norm", whole.norms)
         conflicts = geometry.conflicts.reshape(-1, k, k).to(whole.G.dtype).mean(0)
         there = whole.norms != 0
+        apart = ~(there[:, None] & there)
         for kind, matrix in (("cos", whole.cosines), ("angle", whole.angles), ("conflict", conflicts)):
+            matrix = matrix.masked_fill(apart, math.nan)
             for i, j in combinations(sorted(range(k), key=names.__getitem__), 2):
-                numbers[f"steer/{kind}/{names[i]}~{names[j]}"] = torch.where(
-                    there[i] & there[j], matrix[i, j], math.nan
-                )
+                numbers[f"steer/{kind}/{names[i]}~{names[j]}"] = matrix[i, j]
         numbers |= {"steer/update_norm": update_norm, "steer/update_norm_ratio": update_norm / whole.sum_norm}
     return tuple(numbers), torch.stack(list(numbers.values()))

@@ -409,7 +409,8 @@ class Steering:
             dist.all_reduce(scale, dist.ReduceOp.MAX, group=group)
         losses = stack_losses([pending.losses.get(name) for name in names], G)
         if last is None:
-            fresh, started = self.rule.init(G, names), G.isfinite().all()
+            started = G.isfinite().all()
+            fresh = self.rule.init(torch.where(started, G, 1.0), names)  # also of a scope that begins later
             state = carry_over(old.state, fresh)
             if old.started is not None:
                 before = old.started.to(G.device)

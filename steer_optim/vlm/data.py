@@ -12,10 +12,11 @@ import math
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
+from string import punctuation
 from typing import Any
-from urllib.request import urlopen
+from urllib.parse import quote
+from urllib.request import Request, urlopen
 
-import requests
 import torch
 from datasets import IterableDataset
 from datasets.utils.file_utils import xopen
@@ -77,7 +78,8 @@ def numbered(dataset: Any, root: str | Path = ".") -> Any:
     if not isinstance(dataset, IterableDataset):
         return Rows(dataset, root)
     # Images are decoded in `picture`, where an error can name the row, but for a mode that the user chose.
-    dataset = dataset.decode(False) if dataset.features and "mode='" not in repr(dataset.features) else dataset
+    modes = [repr((dataset.features or {}).get(column)) for column in ("image", "images")]
+    dataset = dataset.decode(False) if dataset.features and "mode='" not in "".join(modes) else dataset
     return dataset.map(lambda row, number: {_ROOT: str(root), **row, ROW: number}, with_indices=True)
 
 
@@ -179,17 +181,17 @@ def picture(image: Any, root: Path = Path()) -> Any:
 
     if isinstance(image, Mapping):
         image = image.get("bytes") or image.get("path")
+    if isinstance(image, str):
+        image = image.removeprefix("file://")
     url = str(image) if isinstance(image, (str, Path)) else ""
-    if url.startswith(("http://", "https://")):
-        response = requests.get(url, timeout=60)
-        response.raise_for_status()
-        image = response.content
-    elif url.startswith("data:"):
-        image = urlopen(url).read()
+    if url.startswith(("http://", "https://", "data:")):
+        request = Request(quote(url, safe=punctuation), headers={"User-Agent": "steer_optim"})
+        with urlopen(request, timeout=60) as file:
+            image = file.read()
     elif "://" in url:  # in an archive or a store that is streamed
         with xopen(url, "rb") as file:
             image = file.read()
-    elif url:
+    elif isinstance(image, (str, Path)):
         found = [path for path in (Path(image), root / image) if path.is_file()]
         if not found:
             raise ValueError(f"there is no image {image}, as it is or in {root.absolute()}")

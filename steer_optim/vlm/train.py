@@ -29,7 +29,7 @@ import torch
 from safetensors import SafetensorError
 
 try:
-    from datasets import DatasetDict, IterableDatasetDict, load_dataset, load_from_disk
+    from datasets import DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
     from datasets.exceptions import DatasetGenerationError
     from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 except ModuleNotFoundError as error:
@@ -88,10 +88,14 @@ def load(data: DataArguments) -> tuple[Any, Any]:
         if not len(train):
             raise ValueError(f"the split {data.dataset_train_split} of {name} has no rows")
         conversation(train[0])  # before any model is loaded
+        if data.measure_only and not data.held_out:
+            answer(train[0])
     if data.dataset_test_split in splits and data.dataset_test_split != data.dataset_train_split:
         rows = splits[data.dataset_test_split]
-        count = data.held_out if data.dataset_streaming else min(data.held_out, len(rows))
-        rows = list(numbered(rows, root).take(count)) if data.dataset_streaming else rows.select(range(count))
+        if isinstance(rows, IterableDataset):
+            rows = list(numbered(rows, root).take(data.held_out))
+        else:
+            rows = rows.select(range(min(data.held_out, len(rows))))
         held_out = Rows(rows, root) if len(rows) else None
     elif data.held_out and data.dataset_streaming:
         raise ValueError(f"{name} has no split {data.dataset_test_split!r}: name one, or pass --held_out 0")

@@ -36,7 +36,7 @@ except ModuleNotFoundError as error:
 
 import steer_optim.rules
 from steer_optim import SteeredOptimizer
-from steer_optim.capture import graph
+from steer_optim.capture import graph, is_reentrant
 from steer_optim.monitor import scalars
 from steer_optim.rules import Rule
 from steer_optim.vlm.data import ROW, conversation, numbered
@@ -298,7 +298,9 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
             self._metrics["train"]["steer/floored"].append(self._share_floored(views, response, self.method.floor))
         if inputs.prompts.image.keys() <= inputs.prompts.text.keys():
             trained = [p for p in self.model.parameters() if p.requires_grad]
-            if {getattr(node, "variable", None) for node in graph(losses.values())}.isdisjoint(trained):
+            nodes = [*graph(losses.values())]
+            reached = {getattr(node, "variable", None) for node in nodes}
+            if reached.isdisjoint(trained) and not any(map(is_reentrant, nodes)):
                 # Only the vision tower is trained, and no row has an image: its gradients are zero.
                 zero = 0 * trained[0].sum()
                 losses = {name: value + zero.to(value) for name, value in losses.items()}

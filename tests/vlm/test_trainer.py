@@ -271,7 +271,7 @@ def test_images_of_16_bits_keep_their_range_from_files_and_urls(tmp_path):
     file = tmp_path / "deep *#::[1].png"
     Image.frombytes("I;16", (1, 1), numpy.array([30_000], "<u2").tobytes()).save(file)
     url = "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
-    for form in (file, str(file), file.read_bytes(), {"bytes": None, "path": str(file)}, url):
+    for form in (file, str(file), f"file://{file}", file.read_bytes(), {"bytes": None, "path": str(file)}, url):
         assert picture(form).getpixel((0, 0)) == (117, 117, 117), form
     Image.new("F", (8, 8)).save(tmp_path / "floats.tiff")
     with pytest.raises(ValueError, match="mode F has no known range"):
