@@ -213,9 +213,8 @@ _REMEDIES = {
     'gradient_checkpointing_enable({"use_reentrant": False}))',
     "Untracked tensor": "offloaded activations can be restored for one backward pass only. Pass the "
     "components as callables, each with its own forward pass, or disable offloading",
-    "mark a variable ready only once": "DDP's reducer did not expect this backward pass between "
-    "two refreshes. Call the module inside DDP (ddp.module), whose gradients data_parallel=True averages, too, or set "
-    "refresh_every=1",
+    "mark a variable ready only once": "DDP's reducer did not expect this backward pass between two refreshes. Call "
+    "the module inside DDP (ddp.module), whose gradients data_parallel=True averages, too, or set refresh_every=1",
     "backward an extra time": "selective activation checkpointing recomputes for one backward pass only. Pass the "
     "components as callables, each with its own forward pass, or checkpoint entire layers",
 }

@@ -68,11 +68,10 @@ class Steering:
             between reuse the last weights, in one backward pass of the weighted sum; ``geometry.age`` says how old they
             are. The norm of such an update is at most three times that of the last step that took a Gramian, times the
             ratio of the factors on the scalar of :meth:`join`: of their sums over micro-batches or of the largest,
-            whichever is larger. If in that
-            step a component's gradient was zero, not finite, or small with a large weight, or if the components
-            cancelled, the next step takes a Gramian too. Losses scaled by a gradient scaler belong in :meth:`join`,
-            which knows the factor: here a larger loss makes a longer update. Needs ``scope="model"``. May be changed at
-            any time.
+            whichever is larger. If in that step a component's gradient was zero, not finite, or small with a large
+            weight, or if the components cancelled, the next step takes a Gramian too. Losses scaled by a gradient
+            scaler belong in :meth:`join`, which knows the factor: here a larger loss makes a longer update. Needs
+            ``scope="model"``. May be changed at any time.
 
     Raises:
         TypeError: ``rule`` is not a rule, or ``parameters`` holds something other than tensors.

@@ -83,7 +83,7 @@ def rollout(
     defaults = model.generation_config
     eos = sorted({*flat(defaults.eos_token_id if eos_ids is None else eos_ids)})
     pad = next((x for x in (pad_id, defaults.pad_token_id, *eos) if x is not None), None)
-    suppress = image_ids(model.config) | {*flat(suppress_ids)} | {*flat(pad)} - {*eos}
+    suppress = image_ids(model.config) | {*flat(suppress_ids)} | ({*flat(pad)} - {*eos})
     # top_k=0 disables the default of 50.
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
     batch = left_padded(batch)

@@ -15,7 +15,6 @@ run from its last checkpoint.
 from __future__ import annotations
 
 import json
-import math
 import re
 import sys
 import warnings
@@ -151,6 +150,8 @@ def check_settings(path: Path, settings: dict[str, Any], *, trained: bool, write
     settings = json.loads(
         json.dumps({k: v for k, v in settings.items() if not k.startswith(tuple(_FREE.split()))}, default=str)
     )
+    if file.exists() and not trained:  # a finished run may have no checkpoints, and files from before are not its own
+        trained = any(x.stat().st_mtime >= file.stat().st_mtime for x in path.glob("*.safetensors"))
     if not (trained and file.exists()):
         if write:
             path.mkdir(parents=True, exist_ok=True)
@@ -191,9 +192,7 @@ def prepare(data: DataArguments, args: SteeredDistillationConfig, model: ModelCo
         raise ValueError(f"{resume} has more steps than --max_steps {args.max_steps}: choose another --output_dir")
     if not data.measure_only:
         settings = {**asdict(data), **args.to_dict(), **asdict(model)}
-        started = (path / "run.json").stat().st_mtime if (path / "run.json").exists() else math.inf
-        trained = resume is not None or any(x.stat().st_mtime >= started for x in path.glob("*.safetensors"))
-        check_settings(path, settings, trained=trained, write=args.should_save)
+        check_settings(path, settings, trained=resume is not None, write=args.should_save)
     options = {"revision": model.model_revision, "attn_implementation": model.attn_implementation}
     options |= {"dtype": model.dtype, "trust_remote_code": args.trust_remote_code}
     args.model_init_kwargs = {**options, **(args.model_init_kwargs or {})}

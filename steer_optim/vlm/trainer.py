@@ -240,12 +240,13 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
             )
         self._tokenizer.padding_side = "left"
         suppressed = image_ids(self.model.config) | ({self._tokenizer.pad_token_id} - {*self.eos_token_ids})
-        if ends := {*flat((args.generation_kwargs or {}).get("eos_token_id"))} - {*self.eos_token_ids}:
+        given = args.generation_kwargs or {}
+        if ends := {*flat(given.get("eos_token_id"))} - {*self.eos_token_ids}:
             raise ValueError(
                 f"eos_token_id {sorted(ends)} of --generation_kwargs would not end the responses that are scored: set "
                 "it in the generation_config of the student"
             )
-        suppressed |= {*((args.generation_kwargs or {}).get("suppress_tokens") or ())}
+        suppressed |= {*flat(given.get("suppress_tokens"))}
         self.generation_kwargs["suppress_tokens"] = sorted(suppressed)
         self.generation_config.suppress_tokens = sorted(suppressed)
         if self._colocated:
