@@ -30,7 +30,7 @@ try:
     from accelerate.utils import broadcast_object_list, gather_object, is_peft_model
     from transformers import AutoTokenizer, ImageProcessingMixin, PreTrainedModel, ProcessorMixin, TrainerState
     from trl import DistillationConfig, DistillationTrainer
-    from trl.trainer.utils import RepeatSampler, create_model_from_path
+    from trl.trainer.utils import create_model_from_path
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"there is no {error.name}: pip install 'steer_optim[trl]'") from error
 
@@ -467,7 +467,8 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         """Return TRL's sampler; its order then depends only on the epoch, so that a resumed run repeats it."""
         sampler = super()._get_train_sampler(dataset)
-        sampler.__class__ = _EpochSampler
+        if sampler.shuffle:
+            sampler.set_epoch = lambda epoch: sampler.generator.manual_seed(self.args.seed + epoch)
         return sampler
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -646,12 +647,6 @@ def refuse(args: SteeredDistillationConfig) -> None:
     for name, (asked, remedy) in reasons.items():
         if asked:
             raise ValueError(f"{name} is not supported by SteeredDistillationTrainer: {remedy}")
-
-
-class _EpochSampler(RepeatSampler):  # type: ignore[misc]  # trl is untyped
-    def set_epoch(self, epoch: int) -> None:
-        if self.shuffle:
-            self.generator.manual_seed((self.seed or 0) + epoch)
 
 
 def _fill_state(optimizer: torch.optim.Optimizer) -> None:
