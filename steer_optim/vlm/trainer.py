@@ -218,7 +218,6 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         if options.get("tools"):
             raise ValueError("tools are not supported: prompts would not name them, and their answers be trained on")
         self.method = args.method()
-        self._buffered_inputs: list[MicroBatch] | None = None
         super().__init__(
             model=model,
             args=args,
@@ -310,7 +309,7 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
 
     def train(self, *args: Any, **options: Any) -> Any:
         """Train as TRL does, from the beginning of a step: an earlier call may have been interrupted within one."""
-        self._step, self._buffered_inputs = 0, None
+        self._step = 0
         if hasattr(self, "steered"):
             self.steered.zero_grad()
         return super().train(*args, **options)
@@ -337,7 +336,7 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         if not self.model.training:
             return self.sample(rows, parts=1)[0]
         parts = self.args.gradient_accumulation_steps
-        if self._step % parts == 0 or self._buffered_inputs is None:
+        if self._step % parts == 0:
             self._buffered_inputs = self.sample(rows, parts)
         return cast(MicroBatch, self._buffered_inputs[self._step % parts])
 
@@ -497,12 +496,11 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load the weights of a checkpoint, under the names of the model, which may differ from those on disk."""
-        model = self.model if model is None else model
-        if self.is_fsdp_enabled or is_peft_model(model):
+        if self.is_fsdp_enabled or is_peft_model(self.model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
-            model.load_state_dict(saved.state_dict())
+            saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
+            self.model.load_state_dict(saved.state_dict())
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or is_peft_model(self.model):
