@@ -88,8 +88,8 @@ class Examination(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         """Examine both models, unless the run resumes from a checkpoint."""
         if state.global_step == 0:
             self.trainer.accelerator.print(f"examining teacher and student on {len(self.rows)} held-out rows ...")
-            student = self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped)
-            found = {"teacher": self._means(self.trainer.teacher_model), "student before": self._means(student)}
+            models = {"teacher": self.trainer.teacher_model, "student before": self.trainer.model}
+            found = {name: examine(self.trainer, model, self.rows)[0] for name, model in models.items()}
             self._write("evaluation.json", json.dumps(found, indent=2))
 
     def finish(self) -> str:
@@ -98,8 +98,7 @@ class Examination(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         Returns:
             The table, as text.
         """
-        student = self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped)
-        means, answers = examine(self.trainer, student, self.rows)
+        means, answers = examine(self.trainer, self.trainer.model, self.rows)
         file = self.path / "evaluation.json"
         found = json.loads(file.read_text()) if file.exists() else {}
         found["student after"] = means
@@ -108,9 +107,6 @@ class Examination(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         if self.trainer.is_world_process_zero():
             draw(self.trainer.state.log_history, self.path / "training.png")
         return table(found, len(answers))
-
-    def _means(self, model: Any) -> dict[str, float | None]:
-        return examine(self.trainer, model, self.rows)[0]
 
     def _write(self, name: str, text: str) -> None:
         if self.trainer.is_world_process_zero():

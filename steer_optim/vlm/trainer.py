@@ -369,7 +369,7 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         config, device = self.model.config, self.accelerator.device
         responses = [Rollout.of(ids[part], config=config, device=device) for part in slices]
         total = torch.stack([self.method.count(response.scored_BT) for response in responses]).sum()
-        count = self.accelerator.gather(total).sum() / self.accelerator.num_processes
+        count = self.accelerator.reduce(total) / self.accelerator.num_processes
         batches = [
             MicroBatch(prompts.to(device), response, count.clamp(min=1e-9))
             for prompts, response in zip(self._rendered, responses, strict=True)
@@ -459,7 +459,7 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
                     self.vllm_generation.llm.llm_engine.reset_encoder_cache()
             said = super()._generate_single_turn(ids, images, fields, **options)
             return [response or [self._tokenizer.eos_token_id] for response in said]
-        with evaluating(self.accelerator.unwrap_model(self.model_wrapped)):
+        with evaluating(self.model):
             ids = super()._generate_single_turn([*prompt_ids, *self._blank_ids], images, fields, **options)
         return ids[: len(ids) - len(self._blank_ids)]
 
@@ -531,8 +531,7 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
                 "teacher_model_init_kwargs and teacher_model_revision are not read if the teacher is loaded already: "
                 "leave them out, or pass its path"
             )
-        models = self.accelerator.unwrap_model(self.model), teacher
-        own, theirs = (model.config.get_text_config().vocab_size for model in models)
+        own, theirs = (model.config.get_text_config().vocab_size for model in (self.model, teacher))
         if own > theirs or (own < theirs and own < len(self._tokenizer)):
             raise ValueError(
                 f"the student has {own} tokens, the teacher {theirs} and the tokenizer {len(self._tokenizer)}: both "
