@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from steer_optim import Geometry, Sum, measure
+from steer_optim.monitor import scalars
 from steer_optim.vlm.distillation import Component, DecomposedDistillation, Decomposition
 from steer_optim.vlm.divergences import TERMS
 from steer_optim.vlm.examination import examine, table
@@ -70,7 +71,6 @@ def investigate(trainer: Any, rows: Any, *, batches: int = 8) -> tuple[Findings,
     trainer.model_wrapped = trainer.accelerator.prepare_model(trainer.model)
     student, method = trainer.model.train(), DecomposedDistillation(_MEASURED, temperature=trainer.args.temperature)
     size, geometries, visual = trainer.args.per_device_train_batch_size, [], []
-    values: dict[str, list[float]] = {"std": [], "lang": []}
     for i in range(min(batches, math.ceil(len(rows) / size))):
         (batch,) = trainer.sample([rows[j] for j in range(i * size, min((i + 1) * size, len(rows)))], parts=1)
         mask_BT = batch.response.scored_BT
@@ -81,8 +81,6 @@ def investigate(trainer: Any, rows: Any, *, batches: int = 8) -> tuple[Findings,
         top_BT = visual_tokens(vds_BT, mask_BT, quantile=0.7)
         visual.append(float(vds_BT[top_BT].sum() / vds_BT.sum().clamp(min=1e-12)))
         geometries.append(measure(losses, student.parameters(), retain_graph=False))
-        for name, each in values.items():
-            each.append(losses[name].item())
     student_means, of_student = examine(trainer, student, rows)
     teacher_means, of_teacher = examine(trainer, trainer.teacher_model, rows)
     differences = [
@@ -97,7 +95,7 @@ def investigate(trainer: Any, rows: Any, *, batches: int = 8) -> tuple[Findings,
         angles={f"{a}, {b}": fmean(float(g.angle(a, b)) for g in geometries) for a, b in combinations(_NAMES, 2)},
         dose=fmean(_dose(g, trainer.args.gamma) for g in geometries),
         norms={name: fmean(float(g.norm(name)) for g in geometries) for name in _NAMES},
-        losses={name: fmean(losses) for name, losses in values.items()},
+        losses={name: fmean(scalars(g)[f"steer/loss/{name}"] for g in geometries) for name in ("std", "lang")},
         visual=fmean(visual),
         language=language,
         right=teacher_means["with_image"],
@@ -125,8 +123,8 @@ def advise(found: Findings) -> str:
         f"left to learn: {found.losses['std']:.3f} nats per token with the image, {found.losses['lang']:.3f} without",
         f"the most visual 30 % of the tokens have {found.visual:.0%} of the visual dependency",
     ]
+    choice = "standard"
     if found.language is None:
-        choice = "standard"
         reason = "Nobody can tell whose language is better from fewer than two right answers: add a column answer."
     else:
         gain, error = found.language
@@ -135,12 +133,10 @@ def advise(found: Findings) -> str:
             f"{'less' if gain > 0 else 'more'} than the teacher"
         )
         if found.right == 0:
-            choice = "standard"
             reason = "The teacher's answers never equal the column answer: word it as a response, then measure again."
         elif gain > max(_ERRORS * error, _LEAST):
             choice, reason = "vgs-frozen", "The student knows the language of the answers better; steering keeps it."
         else:
-            choice = "standard"
             reason = (
                 "The teacher knows the language of the answers better, or as well. If much is left to learn without "
                 "the image, and training does not change that, the student is too small for it: try --decomposition "

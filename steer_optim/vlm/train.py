@@ -28,7 +28,7 @@ import torch
 from safetensors import SafetensorError
 
 try:
-    from datasets import DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
+    from datasets import IterableDataset, load_dataset, load_from_disk
     from datasets.exceptions import DatasetGenerationError
     from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 except ModuleNotFoundError as error:
@@ -73,8 +73,8 @@ def load(data: DataArguments) -> tuple[Any, Any]:
         splits = _splits(path, data)
     except (DatasetGenerationError, StopIteration) as error:
         raise ValueError(f"{name} cannot be read: {str(error.__cause__ or error) or 'it has no rows'}") from error
-    if not isinstance(splits, (DatasetDict, IterableDatasetDict)):
-        splits = DatasetDict({data.dataset_train_split: splits})
+    if not isinstance(splits, dict):
+        splits = {data.dataset_train_split: splits}
     for split, chosen in (("train", data.dataset_train_split), ("test", data.dataset_test_split)):
         if chosen not in splits and (split, chosen) != ("test", "test"):  # a data set may have no test split
             raise ValueError(f"{name} has the splits {', '.join(splits)}: choose one with --dataset_{split}_split")
@@ -152,19 +152,17 @@ def check_settings(path: Path, settings: dict[str, Any], *, trained: bool, write
     )
     if file.exists() and not trained:  # a finished run may have no checkpoints, and files from before are not its own
         trained = any(x.stat().st_mtime >= file.stat().st_mtime for x in path.glob("*.safetensors"))
-    if not (trained and file.exists()):
-        if write:
-            path.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(settings, indent=2) + "\n")
-        return
-    before = json.loads(file.read_text())
-    changed = [key for key in settings if before.get(key) != settings[key]]
-    if changed:
-        raise ValueError(
-            f"{path} holds a run with other settings: "
-            + "; ".join(f"{key} is {before.get(key)!r} there and {settings[key]!r} here" for key in changed)
-            + ". Choose another --output_dir, or use the same settings"
-        )
+    if file.exists() and trained:
+        before = json.loads(file.read_text())
+        if changed := [key for key in settings if before.get(key) != settings[key]]:
+            raise ValueError(
+                f"{path} holds a run with other settings: "
+                + "; ".join(f"{key} is {before.get(key)!r} there and {settings[key]!r} here" for key in changed)
+                + ". Choose another --output_dir, or use the same settings"
+            )
+    elif write:
+        path.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def prepare(data: DataArguments, args: SteeredDistillationConfig, model: ModelConfig) -> tuple[Any, Any, str | None]:
@@ -193,8 +191,7 @@ def prepare(data: DataArguments, args: SteeredDistillationConfig, model: ModelCo
     if not data.measure_only:
         settings = {**asdict(data), **args.to_dict(), **asdict(model)}
         check_settings(path, settings, trained=resume is not None, write=args.should_save)
-    options = {"revision": model.model_revision, "attn_implementation": model.attn_implementation}
-    options |= {"dtype": model.dtype, "trust_remote_code": args.trust_remote_code}
+    options = {"revision": model.model_revision, "attn_implementation": model.attn_implementation, "dtype": model.dtype}
     args.model_init_kwargs = {**options, **(args.model_init_kwargs or {})}
     try:
         trainer = SteeredDistillationTrainer(
