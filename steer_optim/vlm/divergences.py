@@ -319,7 +319,7 @@ def check_inputs(views: Mapping[str, View], terms: Mapping[str, Term], temperatu
                     "pass both views through steer_optim.vlm.intersect, or score the same ids in both"
                 )
     if servers:
-        check_ids(servers[0].ids_BTk, common_vocabulary(views) or None)
+        check_ids(servers[0].ids_BTk, common_vocabulary(views))
         if any(term.top for term in terms.values()):
             raise ValueError("a loss on the student's top ids needs the teacher's logits or hidden states")
 

@@ -38,7 +38,7 @@ class Rows:
     ) -> None:
         self.V = vocabulary or view.shape[-1]
         self.device = view.device
-        self._N, self._dtype = view.shape[0], torch.promote_types(view.dtype, dtype)
+        self._dtype = torch.promote_types(view.dtype, dtype)
         self._factor, self._temperature = 1 / temperature, temperature
         self._casts: MutableMapping[Place, Tensor] = {} if casts is None else casts
         self._space_CV: Tensor | None = None
@@ -54,7 +54,7 @@ class Rows:
                 )
 
     def __len__(self) -> int:
-        return self._N
+        return self._view.shape[0]
 
     @torch.no_grad()
     def logits(self, part: slice) -> Tensor:
@@ -170,8 +170,6 @@ class Gradients:
 
     def attach(self, value: Tensor) -> Tensor:
         """Return the scalar ``value`` with these gradients."""
-        if not self._inputs:
-            return value
         apply: Callable[..., Tensor] = _Attach.apply
         return apply(value, [*self._totals.values()], *self._inputs)
 

@@ -267,10 +267,10 @@ def check_mask(mask_BT: Tensor) -> None:
         raise TypeError(f"mask_BT must be bool, True at response tokens; got {mask_BT.dtype}: pass mask.bool()")
 
 
-def check_ids(ids: Tensor, vocabulary: int | None = None) -> None:
+def check_ids(ids: Tensor, vocabulary: int = 0) -> None:
     """Raise TypeError or ValueError if ids are not int64, are duplicated in a row, or are out of range.
 
-    ``vocabulary`` is the student's size, or None if unknown.
+    ``vocabulary`` is the student's size, or 0 if unknown.
     """
     if ids.dtype != torch.int64:
         raise TypeError(f"ids must be int64, -1 where a slot holds none; got {ids.dtype}: pass ids.long()")
@@ -278,11 +278,11 @@ def check_ids(ids: Tensor, vocabulary: int | None = None) -> None:
         raise ValueError(f"ids must be (..., k) with k at least 1; got {tuple(ids.shape)}")
     ordered = ids.sort(dim=-1).values
     twice = ((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any()
-    outside = ((ids < -1) | (ids >= (math.inf if vocabulary is None else vocabulary))).any()
+    outside = ((ids < -1) | (ids >= (vocabulary or math.inf))).any()
     outside, twice = torch.stack([outside, twice]).tolist()  # one read, because each synchronizes with the device
     if outside:
         raise ValueError(
-            f"ids must be -1, or entries of the student's vocabulary{'' if vocabulary is None else f' of {vocabulary}'}"
+            f"ids must be -1, or entries of the student's vocabulary{f' of {vocabulary}' if vocabulary else ''}"
             f"; found {int(ids.min())} to {int(ids.max())}: put -1 for an id that the student does not have, in both "
             "views, and its mass goes to the tail"
         )

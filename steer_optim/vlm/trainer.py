@@ -451,13 +451,12 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
     def _generate_single_turn(self, prompt_ids: list[list[int]], images: Any, fields: Any, **options: Any) -> Any:
         if self.use_vllm:
             # A colocated vLLM expands each placeholder, even one that the processor has expanded (trl#6294).
-            ids = prompt_ids
             if self._colocated:
-                ids = self._bare_ids
+                prompt_ids = self._bare_ids
                 if self.state.global_step != self._last_loaded_step:
                     # It keeps the features of images when the weights change (trl#7198).
                     self.vllm_generation.llm.llm_engine.reset_encoder_cache()
-            said = super()._generate_single_turn(ids, images, fields, **options)
+            said = super()._generate_single_turn(prompt_ids, images, fields, **options)
             return [response or [self._tokenizer.eos_token_id] for response in said]
         with evaluating(self.model):
             ids = super()._generate_single_turn([*prompt_ids, *self._blank_ids], images, fields, **options)
