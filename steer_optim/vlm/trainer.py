@@ -290,12 +290,11 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
             losses = self.method(views, response.scored_BT, count=inputs.count, gate_BT=inputs.gate_BT)
         if not self.model.training:
             values = self._mean(losses)
-            for name, number in values.items():
-                self._metrics["eval"][f"steer/loss/{name}"].append(number)
+            self._record({f"steer/loss/{name}": value for name, value in values.items()})
             loss = torch.tensor(values.get("std", sum(values.values())))
             return (loss, None) if return_outputs else loss
         if self.method.floor and (self.state.global_step + 1) % max(int(self.state.logging_steps), 1) == 0:
-            self._metrics["train"]["steer/floored"].append(self._share_floored(views, response, self.method.floor))
+            self._record({"steer/floored": self._share_floored(views, response, self.method.floor)})
         if inputs.prompts.image.keys() <= inputs.prompts.text.keys():
             trained = [p for p in self.model.parameters() if p.requires_grad]
             nodes = [*graph(losses.values())]
@@ -325,10 +324,8 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
             return torch.zeros_like(loss)
         losses = self._mean(dict(zip(geometry.names, cast(Tensor, geometry.losses), strict=True)))
         numbers = scalars(geometry) | {f"steer/loss/{name}": value for name, value in losses.items()}
-        for name, number in numbers.items():
-            self._metrics["train"][name].append(number)
         trained = sum(numbers[f"steer/weight/{name}"] * value for name, value in losses.items())
-        self._metrics["train"]["loss"].append(trained)  # in place of the sum of the components, which is `loss`
+        self._record({**numbers, "loss": trained})  # in place of the sum of the components, which is `loss`
         return torch.full_like(loss, trained)
 
     def _prepare_inputs(self, rows: Sequence[dict[str, Any]]) -> MicroBatch:
@@ -357,8 +354,7 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         forbidden = image_ids(self.model.config)
         dropped = [bool(forbidden & {*response}) for response in ids]
         share = torch.tensor(sum(dropped) / len(ids), device=self.accelerator.device)
-        share = self.accelerator.reduce(share, reduction="mean")
-        self._metrics["train" if self.model.training else "eval"]["steer/dropped"].append(share.item())
+        self._record(self._mean({"steer/dropped": share}))
         if self.log_completions:
             views = zip(slices, self._rendered, strict=True)
             asked = [row for part, view in views for row in view.text["input_ids"][: len(rows[part])]]
@@ -595,11 +591,17 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
                 stacklevel=3,
             )
 
-    def _mean(self, losses: dict[str, Tensor]) -> dict[str, float]:
-        """Return the components over all processes, read at once."""
-        values = torch.stack([value.detach().float() for value in losses.values()])
+    def _record(self, numbers: Mapping[str, float]) -> None:
+        """Add to the numbers whose means are the next line of the log."""
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name, number in numbers.items():
+            metrics[name].append(number)
+
+    def _mean(self, numbers: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the means of scalars over all processes, read at once."""
+        values = torch.stack([value.detach().float() for value in numbers.values()])
         values = self.accelerator.reduce(values, reduction="mean")
-        return dict(zip(losses, values.tolist(), strict=True))
+        return dict(zip(numbers, values.tolist(), strict=True))
 
     def _share_floored(self, views: dict[str, Any], response: Rollout, floor: float) -> float:
         """Return the share of response tokens to which the teacher, in either view, gives less than the floor."""
