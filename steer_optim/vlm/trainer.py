@@ -139,9 +139,7 @@ class SteeredDistillationConfig(DistillationConfig):  # type: ignore[misc]  # tr
             if not read and getattr(self, name) != getattr(type(self), name):
                 beside = f"--decomposition {self.decomposition}" + (f" with --rule {self.rule}" if self.rule else "")
                 raise ValueError(f"--{name} {getattr(self, name)} is not read by {beside}: leave it out")
-        names, rule = method.components, self.make_rule()
-        G = torch.eye(len(names), dtype=torch.float64)[None]
-        rule(G, names, rule.init(G, names))  # raises if the rule cannot weigh the names
+        self.make_rule().check(method.components)
 
     def method(self) -> DecomposedDistillation:
         """Return the decomposition with its hyperparameters."""
