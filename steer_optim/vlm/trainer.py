@@ -626,18 +626,18 @@ def refuse(args: SteeredDistillationConfig) -> None:
     launched = os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
     version = (args.fsdp_config or {}).get("version", 2) if args.fsdp else os.environ.get("FSDP_VERSION", "1")
     parallel = getattr(args, "parallelism_config", None)
-    axes = {name: getattr(parallel, f"{name}_size", 1) for name in ("tp", "cp", "sp", "pp")} if parallel else {}
+    axes = {name: getattr(parallel, f"{name}_size", 1) for name in ("tp", "cp", "sp", "pp")}
     reasons = {
-        "FSDP1": ((launched or bool(args.fsdp)) and str(version) == "1", "set fsdp_version: 2"),
-        "torch.compile": (bool(args.torch_compile) or dynamo.lower() != "no", "leave it out"),
-        "float16": (bool(args.fp16), "use --bf16"),
+        "FSDP1": ((launched or args.fsdp) and str(version) == "1", "set fsdp_version: 2"),
+        "torch.compile": (args.torch_compile or dynamo.lower() != "no", "leave it out"),
+        "float16": (args.fp16, "use --bf16"),
         # TRL's sampler goes on as before, and rows would be left out.
         "auto_find_batch_size": (args.auto_find_batch_size, "set per_device_train_batch_size"),
         "split_batches": (args.accelerator_config.split_batches, "set per_device_train_batch_size"),
         "label_smoothing_factor": (args.label_smoothing_factor != 0, "leave it out, as there are no labels"),
         "data_seed": (args.data_seed not in (None, args.seed), "pass it as seed"),
         "train_sampling_strategy": (args.train_sampling_strategy != "random", "leave it out: rows are shuffled"),
-        "remove_unused_columns": (bool(args.remove_unused_columns), "leave it out, as messages would be removed, too"),
+        "remove_unused_columns": (args.remove_unused_columns, "leave it out, as messages would be removed, too"),
     }
     reasons |= {f"parallelism_config.{name}_size={n}": (n > 1, "use FSDP2") for name, n in axes.items()}
     for name, (asked, remedy) in reasons.items():
