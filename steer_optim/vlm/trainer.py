@@ -354,8 +354,9 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         share = torch.tensor(sum(dropped) / len(ids), device=self.accelerator.device)
         self._record(self._mean({"steer/dropped": share}))
         if self.log_completions:
-            views = zip(slices, self._rendered, strict=True)
-            asked = [row for part, view in views for row in view.text["input_ids"][: len(rows[part])]]
+            asked: list[list[int]] = []
+            for part, view in zip(slices, self._rendered, strict=True):
+                asked += unpadded(view.text["input_ids"], view.text["attention_mask"])[: len(rows[part])]
             for name, texts in {"prompt": asked, "completion": ids}.items():
                 decoded = self.processing_class.batch_decode(texts, skip_special_tokens=True)
                 self._logs[name].extend(gather_object(decoded))

@@ -661,10 +661,14 @@ def test_an_empty_response_of_vllm_has_ended(tmp_path):
 def test_completions_are_logged(tmp_path):
     from datasets import load_dataset
 
-    make_trainer(tmp_path, max_steps=1, log_completions=True).train()
+    trainer, decoded = make_trainer(tmp_path, max_steps=1, log_completions=True), []
+    decode = trainer.processing_class.batch_decode
+    trainer.processing_class.batch_decode = lambda ids, **options: decoded.append(ids) or decode(ids, **options)
+    trainer.train()
     rows = load_dataset("parquet", data_files=str(tmp_path / "completions" / "*.parquet"), split="train")
     assert len(rows) == 4
     assert all(row["prompt"].startswith(("what", "name", "is")) for row in rows)
+    assert not any(0 in ids for ids in decoded[0])  # the padding of a view, which is a word of most vocabularies
 
 
 def test_an_optimizer_that_is_given_is_steered(tmp_path):
