@@ -233,7 +233,7 @@ def main(arguments: list[str] | None = None) -> int:
     steps, epochs = _done(resume) if resume else (0, 0.0)
     if resume and (steps >= args.max_steps if args.max_steps > 0 else epochs >= args.num_train_epochs):
         # Training would run one more step.
-        if (Path(args.output_dir) / "answers.jsonl").exists() or trainer.is_fsdp_enabled:
+        if (Path(args.output_dir) / "answers.jsonl").exists():
             trainer.accelerator.print(f"the run in {args.output_dir} is finished")
             return 0
         trainer.restore(resume)

@@ -477,11 +477,14 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
 
     def restore(self, checkpoint: str) -> None:
         """Load weights and log from the checkpoint at the end of training, to train no further."""
-        self._load_from_checkpoint(checkpoint)
+        prepared: Any = self.accelerator.prepare(self.model, self.create_optimizer())  # FSDP2 needs both
+        self.model_wrapped = prepared[0]
+        if self.is_fsdp_enabled:
+            self.model: Any = prepared[0]
+        self._load_from_checkpoint(checkpoint, self.model)
         self.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
             self._load_best_model()
-        self.model_wrapped = self.accelerator.prepare_model(self.model)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_fsdp_enabled:
