@@ -289,7 +289,7 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         if not self.model.training:
             values = self._mean(losses)
             self._record({f"steer/loss/{name}": value for name, value in values.items()})
-            loss = torch.tensor(values.get("std", sum(values.values())))
+            loss = torch.tensor(values.get("std", sum(values.values())), device=self.accelerator.device)
             return (loss, None) if return_outputs else loss
         if self.method.floor and (self.state.global_step + 1) % max(int(self.state.logging_steps), 1) == 0:
             self._record({"steer/floored": self._share_floored(views, response, self.method.floor)})
