@@ -81,9 +81,10 @@ def load(data: DataArguments) -> tuple[Any, Any]:
     train, root = splits[data.dataset_train_split], path.parent if path.is_file() else path
     if unread := {*(train.column_names or ())} - {"messages", "prompt", "images", "image", "answer"}:
         print(f"columns that are not read: {', '.join(sorted(unread))}", file=sys.stderr)
+    streams = isinstance(train, IterableDataset)  # a data set that was saved to disk does not
     train = numbered(train, root)
     held_out: Any = None
-    if not data.dataset_streaming:
+    if not streams:
         if not len(train):
             raise ValueError(f"the split {data.dataset_train_split} of {name} has no rows")
         conversation(train[0])  # before any model is loaded
@@ -91,12 +92,12 @@ def load(data: DataArguments) -> tuple[Any, Any]:
             answer(train[0])
     if data.dataset_test_split in splits and data.dataset_test_split != data.dataset_train_split:
         rows = splits[data.dataset_test_split]
-        if isinstance(rows, IterableDataset):
+        if streams:
             rows = list(numbered(rows, root).take(data.held_out))
         else:
             rows = rows.select(range(min(data.held_out, len(rows))))
         held_out = Rows(rows, root) if len(rows) else None
-    elif data.held_out and data.dataset_streaming:
+    elif data.held_out and streams:
         raise ValueError(f"{name} has no split {data.dataset_test_split!r}: name one, or pass --held_out 0")
     elif data.held_out:
         count = min(data.held_out, max(1, len(train) // 20))

@@ -225,6 +225,8 @@ SOURCES = {
 def test_data_sets_of_all_kinds_are_read(tmp_path, kind):
     SOURCES[kind](Dataset.from_list(make_rows()), tmp_path)
     (source,) = tmp_path.iterdir()
+    if "saved" in kind:  # is not streamed
+        assert len(load(DataArguments(dataset_name=str(source), dataset_streaming=True))[1]) == 1
     train, held_out = load(DataArguments(dataset_name=str(source), held_out=4))
     assert (len(train), len(held_out)) == (11, 1)
     assert {row[ROW] for part in (train, held_out) for row in part} == {*range(12)}
