@@ -112,7 +112,10 @@ def watch_lightning(trainer: Any, steering: Steering | None = None) -> Monitor:
         monitor = watch_lightning(trainer)
         trainer.fit(module)
     """
-    from lightning.pytorch import Callback
+    try:
+        from lightning.pytorch import Callback
+    except ModuleNotFoundError:  # its other name
+        from pytorch_lightning import Callback
 
     _refuse_another(trainer.callbacks)
     watch, batch_now = _Watch(), 0
@@ -138,6 +141,12 @@ def watch_lightning(trainer: Any, steering: Steering | None = None) -> Monitor:
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
             nonlocal batch_now
             batch_now = batch_idx
+
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            held = watch.steering and watch.steering._pending
+            automatic = trainer.training and pl_module.automatic_optimization
+            if watch.steering and held and automatic:  # the last batch of the window was skipped
+                watch.steering.backward_components(dict.fromkeys(held.names), accumulate=False)
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             watch.record(trainer.global_step, stepped=False)  # it may accumulate, or step another optimizer

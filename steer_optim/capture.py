@@ -85,9 +85,9 @@ def evaluated(name: str, loss: Tensor | Callable[[], Tensor], *, grad: bool = Tr
 def unreached_error(name: str) -> ValueError:
     """Return the error for a component whose backward pass reaches no parameter."""
     return ValueError(
-        f"component {name!r} is detached from every parameter of the optimizer: its backward pass reaches none of "
-        "them. Pass None for it, or give the optimizer the parameters that it depends on. Under FSDP2 leave gradient "
-        "sync on in every micro-batch"
+        f"component {name!r} is detached from every given parameter: its backward pass reaches none of them. Pass None "
+        "for it, or give also the parameters that it depends on, after whatever replaces them (fully_shard, "
+        "load_state_dict(assign=True)). Under FSDP2 leave gradient sync on in every micro-batch"
     )
 
 

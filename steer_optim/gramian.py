@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -96,11 +97,17 @@ class Geometry:
 
     @property
     def overall(self) -> Geometry:
-        """The geometry over all parameters. Its weights are means over scopes: do not use its ``update_norm``."""
+        """The geometry over all parameters.
+
+        Its weights are means over the scopes that have gradients: do not use its ``update_norm``.
+        """
         if not self.scopes:
             return self
+        reached = (self.norms != 0).any(-1, keepdim=True)  # a frozen parameter is a scope, too
+        reached = reached | ~reached.any()
+        weights = (self.weights * reached).sum(0) / reached.sum(0)
         # The scopes are disjoint, so inner products over all parameters are sums over scopes.
-        return replace(self, G=self.G.sum(0), weights=self.weights.mean(0), scopes=())
+        return replace(self, G=self.G.sum(0), weights=weights, scopes=())
 
     def norm(self, name: str) -> Tensor:
         """Return a scalar: the gradient norm of component ``name``, over all parameters."""
@@ -191,12 +198,7 @@ def measure(losses: Losses, parameters: Iterable[Tensor], *, retain_graph: bool 
         (45.0, None)
     """
     check_losses(losses)
-    trainable = []
-    for p in dict.fromkeys(parameters):  # tied ones count once
-        if not isinstance(p, Tensor):
-            raise TypeError(f"parameters must be tensors, as of model.parameters(); got {type(p).__name__}")
-        if p.requires_grad:
-            trainable.append(p)
+    trainable = [p for p in list_parameters(parameters) if p.requires_grad]
     if not trainable:
         raise ValueError("there is no parameter to measure on: none was given, or none requires grad")
     if any(is_dtensor(p) for p in trainable):
@@ -215,6 +217,16 @@ def measure(losses: Losses, parameters: Iterable[Tensor], *, retain_graph: bool 
         del loss  # frees its graph before the next one is built
     (G,) = gramian(held)
     return Geometry(tuple(losses), G, G.new_ones(len(losses)), stack_losses(values, G))
+
+
+def list_parameters(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Return parameters as a list, tied ones once; raise TypeError if they are something else."""
+    several = isinstance(parameters, Iterable) and not isinstance(parameters, Tensor)
+    found: list[Any] = [*dict.fromkeys(parameters)] if several else [parameters]
+    wrong = [type(p).__name__ for p in found if not (several and isinstance(p, Tensor))]
+    if wrong:
+        raise TypeError(f"parameters must be a list of tensors, as [x] or model.parameters(); got {wrong[0]}")
+    return found
 
 
 def stack_losses(values: Iterable[Tensor | None], like: Tensor) -> Tensor:

@@ -106,8 +106,9 @@ def unpack(text: str, *, owner: str, rule: Rule, scopes: int, device: torch.devi
             "checkpoint, or delete this entry to reset the rule"
         ) from error
     raise ValueError(
-        f"the state dict holds the memory of {theirs}, but the rule here is {owner}: use the same rule and scope, or "
-        f"delete [{KEY!r}] from it or from its param_groups[0] to reset the rule"
+        f"the state dict holds the memory of {theirs}, but the rule here is {owner}: load it with the same rule and "
+        f"scope, and set another rule afterwards (optimizer.rule = ...); or delete [{KEY!r}] from it or from its "
+        "param_groups[0] to reset the rule"
     )
 
 

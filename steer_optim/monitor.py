@@ -6,17 +6,17 @@ training, under the same names. For components ``lang`` and ``vis`` these are
 =========================== ==========================================================================
 ``steer/loss/vis``          value of the component, summed over micro-batches
 ``steer/norm/vis``          norm of its gradient
-``steer/weight/vis``        its weight in the update; mean over scopes
+``steer/weight/vis``        its weight in the update; mean over the scopes that have gradients
 ``steer/cos/lang~vis``      cosine between two gradients; the names of a pair are in alphabetical order
 ``steer/angle/lang~vis``    the angle, in degrees
-``steer/conflict/lang~vis`` fraction of the scopes in which the two conflict; 0 or 1 for the whole model
+``steer/conflict/lang~vis`` 1 if the two conflict, else 0; with scopes, the fraction of those that have both
 ``steer/update_norm``       norm of the steered update
 ``steer/update_norm_ratio`` the same, divided by the norm of the plain sum
 =========================== ==========================================================================
 
 Norms, cosines and angles are over all parameters under any scope, so that runs are comparable. A step that reused
 weights (``geometry.age > 0``) has losses and weights only; one in which a component has no gradient lacks the numbers
-of its pairs. NaN is kept for losses, norms and weights, else left out.
+of its pairs. An absent component has NaN for its loss, norm and weight; other NaNs are left out.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from steer_optim.gramian import Geometry
 
 Keys = tuple[str, ...]
 
-# Kept even if NaN, which means an absent component or an overflow; other NaNs are left out.
+# Kept even if NaN: the component is absent, or something overflowed.
 _ALWAYS = ("steer/loss/", "steer/norm/", "steer/weight/")
 # Rows kept on the device before they are copied to the host: one synchronization for all of them.
 _BATCH = 256
@@ -197,23 +197,30 @@ class Monitor:
 
 def _row(geometry: Geometry) -> tuple[Keys, Tensor]:
     """Return the names of a step's numbers, and the numbers as one vector, still on the device."""
-    names, k = geometry.names, len(geometry.names)
+    if not isinstance(geometry, Geometry):
+        raise TypeError(
+            f"geometry must be a Geometry, as backward_components returns; got {type(geometry).__name__}. With join "
+            "read optimizer.geometry after the backward pass"
+        )
+    names, k, whole = geometry.names, len(geometry.names), geometry.overall
     numbers: dict[str, Tensor] = {}
 
     def add(kind: str, values: Tensor) -> None:
         numbers.update((f"steer/{kind}/{name}", value) for name, value in zip(names, values.unbind(), strict=True))
 
+    absent = torch.zeros_like(whole.norms, dtype=torch.bool)
     if geometry.losses is not None:
         add("loss", geometry.losses)
-    add("weight", geometry.weights.reshape(-1, k).mean(0))
+        absent = geometry.losses.isnan() & (whole.norms == 0)  # not if another process has it
+    add("weight", whole.weights.masked_fill(absent, math.nan))
     if not geometry.age:
-        whole, update_norm = geometry.overall, geometry.update_norm.square().sum().sqrt()
-        add("norm", whole.norms)
-        conflicts = geometry.conflicts.reshape(-1, k, k).to(whole.G.dtype).mean(0)
-        there = whole.norms != 0
-        apart = ~(there[:, None] & there)
+        update_norm = geometry.update_norm.square().sum().sqrt()
+        add("norm", whole.norms.masked_fill(absent, math.nan))
+        there = geometry.norms.reshape(-1, k) != 0
+        both = (there[:, :, None] & there[:, None]).to(whole.G.dtype).sum(0)
+        conflicts = geometry.conflicts.reshape(-1, k, k).to(whole.G.dtype).sum(0) / both
         for kind, matrix in (("cos", whole.cosines), ("angle", whole.angles), ("conflict", conflicts)):
-            matrix = matrix.masked_fill(apart, math.nan)
+            matrix = matrix.masked_fill((whole.norms == 0) | (whole.norms == 0)[:, None], math.nan)
             for i, j in combinations(sorted(range(k), key=names.__getitem__), 2):
                 numbers[f"steer/{kind}/{names[i]}~{names[j]}"] = matrix[i, j]
         numbers |= {"steer/update_norm": update_norm, "steer/update_norm_ratio": update_norm / whole.sum_norm}

@@ -128,7 +128,8 @@ class SteeredOptimizer(OptimizerFacade):
             The result of the inner optimizer: the loss of the closure, or None.
 
         Raises:
-            RuntimeError: micro-batches are pending, and ``.grad`` lacks them.
+            RuntimeError: micro-batches are pending, and ``.grad`` lacks them; or the closure steered and then
+                cleared ``.grad``.
         """
         if closure is None:
             self.steering.refuse_pending()
@@ -140,9 +141,18 @@ class SteeredOptimizer(OptimizerFacade):
                 stacklevel=2,
             )
 
+        before = self.geometry
+
         def evaluate() -> Any:
             loss = closure()
             self.steering.refuse_pending()
+            now, cleared = self.geometry, all(p.grad is None for p in self.steering._parameters())
+            if cleared and now is not None and now is not before and now.norms.any():
+                raise RuntimeError(
+                    "the closure steered, and cleared .grad afterwards, so that this step would change nothing: clear "
+                    "it first. Lightning's training_step must return optimizer.join(...) instead of calling "
+                    "backward_components"
+                )
             return loss
 
         return self._step(evaluate)

@@ -252,10 +252,13 @@ def angles_by_decile(angles: Mapping[str, Values], *, axes: Axes | None = None) 
 
 def _columns(history: Mapping[str, Values], kind: str) -> _Lines:
     """Return steps and values of every number of a kind, by the name of its component or pair."""
+    if not isinstance(history, Mapping):
+        raise TypeError(f"a history must be a mapping, as of monitor.history(); got {type(history).__name__}")
     prefix = f"steer/{kind}/"
     found = {key.removeprefix(prefix): _tensor(values) for key, values in history.items() if key.startswith(prefix)}
     if not found:
-        raise ValueError(f"the history has no {prefix}...; it has {', '.join(history) or 'nothing'}")
+        pairs = ": no two components had a gradient in one step" if kind in ("cos", "angle", "conflict") else ""
+        raise ValueError(f"the history has no {prefix}...{pairs}; it has {', '.join(history) or 'nothing'}")
     steps = _tensor(history["step"])
     return {name: (steps, values) for name, values in found.items()}
 

@@ -6,6 +6,7 @@ and replicas that are not synchronized drift apart without an error.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from typing import Any, Union
 
@@ -63,7 +64,8 @@ def replica_group(data_parallel: DataParallel, parameters: Sequence[Tensor]) -> 
         raise RuntimeError(
             f"there are {dist.get_world_size()} processes, and the optimizer cannot see whether they train one "
             "model. Under DDP pass SteeredOptimizer(..., data_parallel=True), or the process group of the "
-            "replicas; if each process trains its own model, pass data_parallel=False"
+            "replicas; under FSDP2 create it after fully_shard; if each process trains its own model, pass "
+            "data_parallel=False"
         )
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError(
@@ -83,6 +85,19 @@ def replica_group(data_parallel: DataParallel, parameters: Sequence[Tensor]) -> 
             "device mesh pass mesh.get_group()"
         )
     return data_parallel
+
+
+def refuse_ddp(parameters: Sequence[Tensor]) -> None:
+    """Raise if DDP wraps a parameter: its reducer would average only the first of several backward passes.
+
+    Raises:
+        RuntimeError: there are several processes, and such a module exists.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return
+    wrapped = [x for x in gc.get_objects() if issubclass(type(x), torch.nn.parallel.DistributedDataParallel)]
+    if not {p for module in wrapped for p in module.parameters()}.isdisjoint(parameters):
+        raise RuntimeError("DistributedDataParallel wraps the parameters: pass data_parallel=True instead of False")
 
 
 def mesh_groups(parameters: Sequence[Any]) -> list[dist.ProcessGroup]:

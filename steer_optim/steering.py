@@ -8,6 +8,7 @@ one set, that of the weighted sum.
 
 from __future__ import annotations
 
+import functools
 import re
 import weakref
 import zlib
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from steer_optim import memory, processes
 from steer_optim.agreement import Agreement
@@ -61,8 +63,8 @@ class Steering:
             tensor.
         data_parallel: True under DDP: every process has a replica of the model, and the gradients of the components
             (not their losses) are averaged before the Gramian is taken. A process group if only its members have
-            replicas (it cannot be pickled or deep-copied). False if each process trains its own model, or if
-            whole parameters have equal gradients in all processes. None, the default, for one process, or if all
+            replicas (it cannot be pickled or deep-copied). False if each process trains its own model, or for the
+            whole layers of a tensor-parallel model; never under DDP. None, the default, for one process, or if all
             parameters are sharded (FSDP2, tensor parallel).
         refresh_every: take the Gramian once in this many steps; a call without ``accumulate`` is a step. The steps in
             between reuse the last weights, in one backward pass of the weighted sum; ``geometry.age`` says how old they
@@ -341,6 +343,7 @@ class Steering:
                 held.take(name, step.pending.sets.pop(name, None))
         if held is None:
             self._pending = step.pending
+            _guard_steps()
             return None
 
         held = step.average(held, self._agreement)
@@ -367,6 +370,8 @@ class Steering:
         alive = [other for reference in _ALIVE.valuerefs() if (other := reference()) not in (None, self)]
         others = [p for other in alive for p in other._parameters() if p not in mine]
         replicas = processes.replica_group(self.data_parallel, parameters)
+        if self.data_parallel is False and not self._memory.names:  # the first step
+            processes.refuse_ddp(parameters)
         peers = [replicas] if replicas is not None else processes.mesh_groups(parameters)
         averaged = replicas is not None and self._agreement.averages is not False
         # Removed from `self` now, so that an error from here on drops the pending micro-batches.
@@ -471,7 +476,7 @@ class Steering:
             raise ValueError(
                 f"component {unknown[0]!r} is unknown: this steering has {', '.join(map(repr, known))}, the "
                 "components of its first step. Name all of them in that step, None for those that are absent; "
-                "load_state_dict({}) of the Steering forgets them, and the rule's memory"
+                "steering.load_state_dict({}) (optimizer.steering) forgets them, and the rule's memory"
             )
         names = (*known, *unknown)
         if not accumulate:
@@ -509,6 +514,21 @@ class Steering:
     def _rule_key(self) -> str:
         """Return the rule with its hyperparameters, without addresses: the same in all processes."""
         return f"{re.sub(' at 0x[0-9a-fA-F]+', '', repr(self.rule))}, scope={self.scope!r}"
+
+
+@functools.cache
+def _guard_steps() -> None:
+    """From the first accumulation on, refuse the step of any optimizer that would miss pending micro-batches."""
+    register_optimizer_step_pre_hook(_refuse_early)
+
+
+def _refuse_early(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if len(args) > 1 or kwargs:  # a closure may hold the last micro-batch
+        return
+    own = {p for group in optimizer.param_groups for p in group["params"]}
+    for steering in (reference() for reference in _ALIVE.valuerefs()):
+        if steering is not None and steering._pending is not None and not own.isdisjoint(steering._parameters()):
+            steering.refuse_pending()
 
 
 def _names(group: Mapping[str, Any], number: int) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from steer_optim.capture import Losses
-from steer_optim.gramian import measure
+from steer_optim.gramian import list_parameters, measure
 from steer_optim.monitor import Monitor
 
 Pair: TypeAlias = tuple[str, str]
@@ -113,7 +113,7 @@ def survey(
         If one loss is what you train for: Steer(toward=...), or PCD if the others must keep improving. If the losses
         are equals: PCGrad(), or GradVac() if they are related.
     """
-    monitor, parameters = Monitor(), list(parameters)
+    monitor, parameters = Monitor(), list_parameters(parameters)
     for number, batch in enumerate(_progress(batches if most is None else islice(batches, most))):
         geometry = measure(losses(batch), parameters, retain_graph=False)
         if not geometry.norms.isfinite().all():

@@ -453,12 +453,47 @@ def test_lightning_in_two_processes_reaches_the_plain_loop(run_two_forks, tmp_pa
     assert_close_to(found, plain_loop.train())
 
 
-@pytest.mark.parametrize("lightning_fit", ["automatic"], indirect=True)
-def test_lightning_refuses_a_step_without_the_micro_batch_left_over(lightning_fit, tmp_path, monkeypatch):
-    """Lightning's step takes a closure, within which nothing was steered."""
-    monkeypatch.setattr("lightning.pytorch.Trainer.is_last_batch", property(lambda trainer: False))
-    with pytest.raises(RuntimeError, match="accumulated and never steered"):
-        lightning_fit(tmp_path)
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+@pytest.mark.parametrize("skipped", [1, 4])
+def test_a_batch_that_lightning_skips_may_be_the_last_of_a_window(tmp_path, skipped):
+    """Of two batches, and of one at the end of the epoch; as if its components were absent."""
+    pytest.importorskip("lightning")
+    import lightning_automatic
+
+    class Skips(lightning_automatic.Module):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == skipped and not self.all_absent:
+                return None
+            losses = plain_loop.components(self.model(batch["x"]), batch["labels"])
+            losses = dict.fromkeys(losses) if batch_idx == skipped else losses
+            return self.optimizers(use_pl_optimizer=False).join(losses)
+
+    found = []
+    for all_absent in (False, True):
+        module = Skips()
+        module.all_absent = all_absent
+        trainer, _ = lightning_automatic.make_trainer(tmp_path)
+        trainer.fit(module)
+        found.append((trainer.global_step, [p.detach() for p in module.parameters()]))
+    assert found[0][0] == found[1][0]
+    for ours, expected in zip(found[0][1], found[1][1], strict=True):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_lightning_refuses_a_training_step_that_steers_itself(tmp_path):
+    """It clears .grad afterwards, so that nothing would be trained."""
+    pytest.importorskip("lightning")
+    import lightning_automatic
+
+    class Steers(lightning_automatic.Module):
+        def training_step(self, batch, batch_idx):
+            losses = plain_loop.components(self.model(batch["x"]), batch["labels"])
+            self.optimizers(use_pl_optimizer=False).backward_components(losses, accumulate=False)
+
+    trainer, _ = lightning_automatic.make_trainer(tmp_path)
+    with pytest.raises(RuntimeError, match=r"training_step must return optimizer\.join"):
+        trainer.fit(Steers())
 
 
 def test_lightnings_stand_in_steers_as_the_optimizer_itself(lightning_fit, tmp_path):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from steer_optim import Geometry, SteeredOptimizer, Sum
+from steer_optim import Geometry, Steer, SteeredOptimizer, Sum
 from steer_optim.monitor import Monitor, scalars
 
 
@@ -239,3 +239,38 @@ def test_a_component_without_a_gradient_has_no_angle():
     means, geometry = monitor.means(3), optimizer.geometry
     assert (means["steer/angle/a~b"], means["steer/conflict/a~b"]) == pytest.approx((135.0, 1.0))
     assert "steer/cos/a~b" not in scalars(geometry)
+
+
+def test_means_of_norms_and_weights_leave_out_absent_components():
+    """Of two tasks in turn, each of norm 1, and of a third whose gradient is zero."""
+    x, monitor = torch.ones(3, requires_grad=True), Monitor()
+    optimizer = SteeredOptimizer(torch.optim.SGD([x]), Sum())
+    for step in range(4):
+        monitor.record(optimizer.backward_components({"a": x[step % 2] if step else None, "b": 0 * x[2]}))
+    means = monitor.means(4)
+    assert (means["steer/norm/a"], means["steer/weight/a"], means["steer/norm/b"]) == (1.0, 1.0, 0.0)
+    assert monitor.history()["steer/norm/a"].isnan().tolist() == [True, False, False, False]
+
+
+@pytest.mark.parametrize("frozen", [0, 5])
+def test_scopes_without_gradients_change_no_number(frozen):
+    parameters = [torch.ones(2, requires_grad=i >= frozen) for i in range(frozen + 1)]
+    optimizer = SteeredOptimizer(torch.optim.SGD(parameters), Steer("a", preserve_norm=False), scope="tensor")
+    x = parameters[-1]
+    values = scalars(optimizer.backward_components({"a": x[0], "b": -2 * x[0]}))
+    assert (values["steer/weight/a"], values["steer/weight/b"], values["steer/conflict/a~b"]) == (3.0, 1.0, 1.0)
+    assert values["steer/angle/a~b"] == 180
+
+
+def test_gradients_that_share_no_tensor_are_perpendicular_and_in_no_conflict():
+    x, y = (torch.ones(2, requires_grad=True) for _ in range(2))
+    optimizer = SteeredOptimizer(torch.optim.SGD([x, y]), Sum(), scope="tensor")
+    values = scalars(optimizer.backward_components({"a": x[0], "b": y[0]}))
+    assert values["steer/angle/a~b"] == 90
+    assert "steer/conflict/a~b" not in values
+
+
+@pytest.mark.parametrize("other", [None, torch.ones(())])
+def test_something_else_than_a_geometry_is_refused(other):
+    with pytest.raises(TypeError, match=r"must be a Geometry.*after the backward pass"):
+        scalars(other)

@@ -8,6 +8,7 @@ from steering import conflicting, network, steered
 from torch import Tensor, nn
 
 from steer_optim import VGS, GradVac, Steer, SteeredOptimizer, Sum, measure
+from steer_optim.survey import survey
 
 X = nn.Parameter(torch.tensor([1.0, 2.0]))
 OTHER = nn.Parameter(torch.tensor([3.0]))  # belongs to no optimizer
@@ -21,7 +22,7 @@ REFUSED = {
     "a vector": ({"vis": X.sum, "std": lambda: X * 2}, ValueError, r"'std' must be a scalar; got shape \(2,\)"),
     "nothing": ({"vis": X.sum, "std": lambda: None}, TypeError, "'std' must return a tensor; got NoneType"),
     "a detached one": ({"vis": X.sum, "std": lambda: X.sum().detach()}, ValueError, "'std' is detached: it does not"),
-    "another's": ({"vis": X.sum, "std": OTHER.sum}, ValueError, "'std' is detached from every parameter of the opt"),
+    "another's": ({"vis": X.sum, "std": OTHER.sum}, ValueError, "'std' is detached from every given par"),
 }
 EACH_REFUSAL = pytest.mark.parametrize(("losses", "error", "message"), REFUSED.values(), ids=REFUSED)
 
@@ -82,6 +83,11 @@ def test_measuring_needs_a_trainable_parameter():
     for parameters in ([], [torch.zeros(2)]):
         with pytest.raises(ValueError, match="no parameter to measure on"):
             measure({"std": X.sum()}, parameters)
+    for parameters in (X, nn.Linear(1, 1), [nn.Linear(1, 1)], [("x", X)], None):
+        with pytest.raises(TypeError, match="parameters must be a list of tensors"):
+            measure({"std": X.sum()}, parameters)
+        with pytest.raises(TypeError, match="parameters must be a list of tensors"):
+            survey(lambda batch: {"std": X.sum()}, [0], parameters)
 
 
 def test_an_error_in_a_callable_drops_what_is_pending():
@@ -142,7 +148,7 @@ def test_a_name_that_is_not_one_of_the_first_step(rule, way):
         getattr(optimizer, way)({"std": X.sum(), "viz": X[0]})
     assert X.grad is None
     optimizer.backward_components({"vis": X[0], "std": X.sum()})
-    with pytest.raises(ValueError, match=re.escape("load_state_dict({}) of the Steering forgets them")):
+    with pytest.raises(ValueError, match=re.escape("steering.load_state_dict({}) (optimizer.steering) forgets them")):
         getattr(optimizer, way)({"std": X.sum(), "viz": X[0]})
     optimizer.steering.load_state_dict({})
     optimizer.rule = Sum()

@@ -54,6 +54,23 @@ def test_it_gives_every_parameter_what_one_steered_optimizer_gives(scope):
     assert two.scopes == one.scopes
 
 
+def test_no_optimizer_steps_without_the_micro_batches_that_are_pending():
+    """Except one of other parameters, and one whose closure has the last micro-batch."""
+    model, other = network(), network()
+    steering = Steering(model.parameters(), STEER)
+    first, second = (torch.optim.SGD([*layer.parameters()], lr=0.1) for layer in (model[0], model[-1]))
+    steering.backward_components(conflicting(model(batch())), accumulate=True)
+    torch.optim.SGD(other.parameters(), lr=0.1).step()
+    for optimizer in (first, second):
+        with pytest.raises(RuntimeError, match="accumulated and never steered"):
+            optimizer.step()
+    first.step(lambda: steering.backward_components(conflicting(model(batch(1)))).losses.sum())
+    second.step()
+    steering.backward_components(conflicting(model(batch())), accumulate=True)
+    steering.zero_grad()
+    second.step()
+
+
 @pytest.mark.skipif(torch.__version__ < (2, 9), reason="torch 2.9 brought Muon")
 @pytest.mark.parametrize("rule", [Steer("vis"), GradVac(beta=0.5), PCGrad()], ids=repr)
 @pytest.mark.parametrize("refresh_every", [1, 3])

@@ -40,6 +40,17 @@ def test_processes_of_which_nothing_was_said():
     assert_refused(optimizer_of([p]), {"loss": p.sum()}, RuntimeError, message)
 
 
+@processes(2)
+def test_replicas_that_ddp_wraps_and_that_are_said_to_train_alone():
+    """They would drift apart: its reducer averages the first component only."""
+    model, alone = make_model(), make_model()
+    wrapped = DistributedDataParallel(model)
+    steered(alone, data_parallel=False).backward_components(components(alone(batch(0))))
+    optimizer = steered(model, data_parallel=False)
+    message = "DistributedDataParallel wraps the parameters: pass data_parallel=True"
+    assert_refused(optimizer, components(wrapped(batch(0))), RuntimeError, message)
+
+
 @pytest.mark.parametrize("data_parallel", [True, object()])
 def test_replicas_without_a_process_group(data_parallel):
     p = nn.Parameter(torch.ones(2))
@@ -134,7 +145,7 @@ def test_sparse_gradients(first, second):
 def test_a_component_that_reaches_nothing_on_any_rank():
     p, other = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     optimizer = optimizer_of([p], data_parallel=True)
-    message = "'second' is detached from every parameter of the optimizer"
+    message = "'second' is detached from every given parameter"
     assert_refused(optimizer, {"first": p.sum(), "second": other.sum()}, ValueError, message)
 
 
