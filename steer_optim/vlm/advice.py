@@ -125,7 +125,10 @@ def advise(found: Findings) -> str:
     ]
     choice = "standard"
     if found.language is None:
-        reason = "Nobody can tell whose language is better from fewer than two right answers: add a column answer."
+        reason = (
+            "Nobody can tell whose language is better from fewer than two held-out rows with right answers: add a "
+            "column answer, or more rows."
+        )
     else:
         gain, error = found.language
         lines.append(

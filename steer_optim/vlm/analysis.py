@@ -24,7 +24,8 @@ def angles_by_decile(
     This takes ``bins`` backward passes per component, retains the graph and touches no ``.grad``.
 
     Args:
-        token_losses: ``(B, T)`` per component, differentiable, for example from ``token_losses``.
+        token_losses: ``(B, T)`` per component, differentiable, for example from ``token_losses``, whose constant
+            ``vds`` is left out.
         vds_BT: visual dependency scores, ``KL(q || q_tx)``. Scores outside the mask are not read.
         mask_BT: bool, True at response tokens.
         parameters: whose gradients are compared.
@@ -66,7 +67,7 @@ def angles_by_decile(
             f"{bins} bins need at least one token each; mask_BT keeps {len(vds_N)}: pass fewer bins or more tokens"
         )
     parameters = list(parameters)
-    losses_N = {name: value[mask_BT] for name, value in token_losses.items()}
+    losses_N = {name: value[mask_BT] for name, value in token_losses.items() if name != "vds"}
     groups = torch.tensor_split(vds_N.argsort(stable=True), bins)
     steps = [measure({name: loss_N[group].mean() for name, loss_N in losses_N.items()}, parameters) for group in groups]
     G, weights = (torch.stack(each) for each in zip(*((step.G, step.weights) for step in steps), strict=True))

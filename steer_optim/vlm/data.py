@@ -9,6 +9,7 @@ Other columns are ignored.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -120,8 +121,11 @@ def conversation(row: Mapping[str, Any]) -> list[dict[str, Any]]:
             message["content"] = [_part(part, root) for part in parts]
         parts = [part for message in messages for part in message["content"]]
         if all(part["type"] == "text" for part in parts):
-            if images and any("<image>" in (part.get("text") or "") for part in parts):
-                raise ValueError("its text has the tag <image>: put a part of the type image in its place")
+            if any("<image>" in part["text"] for part in parts):
+                raise ValueError(
+                    "its text has the tag <image>: put a part of the type image in its place (the row has "
+                    f"{len(images)} images)"
+                )
             first["content"] = [{"type": "image"}] * len(images) + first["content"]
         prepared: list[dict[str, Any]] = prepare_multimodal_messages(messages, images)
         return prepared
@@ -180,7 +184,7 @@ def picture(image: Any, root: Path = Path()) -> Any:
     from transformers.image_utils import load_image
 
     if isinstance(image, Mapping):
-        image = image.get("bytes") or image.get("path")
+        image = image.get("bytes") or image.get("path") or image.get("url")
     if isinstance(image, str):
         image = image.removeprefix("file://")
     url = str(image) if isinstance(image, (str, Path)) else ""
@@ -192,9 +196,12 @@ def picture(image: Any, root: Path = Path()) -> Any:
         with xopen(url, "rb") as file:
             image = file.read()
     elif isinstance(image, (str, Path)):
-        found = [path for path in (Path(image), root / image) if path.is_file()]
+        found = [path for path in (Path(image), root / image) if os.path.isfile(path)]
         if not found:
-            raise ValueError(f"there is no image {image}, as it is or in {root.absolute()}")
+            raise ValueError(
+                f"there is no image {url:.100}, as it is or in {root.absolute()}. Base64 text needs "
+                "data:image/png;base64, before it"
+            )
         image = found[0].read_bytes()
     if isinstance(image, bytes):
         image = Image.open(BytesIO(image))
@@ -208,8 +215,9 @@ def picture(image: Any, root: Path = Path()) -> Any:
 
 
 def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    given = row.get("messages") or row.get("prompt")
-    if isinstance(row.get("messages"), str):
+    messages, prompt = (_plain(row.get(name)) for name in ("messages", "prompt"))
+    given = messages or prompt
+    if isinstance(messages, str):
         raise ValueError("its messages are text, not a list: decode them, or name the column of texts prompt")
     if isinstance(given, str):
         given = [{"role": "user", "content": given}]
@@ -229,8 +237,17 @@ def _part(part: Any, root: Path) -> dict[str, Any]:
     found = [known.pop(key) for key in ("image", "path", "url", "image_url") if key in known]
     if known["type"] not in ("text", "image", "image_url"):
         raise ValueError(f"a part must be of the type text or image; got {part['type']!r}")
-    if known["type"] != "text" and found:
-        image = found[0]
-        url = image.get("url") if isinstance(image, Mapping) else None  # {"image_url": {"url": ...}}
-        return {"type": "image", "image": picture(url or image, root)}
-    return known
+    if known["type"] == "text":
+        if found or not isinstance(known.get("text"), str):
+            raise ValueError(f"a part of the type text must have text, and no image; got {part!r:.200}")
+        return known
+    return {"type": "image", "image": picture(found[0], root)} if found else known
+
+
+def _plain(value: Any) -> Any:
+    """Return the lists of Python for arrays, in which pandas and numpy keep messages."""
+    if isinstance(value, Mapping):
+        return {key: _plain(x) for key, x in value.items()}
+    if isinstance(value, list) or type(value).__name__ == "ndarray":
+        return [_plain(x) for x in value]
+    return value

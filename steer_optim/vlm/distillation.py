@@ -180,6 +180,8 @@ class DecomposedDistillation:
         losses = DecomposedDistillation("vgs-unscaled")(views, mask_BT)
         components = {"policy": (1 - alpha) * policy} | {name: alpha * loss for name, loss in losses.items()}
 
+    Defaults are resolved when the object is made, so ``dataclasses.replace`` with another decomposition keeps them.
+
     Attributes:
         decomposition: a name of the table, or a :class:`Decomposition`.
         gamma: the strength of steering, at least 0.
@@ -251,8 +253,6 @@ class DecomposedDistillation:
         for name in ("lam", "prior", "floor"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(self._entry, name))
-        if self.floor == 0:
-            object.__setattr__(self, "floor", None)
         for name, choices in (("prior", get_args(Prior)), ("reduction", get_args(Reduction))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
@@ -261,13 +261,13 @@ class DecomposedDistillation:
                 raise ValueError(f"{name} must be finite and at least 0; got {getattr(self, name)}")
         check_quantile(self.quantile)
         check_temperature(self.temperature)
-        check_floor(self.floor)
+        check_floor(self.floor or None)
         if self.chunk_size is not None and self.chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, or None for the default; got {self.chunk_size}")
         parts = self._entry.components.values()
         reads = {
             "lam": (bool(self.lam), any(part.factor == "lam" for part in parts)),
-            "floor": (self.floor is not None, any(part.term.floored for part in parts)),
+            "floor": (bool(self.floor), any(part.term.floored for part in parts)),
             "prior": (self.prior == "frozen", any("prior" in part.term.views for part in parts)),
         }
         for name, (given, read) in reads.items():
@@ -489,7 +489,7 @@ class DecomposedDistillation:
             if tokens == "all" and self.gated and gate_N is None and not any(term.top for term in terms.values()):
                 terms |= score  # from the same logits
             kept = {name: x if where is every else x[where] for name, x in rows.items()}
-            sums, losses = losses_of(kept, terms, weights, floor=self.floor)
+            sums, losses = losses_of(kept, terms, weights, floor=self.floor or None)
             totals |= sums
             vds_N = losses.get(_SCORE, vds_N)
         return {n: totals[n] - totals[p.less] if p.less in totals else totals[n] for n, p in parts.items()}

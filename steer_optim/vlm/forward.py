@@ -290,7 +290,21 @@ def _forward(model: nn.Module, batch: Mapping[str, Tensor], num_tokens: int) -> 
     # The row before the first response token predicts it. The last row predicts no response token.
     keep = {"logits_to_keep": num_tokens + 1} if takes_any or "logits_to_keep" in parameters else {}
     with overridden(model, "rope_deltas", None):
-        return model(**batch, use_cache=False, **keep)
+        return model(**batch, **_positions(model, batch), use_cache=False, **keep)
+
+
+def _positions(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the positions that ``generate`` passes, in which padding does not count; none if the model makes its own.
+
+    The length of a prompt matters to models that scale attention or queries by the position.
+    """
+    inner: Any = next((x for x in model.modules() if hasattr(x, "_prepare_position_ids_for_generation")), None)
+    if inner is None or "attention_mask" not in batch or inner.config.is_encoder_decoder:
+        return {}
+    make = inner._prepare_position_ids_for_generation
+    if "position_ids" not in inspect.signature(inner.forward).parameters or "models" in make.__module__.split("."):
+        return {}
+    return {"position_ids": make(batch["input_ids"], {"attention_mask": batch["attention_mask"]})}
 
 
 class _Beside(torch.autograd.Function):

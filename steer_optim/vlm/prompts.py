@@ -140,7 +140,10 @@ class Rollout:
             tensor([[ True, False,  True],
                     [ True, False, False]])
         """
-        rows = [torch.as_tensor(row, device="cpu") for row in responses]
+        try:
+            rows = [torch.as_tensor(row, device="cpu") for row in responses]
+        except (TypeError, ValueError, RuntimeError):  # of texts, or None
+            rows = [torch.zeros(())]
         if any(row.ndim != 1 or (len(row) and row.is_floating_point()) for row in rows):
             raise ValueError("responses must be one list of integer ids for each prompt, empty where it is empty")
         rows = [row.long() for row in rows]
@@ -195,7 +198,7 @@ def render(
         >>> prompts.image.keys() - prompts.text.keys()  # doctest: +SKIP
         {'pixel_values'}
     """
-    if not messages or isinstance(messages[0], Mapping):
+    if not messages or any(isinstance(row, str | Mapping) for row in messages):
         raise ValueError("messages must be a list of conversations, each a list of messages with role and content")
     if _truncates(template_kwargs):
         raise ValueError(

@@ -67,6 +67,8 @@ def load(data: DataArguments) -> tuple[Any, Any]:
     if not name:
         raise ValueError("--dataset_name is needed: a name on the hub, a folder, or a .parquet, .json or .jsonl file")
     path = Path(name)
+    if data.dataset_config and path.exists() and not path.is_dir():
+        raise ValueError(f"--dataset_config {data.dataset_config} is not read for a file: leave it out")
     if not path.exists() and (path.suffix in (".parquet", ".json", ".jsonl") or name.startswith((".", "/", "~"))):
         raise ValueError(f"there is no file or folder {name}")
     try:
@@ -117,7 +119,10 @@ def _splits(path: Path, data: DataArguments) -> Any:
             raise ValueError(f"--dataset_name must be a folder or a .parquet, .json or .jsonl file; got {name}")
         return load_dataset(kind, data_files=name, streaming=data.dataset_streaming)
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        return load_from_disk(name)
+        try:
+            return load_from_disk(name)
+        except IndexError as error:  # from a data set without rows
+            raise ValueError(f"{name} has no rows") from error
     return load_dataset(name, name=data.dataset_config, streaming=data.dataset_streaming)
 
 
@@ -177,6 +182,10 @@ def prepare(data: DataArguments, args: SteeredDistillationConfig, model: ModelCo
     for name, value in given.items():
         if value is None:
             raise ValueError(f"--{name} is needed: a name on the hub, or a folder")
+        if (Path(value) / "adapter_config.json").exists() and not (Path(value) / "config.json").exists():
+            raise ValueError(
+                f"{value} holds an adapter only: pass a folder with the whole model, as merge_and_unload()"
+            )
     if model.dtype == "float16":
         raise ValueError("--dtype float16 is not supported: keep the student in float32, and compute in bfloat16")
     adapter = [x for x in fields(model) if x.name.startswith(("lora_", "use_rslora", "use_dora"))]
@@ -185,11 +194,23 @@ def prepare(data: DataArguments, args: SteeredDistillationConfig, model: ModelCo
     if model.use_peft and model.lora_target_modules is None:
         model.lora_target_modules = "all-linear"  # peft knows the names of few vision-language models
     train, held_out = load(data)
+    if args.eval_strategy != "no" and held_out is None:
+        raise ValueError("--eval_strategy needs held-out rows: leave out --held_out 0")
     path = Path(args.output_dir)
+    if args.resume_from_checkpoint and not (Path(args.resume_from_checkpoint) / "trainer_state.json").exists():
+        raise ValueError(
+            f"--resume_from_checkpoint {args.resume_from_checkpoint} is no folder of a checkpoint: leave it out to "
+            "resume from the last one in --output_dir"
+        )
     resume = args.resume_from_checkpoint or last_checkpoint(path)
     if resume and 0 < args.max_steps < _done(resume)[0]:
         raise ValueError(f"{resume} has more steps than --max_steps {args.max_steps}: choose another --output_dir")
     if not data.measure_only:
+        if resume and not args.resume_from_checkpoint and not (path / "run.json").exists():
+            raise ValueError(
+                f"{resume} is not from this command, as there is no run.json: choose another --output_dir, or pass it "
+                "as --resume_from_checkpoint"
+            )
         settings = {**asdict(data), **args.to_dict(), **asdict(model)}
         check_settings(path, settings, trained=resume is not None, write=args.should_save)
     options = {"revision": model.model_revision, "attn_implementation": model.attn_implementation, "dtype": model.dtype}
@@ -225,7 +246,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if data.measure_only:
         rows = [*islice(trainer.train_dataset, data.held_out or 200)] if held_out is None else held_out
-        findings, text = investigate(trainer, rows)
+        try:
+            findings, text = investigate(trainer, rows)
+        except ValueError as error:
+            print(f"{program}: {error}", file=sys.stderr)
+            return 2
         print(f"\n{text}\n\n{advise(findings)}")
         return 0
     examination = None if held_out is None else Examination(trainer, held_out)

@@ -50,7 +50,7 @@ from steer_optim.vlm.rollout import evaluating
 
 TESTED = "1.16"
 _METRICS = "steer_optim metrics"  # in a checkpoint
-_PIXELS = ("image_mean", "image_std", "rescale_factor", "patch_size", "temporal_patch_size", "merge_size")
+_PIXELS = ["image_mean", "image_std", "rescale_factor", "crop_size", "patch_size", "temporal_patch_size", "merge_size"]
 _COUNTS = ["refresh_every", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"]
 
 if trl.__version__.rsplit(".", 1)[0] != TESTED:
@@ -130,6 +130,12 @@ class SteeredDistillationConfig(DistillationConfig):  # type: ignore[misc]  # tr
         for name, bound in least.items():
             if not getattr(self, name) >= bound:
                 raise ValueError(f"{name} must be at least {bound}; got {getattr(self, name)}")
+        for name, example in (("decomposition", "vgs"), ("rule", 'Steer("vis")')):
+            if not isinstance(getattr(self, name), str | None):
+                raise TypeError(
+                    f"{name} must be text, such as {example!r}; got {getattr(self, name)!r}. Give a Decomposition of "
+                    "your own a name in steer_optim.vlm.DECOMPOSITIONS"
+                )
         method = self.method()
         entry = DECOMPOSITIONS[self.decomposition]
         steers = self.rule is None and repr(entry.rule(0.0)) != repr(entry.rule(1.0))
@@ -235,6 +241,8 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
                 f"{type(self.processing_class).__name__} is not a processor of images and text: the student must be a "
                 "vision-language model; pass processing_class if its folder has no processor"
             )
+        if not any(p.requires_grad for p in self.model.parameters()):
+            raise ValueError("there is nothing to train: no parameter of the student requires grad")
         self._tokenizer.padding_side = "left"
         suppressed = image_ids(self.model.config) | ({self._tokenizer.pad_token_id} - {*self.eos_token_ids})
         given = args.generation_kwargs or {}
@@ -285,6 +293,10 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         response = inputs.response
         with self.accelerator.autocast():
             views = self._score(model, inputs, names=None)
+            trained: list[Any] = [views["student"]] + ([views["student_text"]] if self.method.trains_text else [])
+            for view in trained:
+                if self.model.training and not view.requires_grad:
+                    view.hidden_BTd.requires_grad_()  # only the vision tower is trained, and this view has no image
             losses = self.method(views, response.scored_BT, count=inputs.count, gate_BT=inputs.gate_BT)
         if not self.model.training:
             values = self._mean(losses)
@@ -293,16 +305,19 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
             return (loss, None) if return_outputs else loss
         if self.method.floor and (self.state.global_step + 1) % max(int(self.state.logging_steps), 1) == 0:
             self._record({"steer/floored": self._share_floored(views, response, self.method.floor)})
-        if inputs.prompts.image.keys() <= inputs.prompts.text.keys():
-            trained = [p for p in self.model.parameters() if p.requires_grad]
-            nodes = [*graph(losses.values())]
-            reached = {getattr(node, "variable", None) for node in nodes}
-            if reached.isdisjoint(trained) and not any(map(is_reentrant, nodes)):
-                # Only the vision tower is trained, and no row has an image: its gradients are zero.
-                zero = 0 * trained[0].sum()
-                losses = {name: value + zero.to(value) for name, value in losses.items()}
+        if self.method.trains_text or inputs.prompts.image.keys() <= inputs.prompts.text.keys():
+            losses = {name: self._reaching(loss) for name, loss in losses.items()}
         loss = self.steered.join(losses, accumulate=not self.accelerator.sync_gradients)
         return (loss, None) if return_outputs else loss
+
+    def _reaching(self, loss: Tensor) -> Tensor:
+        """Return a loss with a zero gradient if it has none: of a view without images, if only the tower is trained."""
+        nodes = [*graph([loss])]
+        # Not only those of the model: FSDP2 gathers others for a pass.
+        if any(isinstance(getattr(node, "variable", None), torch.nn.Parameter) or is_reentrant(node) for node in nodes):
+            return loss
+        zero: Tensor = 0 * next(p for p in self.model.parameters() if p.requires_grad).sum()
+        return loss + zero.to(loss)
 
     def train(self, *args: Any, **options: Any) -> Any:
         """Train as TRL does, from the beginning of a step: an earlier call may have been interrupted within one."""

@@ -89,6 +89,12 @@ def test_masked_tokens_are_not_read():
     assert torch.equal(found.G, expected.G)
 
 
+def test_the_dependency_beside_token_losses_is_no_component():
+    components, vds_BT, mask_BT, parameters = batch()
+    found = angles_by_decile({**components, "vds": vds_BT}, vds_BT, mask_BT, parameters)
+    assert found.names == tuple(components)
+
+
 def test_refusals():
     components, vds_BT, mask_BT, parameters = batch()
 

@@ -285,7 +285,12 @@ def test_the_default_is_the_frozen_prior_and_vgs_is_the_papers():
     assert (paper.prior, paper.lam, paper.floor, paper.gamma, paper.quantile) == ("live", 0.01, None, 2.0, 0.7)
     assert frozen.views == ("student", "prior", "teacher", "teacher_text")
     assert paper.views == ("student", "student_text", "teacher", "teacher_text")
-    assert DecomposedDistillation(floor=0).floor is None
+    without = DecomposedDistillation(floor=0)
+    batch = views_of(random_batch(3, 4, 5))
+    batch["prior"] = batch["student_text"].detach()
+    found = [method(batch, MASK)["vis"] for method in (without, dataclasses.replace(without, gamma=3.0), frozen)]
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
 
 
 def test_tokens_are_split_and_the_student_is_never_without_its_image():

@@ -208,7 +208,7 @@ def test_bad_conversations_are_named_by_their_index(tmp_path):
     good, missing = conversation(HELLO), conversation({"type": "image", "path": str(tmp_path / "missing.png")}, HELLO)
     with pytest.raises(ValueError, match=r"the processor cannot render conversation 1: .*missing"):
         render(family.processor, [good, missing, good])
-    for nothing in ([], conversation(HELLO)):
+    for nothing in ([], conversation(HELLO), ["hello"]):
         with pytest.raises(ValueError, match="messages must be a list of conversations, each a list of messages"):
             render(family.processor, nothing)
 

@@ -182,7 +182,7 @@ def test_a_key_that_no_family_has_is_refused_by_name(shape):
     assert append_response(batch, given, CONFIG).keys() == {"input_ids", "attention_mask", "novel_pixels"}
 
 
-@pytest.mark.parametrize("responses", [[3, 4], [[[3, 4]]], [[3.5]]])
+@pytest.mark.parametrize("responses", [[3, 4], [[[3, 4]]], [[3.5]], ["a cat"], [None, [3]], [[[3], [4, 5]]]])
 def test_responses_that_are_no_lists_of_integers_are_refused(responses):
     with pytest.raises(ValueError, match="one list of integer ids for each prompt"):
         Rollout.of(responses, config=SimpleNamespace(image_token_id=7))

@@ -378,6 +378,8 @@ WRONG = {
     "quantile of no gate": ({"quantile": 0.5}, "--quantile 0.5 is not read by --decomposition vgs-frozen"),
     "LoRA left out": ({"lora_r": 4}, "--lora_r is not read without --use_peft"),
     "half precision": ({"dtype": "float16"}, "--dtype float16 is not supported"),
+    "nothing to evaluate on": ({"eval_strategy": "steps", "held_out": 0}, "--eval_strategy needs held-out rows"),
+    "no checkpoint": ({"resume_from_checkpoint": "True"}, "--resume_from_checkpoint True is no folder of a checkpoint"),
 }
 
 
@@ -389,6 +391,35 @@ def test_a_wrong_command_says_what_to_change(folder, tmp_path, capsys, name):
         del given[given.index("None") - 1 : given.index("None") + 1]
     assert main(given) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("role", ["model_name_or_path", "teacher_model_name_or_path"])
+def test_an_adapter_without_its_model_is_refused(folder, tmp_path, capsys, role):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert main(arguments(folder, tmp_path / "run", **{role: tmp_path})) == 2
+    assert f"{tmp_path} holds an adapter only" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_program_is_resumed_from_only_if_it_is_named(folder, tmp_path, capsys):
+    assert main(arguments(folder, tmp_path, save_steps=1)) == 0
+    (tmp_path / "run.json").unlink()
+    assert main(arguments(folder, tmp_path, max_steps=3)) == 2
+    assert "checkpoint-2 is not from this command" in capsys.readouterr().err
+    assert main(arguments(folder, tmp_path, max_steps=3, resume_from_checkpoint=tmp_path / "checkpoint-2")) == 0
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_configuration_of_a_file_is_refused(tmp_path, streams):
+    Dataset.from_list(make_rows()).to_parquet(tmp_path / "rows.parquet")
+    data = DataArguments(dataset_name=str(tmp_path / "rows.parquet"), dataset_config="de", dataset_streaming=streams)
+    with pytest.raises(ValueError, match="--dataset_config de is not read for a file"):
+        load(data)
+
+
+def test_a_saved_data_set_without_rows_is_named(tmp_path):
+    Dataset.from_list(make_rows()[:1]).select([]).save_to_disk(tmp_path / "rows")
+    with pytest.raises(ValueError, match="rows has no rows"):
+        load(DataArguments(dataset_name=str(tmp_path / "rows")))
 
 
 def test_a_damaged_checkpoint_is_named(folder, tmp_path, capsys):

@@ -22,7 +22,9 @@ from PIL import Image
 from tiny_llava import COLOURS, WORDS
 from tiny_trainer import make_model, make_processor, make_rows, make_trainer, plain_loop, recorded
 
+from steer_optim import Steer
 from steer_optim.vlm.data import ROW, Rows, answer, conversation, numbered, picture
+from steer_optim.vlm.distillation import DECOMPOSITIONS
 from steer_optim.vlm.examination import examine
 from steer_optim.vlm.trainer import MicroBatch, SteeredDistillationConfig, SteeredDistillationTrainer, _numbers
 
@@ -212,7 +214,7 @@ BAD = {
     "a part that is none": ({"prompt": [{"role": "user", "content": ["what"]}]}, "a list of parts that have a type"),
     "no image": ({"prompt": "what", "images": [b"not a picture"]}, "cannot identify image"),
     "no user": ({"messages": [{"role": "assistant", "content": "it"}]}, "no user message"),
-    "text that stands for an image": ({"prompt": "what <image> is it", "images": []}, "no images were passed"),
+    "text that stands for an image": ({"prompt": "what <image> is it", "images": []}, "the row has 0 images"),
 }
 
 
@@ -310,6 +312,15 @@ NOT_READ = {
         {"prompt": "<image>what", "images": [Image.new("RGB", (8, 8))]},
         "its text has the tag <image>: put a part",
     ),
+    "text under another key": (
+        {"prompt": [{"role": "user", "content": [{"type": "text", "value": "a"}]}]},
+        "have text",
+    ),
+    "text with an image": (
+        {"prompt": [{"role": "user", "content": [{"type": "text", "text": "a", "image": "b.png"}]}]},
+        "must have text, and no image",
+    ),
+    "base64": ({"prompt": "what", "images": ["iVBORw0KGgo" * 1000]}, "Base64 text needs data:image/png;base64"),
 }
 
 
@@ -318,6 +329,16 @@ def test_rows_that_cannot_be_read_say_why(name):
     row, match = NOT_READ[name]
     with pytest.raises(ValueError, match=f"row 3 of the data set: .*{match}"):
         conversation({**row, ROW: 3})
+
+
+def test_messages_in_arrays_are_read():
+    """As pandas and `with_format("numpy")` keep them."""
+    parts = numpy.array([{"type": "text", "text": "what"}], dtype=object)
+    for messages in (
+        numpy.array([{"role": "user", "content": parts}] * 2, dtype=object),
+        [{"role": "user", "content": parts}],
+    ):
+        assert [m["content"] for m in conversation({"messages": messages})] == [[*parts]] * len(messages)
 
 
 def test_an_answer_that_became_a_date_is_refused():
@@ -408,6 +429,18 @@ def test_what_cannot_work_is_refused_at_the_start(tmp_path, name):
     options, match = REFUSED[name]
     with pytest.raises(ValueError, match=match):
         make_trainer(tmp_path, **options)
+
+
+@pytest.mark.parametrize("option", [{"decomposition": DECOMPOSITIONS["vgs"]}, {"rule": Steer("vis")}])
+def test_a_configuration_has_names(tmp_path, option):
+    (name,) = option
+    with pytest.raises(TypeError, match=f"{name} must be text, such as .*DECOMPOSITIONS"):
+        SteeredDistillationConfig(str(tmp_path), use_cpu=True, **option)
+
+
+def test_a_student_without_anything_to_train_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no parameter of the student requires grad"):
+        make_trainer(tmp_path, student=make_model(seed=0).requires_grad_(False))
 
 
 def test_tools_are_refused(tmp_path):
@@ -506,12 +539,16 @@ def test_ids_to_suppress_are_added_to_those_of_images_and_padding(tmp_path):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_vision_alone_may_be_trained_on_rows_without_images(tmp_path, checkpointing):
+@pytest.mark.parametrize(
+    "decomposition", ["vgs-frozen", "vgs", "both-views"]
+)  # those of the text view have no gradient
+def test_vision_alone_may_be_trained_on_rows_without_images(tmp_path, checkpointing, decomposition):
     student = make_model(seed=0).requires_grad_(False)
     projector = student.model.multi_modal_projector.requires_grad_(True)
     before = copy.deepcopy(projector.state_dict())
-    sizes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 12}
-    trainer = make_trainer(tmp_path, student=student, gradient_checkpointing=checkpointing, **sizes)
+    options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 12}
+    options |= {"decomposition": decomposition, "gradient_checkpointing": checkpointing}
+    trainer = make_trainer(tmp_path, student=student, **options)
     trainer.train()
     norms = [entry["grad_norm"] for entry in losses_of(trainer)]
     assert norms.count(0.0) == 1  # of the row without an image
@@ -533,13 +570,14 @@ def test_the_loss_of_right_answers_counts_their_words_only(tmp_path):
 
 def test_a_teacher_that_would_see_other_pixels_is_refused(tmp_path):
     processor = make_processor()
-    for mean, refused in ((None, False), (0.25, True)):
-        folder = tmp_path / str(mean)
+    changes = {"crop_size": {"height": 16, "width": 16}, "image_mean": [0.25] * 3}
+    for name in (None, *changes):
+        folder = tmp_path / str(name)
         make_model(seed=1, hidden_size=32).save_pretrained(folder)
-        if mean is not None:
-            processor.image_processor.image_mean = [mean] * 3
+        if name is not None:
+            setattr(processor.image_processor, name, changes[name])
         processor.save_pretrained(folder)
-        with pytest.raises(ValueError, match="image_mean of the images is ") if refused else nullcontext():
+        with pytest.raises(ValueError, match=f"{name} of the images is ") if name else nullcontext():
             make_trainer(tmp_path / "out", teacher=str(folder))
 
 

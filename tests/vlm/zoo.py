@@ -256,6 +256,8 @@ def build(model: nn.Module) -> nn.Module:
             parameter.data.normal_(std=1.5 * fan_in**-0.5, generator=generator)
         elif "gate" in name and not parameter.any():  # Mllama's begin closed
             parameter.data.fill_(1.0)
+        elif not parameter.any():  # or what it scales would not matter
+            parameter.data.normal_(std=0.1, generator=generator)
     model.get_input_embeddings().weight.data.normal_(generator=generator)
     return model.eval()
 
