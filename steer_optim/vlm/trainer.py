@@ -6,8 +6,8 @@ trainer renders prompts with their images and without; scores student and teache
 arguments into a :class:`~steer_optim.SteeredOptimizer`.
 
 It uses private parts of TRL: ``_generate`` with ``_tokenize_prompts`` and ``_generate_single_turn``,
-``_prepare_inputs``, ``_step``, ``_buffered_inputs`` and ``_metrics``. They may change with any release, so other
-versions are refused.
+``_prepare_inputs``, ``_step``, ``_buffered_inputs``, ``_metrics``, ``_logs``, ``_last_loaded_step`` and ``_tokenizer``.
+They may change with any release, so other versions are refused.
 """
 
 from __future__ import annotations
@@ -255,8 +255,10 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         self.generation_kwargs["suppress_tokens"] = sorted(suppressed)
         self.generation_config.suppress_tokens = sorted(suppressed)
         if self._colocated:
-            never = {"logit_bias": dict.fromkeys(suppressed, -100.0)}
-            self.vllm_generation.generation_kwargs = {**never, **self.vllm_generation.generation_kwargs}
+            given = dict(self.vllm_generation.generation_kwargs)
+            given.pop("suppress_tokens", None)  # vLLM has no such option
+            given["logit_bias"] = {**(given.get("logit_bias") or {}), **dict.fromkeys(suppressed, -100.0)}
+            self.vllm_generation.generation_kwargs = given
         self._check_precision()
         # Copied before the student is prepared, wrapped or loaded from a checkpoint.
         self.prior = None
@@ -354,6 +356,13 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
     def sample(self, rows: Sequence[dict[str, Any]], parts: int) -> list[MicroBatch]:
         """Return the rows as ``parts`` micro-batches of one step, each with its responses."""
         messages = [conversation(row) for row in rows]
+        parts_of_all = [part["type"] for row in messages for message in row for part in message["content"]]
+        if self.model.training and self.state.global_step == 0 and "image" not in parts_of_all:
+            warnings.warn(
+                "no row of the first step has an image, so that both views are equal: images are read from the columns "
+                "image and images, and from messages",
+                stacklevel=2,
+            )
         self._sources = [row.get(ROW, "?") for row in rows]  # evaluate and predict may get other data
         size = -(-len(rows) // parts)
         slices = [slice(i, i + size) for i in range(0, len(rows), size)]
@@ -668,13 +677,19 @@ def _fill_state(optimizer: torch.optim.Optimizer) -> None:
     """Make the state of a zero gradient for parameters without state: FSDP2 loads that of all parameters, or none."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     gradients, rates = [p.grad for p in parameters], [group["lr"] for group in optimizer.param_groups]
+    without = [p for p in parameters if p not in optimizer.state]
     for p in parameters:
-        p.grad = None if p in optimizer.state else torch.zeros_like(p)
+        p.grad = None
+    for p in without:
+        p.grad = torch.zeros_like(p)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     optimizer.step()
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
+    for p in without:
+        if "step" in optimizer.state[p]:
+            optimizer.state[p]["step"] *= 0  # no step of the run
     for p, gradient in zip(parameters, gradients, strict=True):
         p.grad = gradient
 
