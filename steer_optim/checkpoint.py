@@ -157,7 +157,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _read_once(path: Path) -> dict[str, Any]:
     try:
-        with safe_open(path, framework="pt") as file:
+        with torch.device("cpu"), safe_open(path, framework="pt") as file:  # whatever the default device
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
                 raise ValueError(f"{path} is a safetensors file, but not a checkpoint of steer_optim")

@@ -228,6 +228,7 @@ def test_names_that_are_no_text_are_kept(tmp_path):
     assert_identical(checkpoint.load(tmp_path / "x", trained()), extra)
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter in")  # of torch 2.6, from its own call
 def test_a_scheduler_with_a_counter_of_milestones_comes_back(tmp_path):
     def make():
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
