@@ -69,7 +69,8 @@ class Agreement:
         # Filled one by one: torch.tensor(list, device=...) copies from the host, which synchronizes.
         numbers = [none.new_full((), number) for number in sums]
         weights = self._weights if read else 0
-        mine = torch.stack([*numbers, digest, none + weights, none + self._update, none + self._trouble])
+        noted = [x.to(device) if isinstance(x, Tensor) else x for x in (weights, self._update, self._trouble)]
+        mine = torch.stack([*numbers, digest, *(none + x for x in noted)])
         extremes = _extremes(mine, group)
         trouble = (extremes[0, 1:] != extremes[1, 1:]).any() | mine[-1]
         if not read:
@@ -104,7 +105,7 @@ class Agreement:
                 "load the optimizer's state on all"
             )
         if highest[0]:  # on any of them
-            differing = _differing([_bits(p) for p in parameters], group) if values else []
+            differing = _differing([_bits(p).to(device) for p in parameters], group) if values else []
             if differing:
                 shape = tuple(parameters[differing[0]].shape)
                 raise ValueError(

@@ -39,7 +39,8 @@ def combine(rows: Iterable[Row], weights: Tensor) -> list[Tensor]:
         large = on_cpu and any(abs(w) > _LARGE for _, w in terms)
         if large or any(g.is_sparse for g, _ in terms):
             wide = torch.promote_types(total.dtype, torch.float64 if large else torch.float32)
-            total = _sum([(g.to(wide), w) for g, w in terms]).to(total.dtype)
+            summed = _sum([(g.to(wide), w) for g, w in terms]).to(total.dtype)
+            total = summed if total.is_sparse else total.copy_(summed)
         elif total.dtype.itemsize == 2 or (on_cpu and total.device.type == "cpu" and total.numel() >= _SMALL):
             _combine_in_pieces(terms)
         else:
@@ -64,7 +65,7 @@ def _combine_in_pieces(terms: Sequence[tuple[Tensor, Any]]) -> None:
     """Combine one row in place, in pieces that stay in a CPU's cache; half precision in float32."""
     gradients, weights = zip(*terms, strict=True)
     pieces: Iterable[Sequence[Tensor]] = [gradients]
-    if all(g.is_contiguous() for g in gradients) and (weights[0] != 1 or gradients[0].dtype.itemsize == 2):
+    if all(g.is_contiguous() for g in gradients) and (gradients[0].dtype.itemsize == 2 or weights[0] != 1):
         size = _CHUNK if gradients[0].device.type == "cpu" else _CHUNK_ACCELERATOR
         pieces = zip(*(g.view(-1).split(size) for g in gradients), strict=True)
     for piece, *others in pieces:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -46,6 +46,12 @@ class Last:
     scale: Tensor
     age: int = 0
     functions: tuple[Any, ...] | None = None
+
+    def on(self, device: torch.device) -> Last:
+        """Return the same on another device."""
+        geometry = replace(self.geometry, G=self.geometry.G.to(device), weights=self.geometry.weights.to(device))
+        norms, scale = self.previous_norms.to(device), self.scale.to(device)
+        return replace(self, geometry=geometry, previous_norms=norms, scale=scale)
 
     def reusable(self) -> Tensor:
         """Return whether later steps may reuse the weights; a bool on the device.

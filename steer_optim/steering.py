@@ -426,13 +426,14 @@ class Steering:
             if self.scope != "model":
                 scopes = tuple(name for name, _ in self._scopes())
                 return weights, Memory(names, state, None, Geometry(names, G, weights, losses, scopes), started)
-            previous = G.new_zeros(len(names)) if old.last is None else old.last.geometry.norms
+            previous = G.new_zeros(len(names)) if old.last is None else old.last.geometry.norms.to(G.device)
             kept = Geometry(names, G[0].clone(), weights[0].clone())  # the user may write to the other one
             before = previous.nan_to_num(0.0, 0.0)
             now = Last(self._reuse_key(), kept, before, scale, functions=self._functions())
             return weights, Memory(names, state, now, Geometry(names, G[0], weights[0], losses), started)
-        exact = last.geometry
-        length, most = G[:, 0].clamp(min=0).sqrt(), BOUND * exact.update_norm * (scale / last.scale).max()
+        last = last.on(G.device)  # the first parameter, whose device a loaded memory has, may be frozen
+        exact, length = last.geometry, G[:, 0].clamp(min=0).sqrt()
+        most = BOUND * exact.update_norm * (scale / last.scale).max()
         factor = torch.where(length.isfinite() & (length > most), most / length, 1.0)
         now = replace(last, age=last.age + 1)
         norm, weights = (length * factor)[0, 0], exact.weights * factor[0]

@@ -42,10 +42,11 @@ def test_parameters_on_two_devices():
     assert [p.grad.device for p in parameters] == [p.device for p in parameters]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("scope", ["model", "tensor"])
 @pytest.mark.parametrize("rule", ON_DEVICE.values(), ids=ON_DEVICE)
-def test_the_host_never_waits(rule, scope):
-    model, batch = network().cuda(), torch.randn(8, 4, dtype=torch.float64, device="cuda")
+def test_the_host_never_waits(rule, scope, dtype):
+    model, batch = network(dtype).cuda(), torch.randn(8, 4, dtype=dtype, device="cuda")
     optimizer = steered(model.parameters(), rule, scope=scope)
     optimizer.backward_components(conflicting(model(batch), rule))  # the first call may set libraries up
     losses = conflicting(model(batch), rule)

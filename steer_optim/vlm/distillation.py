@@ -476,19 +476,19 @@ class DecomposedDistillation:
             mine = {n: p for n, p in parts.items() if p.tokens == tokens or (tokens == "all" and p.tokens == "graded")}
             if not mine:
                 continue
-            where = every
+            where: slice | Tensor = slice(None)
             if tokens != "all":
                 if gate_N is None:
                     vds_N = losses_of(rows, score, {})[1][_SCORE] if vds_N is None else vds_N
                     gate_N = visual_tokens(vds_N, every, quantile=self.quantile)
-                where = gate_N if tokens == "visual" else ~gate_N
+                where = (gate_N if tokens == "visual" else ~gate_N).nonzero().squeeze(1)
             terms = {name: part.term for name, part in mine.items()}
             weights = {
                 n: float(p.factor) * (graded_N if p.tokens == "graded" else weight_N)[where] for n, p in mine.items()
             }
             if tokens == "all" and self.gated and gate_N is None and not any(term.top for term in terms.values()):
                 terms |= score  # from the same logits
-            kept = {name: x if where is every else x[where] for name, x in rows.items()}
+            kept = {name: x if tokens == "all" else x[where] for name, x in rows.items()}
             sums, losses = losses_of(kept, terms, weights, floor=self.floor or None)
             totals |= sums
             vds_N = losses.get(_SCORE, vds_N)

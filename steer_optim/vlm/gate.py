@@ -168,9 +168,9 @@ def select_rows(mask_BT: Tensor, **views: View) -> dict[str, View]:
             )
         if x.device != mask_BT.device:
             raise ValueError(f"mask_BT and {name} must be on one device; got {mask_BT.device} and {x.device}")
-    if mask_BT.is_inference():  # a response may be sampled under torch.inference_mode, and autograd saves the mask
-        mask_BT = mask_BT.clone()
-    return {name: x[mask_BT] for name, x in views.items()}
+    # Indices, because the backward pass of a mask would synchronize with the device.
+    where = mask_BT.nonzero(as_tuple=True)
+    return {name: x[where] for name, x in views.items()}
 
 
 def visual_tokens(

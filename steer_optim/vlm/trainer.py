@@ -222,6 +222,8 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         if options.get("tools"):
             raise ValueError("tools are not supported: prompts would not name them, and their answers be trained on")
         self.method = args.method()
+        # TRL would spread a model over all GPUs that this process sees; the losses need it on one.
+        args.model_init_kwargs = {"device_map": None, **(args.model_init_kwargs or {})}
         super().__init__(
             model=model,
             args=args,
@@ -270,7 +272,10 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         )
         if self.method.prior == "frozen" and moved:
             prior = copy.deepcopy(self.model)
-            self.prior = self._frozen(prior.bfloat16() if args.bf16 else prior)
+            for p in prior.parameters() if args.bf16 else ():
+                # Not the buffers: rotary frequencies need float32.
+                p.data = p.data.bfloat16() if p.is_floating_point() else p.data
+            self.prior = self._frozen(prior)
         self.teacher_model = self._frozen(self._load_teacher(teacher_model))
 
     @property
@@ -541,10 +546,9 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
                 "dtype": "bfloat16" if self.args.bf16 else "float32",
                 "trust_remote_code": self.args.trust_remote_code,
                 "revision": self.args.teacher_model_revision or "main",
+                "device_map": None,
                 **(self.args.teacher_model_init_kwargs or {}),
             }
-            if self.accelerator.num_processes > 1:
-                options["device_map"] = None
             self._check_processor(teacher, options)
             teacher = create_model_from_path(teacher, **options)
         elif self.args.teacher_model_init_kwargs or self.args.teacher_model_revision:

@@ -30,7 +30,7 @@ from training import (
 )
 
 from steer_optim import VGS, GradVac, Steer, SteeredOptimizer, Sum, holding
-from steer_optim.rules import Rule
+from steer_optim.rules import Rule, Weighting
 from steer_optim.vlm import DecomposedDistillation
 
 
@@ -352,3 +352,12 @@ def test_an_inner_optimizer_that_shards_its_state():
     inner = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=0.05)
     train(model, SteeredOptimizer(inner, Steer(toward="vis", gain=0.5), data_parallel=True))
     assert_trained_alike(model, train_alone())
+
+
+@processes(2)
+def test_weights_that_float32_cannot_hold():
+    """They are multiplied in float64, not in place."""
+    p = nn.Parameter(torch.ones(2))
+    rule = Weighting(lambda G: torch.tensor([2e30, 1.0], dtype=G.dtype))
+    sgd([p], rule).backward_components({"a": 1e-30 * p.sum(), "b": p[0]})
+    torch.testing.assert_close(p.grad, torch.tensor([3.0, 2.0]))

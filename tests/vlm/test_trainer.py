@@ -553,6 +553,15 @@ def test_several_splits_are_no_data_to_train_on(tmp_path):
         SteeredDistillationTrainer(make_model(seed=0), make_model(seed=1), config, {"train": [], "test": []})
 
 
+def test_a_prior_in_bfloat16_keeps_the_rotary_frequencies(tmp_path):
+    """As a checkpoint that is loaded in bfloat16 does: rounded ones turn far positions by other angles."""
+    trainer = make_trainer(tmp_path, bf16=True)
+    assert {p.dtype for p in trainer.prior.parameters()} == {torch.bfloat16}
+    buffers, expected = dict(trainer.prior.named_buffers()), dict(trainer.model.named_buffers())
+    assert any("inv_freq" in name for name in expected)
+    assert_equal(buffers, expected)
+
+
 def test_ids_to_suppress_are_added_to_those_of_images_and_padding(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=1, generation_kwargs={"suppress_tokens": [WORDS.index("red")]})
     suppressed = [WORDS.index(word) for word in ("<pad>", "<image>", "red")]
