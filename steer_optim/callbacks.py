@@ -119,6 +119,7 @@ def watch_lightning(trainer: Any, steering: Steering | None = None) -> Monitor:
 
     _refuse_another(trainer.callbacks)
     watch, batch_now = _Watch(), 0
+    before: list[Any] = []
 
     def accumulating() -> bool:
         """Return whether Lightning accumulates: the window is not full, and the epoch is not over."""
@@ -139,8 +140,16 @@ def watch_lightning(trainer: Any, steering: Steering | None = None) -> Monitor:
             watch.steering.accumulating = accumulating
 
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-            nonlocal batch_now
-            batch_now = batch_idx
+            nonlocal batch_now, before
+            batch_now, before = batch_idx, watch.progress()
+
+        def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            steered = any(now is not then for now, then in zip(watch.progress(), before, strict=True))
+            if steered and pl_module.automatic_optimization:
+                raise RuntimeError(
+                    "training_step steered, and Lightning clears .grad after it: return optimizer.join(...) instead of "
+                    "calling backward_components"
+                )
 
         def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
             held = watch.steering and watch.steering._pending
@@ -217,6 +226,10 @@ class _Watch:
         if geometry is not None and geometry is not self.last:
             self.monitor.record(geometry, step=step)
             self.last, self.unlogged = geometry, self.unlogged + 1
+
+    def progress(self) -> list[Any]:
+        """Return objects that a steered micro-batch, or the first accumulated one, replaces."""
+        return [] if self.steering is None else [self.steering.geometry, self.steering._pending]
 
     def state_dict(self) -> dict[str, Any]:
         return self.monitor.state_dict()

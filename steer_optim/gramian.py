@@ -222,11 +222,11 @@ def measure(losses: Losses, parameters: Iterable[Tensor], *, retain_graph: bool 
 def list_parameters(parameters: Iterable[Tensor]) -> list[Tensor]:
     """Return parameters as a list, tied ones once; raise TypeError if they are something else."""
     several = isinstance(parameters, Iterable) and not isinstance(parameters, Tensor)
-    found: list[Any] = [*dict.fromkeys(parameters)] if several else [parameters]
+    found: list[Any] = [*parameters] if several else [parameters]
     wrong = [type(p).__name__ for p in found if not (several and isinstance(p, Tensor))]
     if wrong:
         raise TypeError(f"parameters must be a list of tensors, as [x] or model.parameters(); got {wrong[0]}")
-    return found
+    return [*dict.fromkeys(found)]
 
 
 def stack_losses(values: Iterable[Tensor | None], like: Tensor) -> Tensor:

@@ -211,7 +211,9 @@ def _row(geometry: Geometry) -> tuple[Keys, Tensor]:
     absent = torch.zeros_like(whole.norms, dtype=torch.bool)
     if geometry.losses is not None:
         add("loss", geometry.losses)
-        absent = geometry.losses.isnan() & (whole.norms == 0)  # not if another process has it
+        absent = geometry.losses.isnan()
+        if not geometry.age:
+            absent &= whole.norms == 0  # or another process has it
     add("weight", whole.weights.masked_fill(absent, math.nan))
     if not geometry.age:
         update_norm = geometry.update_norm.square().sum().sqrt()

@@ -8,8 +8,8 @@ one set, that of the weighted sum.
 
 from __future__ import annotations
 
-import functools
 import re
+import warnings
 import weakref
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from steer_optim import memory, processes
 from steer_optim.agreement import Agreement
@@ -265,7 +264,13 @@ class Steering:
         return join([loss for loss in values.values() if loss is not None], backward)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear ``.grad`` of the parameters, and drop pending micro-batches."""
+        """Clear ``.grad`` of the parameters, and drop pending micro-batches, with a warning if there are some."""
+        if self._pending is not None:
+            warnings.warn(
+                "accumulated micro-batches were never steered, and are dropped: call backward_components or join "
+                "without accumulate=True for the last micro-batch of a step",
+                stacklevel=2,
+            )
         self.drop_pending()
         self._source.zero_grad(set_to_none)
 
@@ -343,7 +348,6 @@ class Steering:
                 held.take(name, step.pending.sets.pop(name, None))
         if held is None:
             self._pending = step.pending
-            _guard_steps()
             return None
 
         held = step.average(held, self._agreement)
@@ -515,21 +519,6 @@ class Steering:
     def _rule_key(self) -> str:
         """Return the rule with its hyperparameters, without addresses: the same in all processes."""
         return f"{re.sub(' at 0x[0-9a-fA-F]+', '', repr(self.rule))}, scope={self.scope!r}"
-
-
-@functools.cache
-def _guard_steps() -> None:
-    """From the first accumulation on, refuse the step of any optimizer that would miss pending micro-batches."""
-    register_optimizer_step_pre_hook(_refuse_early)
-
-
-def _refuse_early(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if len(args) > 1 or kwargs:  # a closure may hold the last micro-batch
-        return
-    own = {p for group in optimizer.param_groups for p in group["params"]}
-    for steering in (reference() for reference in _ALIVE.valuerefs()):
-        if steering is not None and steering._pending is not None and not own.isdisjoint(steering._parameters()):
-            steering.refuse_pending()
 
 
 def _names(group: Mapping[str, Any], number: int) -> list[str]:

@@ -481,18 +481,23 @@ def test_a_batch_that_lightning_skips_may_be_the_last_of_a_window(tmp_path, skip
 
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
-def test_lightning_refuses_a_training_step_that_steers_itself(tmp_path):
+@pytest.mark.parametrize("watched", [True, False])
+@pytest.mark.parametrize("accumulate", [None, False])
+def test_lightning_refuses_a_training_step_that_steers_itself(tmp_path, watched, accumulate):
     """It clears .grad afterwards, so that nothing would be trained."""
-    pytest.importorskip("lightning")
+    lightning = pytest.importorskip("lightning")
     import lightning_automatic
 
     class Steers(lightning_automatic.Module):
         def training_step(self, batch, batch_idx):
             losses = plain_loop.components(self.model(batch["x"]), batch["labels"])
-            self.optimizers(use_pl_optimizer=False).backward_components(losses, accumulate=False)
+            self.optimizers(use_pl_optimizer=False).backward_components(losses, accumulate=accumulate)
 
     trainer, _ = lightning_automatic.make_trainer(tmp_path)
-    with pytest.raises(RuntimeError, match=r"training_step must return optimizer\.join"):
+    if not watched:
+        options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = lightning.Trainer(default_root_dir=tmp_path, accelerator="cpu", max_epochs=1, **options)
+    with pytest.raises(RuntimeError, match=r"return optimizer\.join"):
         trainer.fit(Steers())
 
 

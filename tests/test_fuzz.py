@@ -23,7 +23,10 @@ from steer_optim import SteeredOptimizer, Steering, Sum
 from steer_optim.steering import _ALIVE
 
 # torch's own, of an empty parameter that is stored column by column.
-pytestmark = pytest.mark.filterwarnings("ignore:grad and param do not obey the gradient layout contract")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:grad and param do not obey the gradient layout contract"),
+    pytest.mark.filterwarnings("ignore:accumulated micro-batches were never steered"),
+]
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
 # An explanation would take minutes, and a program is short when it has been shrunk.
 PHASES = [Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink]

@@ -252,6 +252,28 @@ def test_means_of_norms_and_weights_leave_out_absent_components():
     assert monitor.history()["steer/norm/a"].isnan().tolist() == [True, False, False, False]
 
 
+def test_a_component_that_only_another_process_has_keeps_its_numbers():
+    step = geometry()
+    values = scalars(replace(step, losses=torch.tensor([1.0, torch.nan], dtype=torch.float64)))
+    assert values["steer/norm/vis"] == float(step.norm("vis"))
+
+
+def test_a_component_that_is_absent_between_refreshes_has_no_weight():
+    x = torch.ones(2, requires_grad=True)
+    optimizer = SteeredOptimizer(torch.optim.SGD([x]), Sum(), refresh_every=3)
+    for present in (True, False):
+        values = scalars(optimizer.backward_components({"a": x[0], "b": x[1] if present else None}))
+    assert math.isnan(values["steer/weight/b"])
+    assert values["steer/weight/a"] == 1
+
+
+def test_scopes_without_any_gradient_have_their_mean_weight():
+    x = torch.ones(2, requires_grad=True)
+    optimizer = SteeredOptimizer(torch.optim.SGD([x]), Steer("a", gain=1.0, preserve_norm=False), scope="tensor")
+    values = scalars(optimizer.backward_components({"a": 0 * x[0], "b": 0 * x[1]}))
+    assert (values["steer/weight/a"], values["steer/weight/b"]) == (2.0, 1.0)
+
+
 @pytest.mark.parametrize("frozen", [0, 5])
 def test_scopes_without_gradients_change_no_number(frozen):
     parameters = [torch.ones(2, requires_grad=i >= frozen) for i in range(frozen + 1)]

@@ -83,7 +83,7 @@ def test_measuring_needs_a_trainable_parameter():
     for parameters in ([], [torch.zeros(2)]):
         with pytest.raises(ValueError, match="no parameter to measure on"):
             measure({"std": X.sum()}, parameters)
-    for parameters in (X, nn.Linear(1, 1), [nn.Linear(1, 1)], [("x", X)], None):
+    for parameters in (X, nn.Linear(1, 1), [nn.Linear(1, 1)], [("x", X)], [{"params": [X]}], None):
         with pytest.raises(TypeError, match="parameters must be a list of tensors"):
             measure({"std": X.sum()}, parameters)
         with pytest.raises(TypeError, match="parameters must be a list of tensors"):

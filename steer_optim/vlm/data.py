@@ -108,7 +108,7 @@ def conversation(row: Mapping[str, Any]) -> list[dict[str, Any]]:
         first = next((message for message in messages if message["role"] == "user"), None)
         if first is None:
             raise ValueError("there is no user message")
-        images = row.get("images")
+        images = _plain(row.get("images"))
         if images is None or (isinstance(images, Sequence) and not images):
             images = row.get("image")
         elif row.get("image") is not None:
@@ -121,11 +121,8 @@ def conversation(row: Mapping[str, Any]) -> list[dict[str, Any]]:
             message["content"] = [_part(part, root) for part in parts]
         parts = [part for message in messages for part in message["content"]]
         if all(part["type"] == "text" for part in parts):
-            if any("<image>" in part["text"] for part in parts):
-                raise ValueError(
-                    "its text has the tag <image>: put a part of the type image in its place (the row has "
-                    f"{len(images)} images)"
-                )
+            if images and any("<image>" in part["text"] for part in parts):
+                raise ValueError("its text has the tag <image>: put a part of the type image in its place")
             first["content"] = [{"type": "image"}] * len(images) + first["content"]
         prepared: list[dict[str, Any]] = prepare_multimodal_messages(messages, images)
         return prepared
@@ -169,7 +166,7 @@ def picture(image: Any, root: Path = Path()) -> Any:
     """Return an image as PIL, RGB.
 
     Args:
-        image: PIL, bytes, a path, a URL, or a dictionary of bytes or path.
+        image: PIL, bytes, a path, a URL, or a dictionary of bytes, path or url.
         root: the folder that a path may be relative to.
 
     Raises:
@@ -235,9 +232,12 @@ def _part(part: Any, root: Path) -> dict[str, Any]:
         raise ValueError(f"content must be a string, or a list of parts that have a type; got the part {part!r}")
     known: dict[str, Any] = {key: value for key, value in part.items() if value is not None}
     found = [known.pop(key) for key in ("image", "path", "url", "image_url") if key in known]
+    found = [image for image in found if not isinstance(image, str) or image]
     if known["type"] not in ("text", "image", "image_url"):
         raise ValueError(f"a part must be of the type text or image; got {part['type']!r}")
     if known["type"] == "text":
+        if known.keys() == {"type"}:
+            known["text"] = ""
         if found or not isinstance(known.get("text"), str):
             raise ValueError(f"a part of the type text must have text, and no image; got {part!r:.200}")
         return known
@@ -248,6 +248,6 @@ def _plain(value: Any) -> Any:
     """Return the lists of Python for arrays, in which pandas and numpy keep messages."""
     if isinstance(value, Mapping):
         return {key: _plain(x) for key, x in value.items()}
-    if isinstance(value, list) or type(value).__name__ == "ndarray":
+    if isinstance(value, list) or getattr(getattr(value, "dtype", None), "kind", "") == "O":
         return [_plain(x) for x in value]
     return value

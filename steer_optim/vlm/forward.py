@@ -289,8 +289,9 @@ def _forward(model: nn.Module, batch: Mapping[str, Tensor], num_tokens: int) -> 
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     # The row before the first response token predicts it. The last row predicts no response token.
     keep = {"logits_to_keep": num_tokens + 1} if takes_any or "logits_to_keep" in parameters else {}
+    positions = _positions(model, batch) if takes_any or "position_ids" in parameters else {}
     with overridden(model, "rope_deltas", None):
-        return model(**batch, **_positions(model, batch), use_cache=False, **keep)
+        return model(**positions, **batch, use_cache=False, **keep)
 
 
 def _positions(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -298,13 +299,15 @@ def _positions(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tenso
 
     The length of a prompt matters to models that scale attention or queries by the position.
     """
-    inner: Any = next((x for x in model.modules() if hasattr(x, "_prepare_position_ids_for_generation")), None)
-    if inner is None or "attention_mask" not in batch or inner.config.is_encoder_decoder:
+    name = "_prepare_position_ids_for_generation"
+    inner: Any = next((x for x in model.modules() if hasattr(type(x), name)), None)  # wrappers forward attributes
+    mask = batch.get("attention_mask")
+    if inner is None or inner.config.is_encoder_decoder or mask is None or mask.ndim != 2 or "position_ids" in batch:
         return {}
-    make = inner._prepare_position_ids_for_generation
+    make = getattr(inner, name)
     if "position_ids" not in inspect.signature(inner.forward).parameters or "models" in make.__module__.split("."):
         return {}
-    return {"position_ids": make(batch["input_ids"], {"attention_mask": batch["attention_mask"]})}
+    return {"position_ids": make(batch["input_ids"], {"attention_mask": mask})}
 
 
 class _Beside(torch.autograd.Function):

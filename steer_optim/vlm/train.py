@@ -89,7 +89,9 @@ def load(data: DataArguments) -> tuple[Any, Any]:
     if not streams:
         if not len(train):
             raise ValueError(f"the split {data.dataset_train_split} of {name} has no rows")
-        conversation(train[0])  # before any model is loaded
+        first = conversation(train[0])  # before any model is loaded
+        if not any(part["type"] == "image" for message in first for part in message["content"]):
+            print("row 0 has no image: they are read from images, image and messages", file=sys.stderr)
         if data.measure_only and not data.held_out:
             answer(train[0])
     if data.dataset_test_split in splits and data.dataset_test_split != data.dataset_train_split:
@@ -194,7 +196,7 @@ def prepare(data: DataArguments, args: SteeredDistillationConfig, model: ModelCo
     if model.use_peft and model.lora_target_modules is None:
         model.lora_target_modules = "all-linear"  # peft knows the names of few vision-language models
     train, held_out = load(data)
-    if args.eval_strategy != "no" and held_out is None:
+    if args.eval_strategy != "no" and held_out is None and not data.measure_only:
         raise ValueError("--eval_strategy needs held-out rows: leave out --held_out 0")
     path = Path(args.output_dir)
     if args.resume_from_checkpoint and not (Path(args.resume_from_checkpoint) / "trainer_state.json").exists():

@@ -320,8 +320,9 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
     def _reaching(self, loss: Tensor) -> Tensor:
         """Return a loss with a zero gradient if it has none: of a view without images, if only the tower is trained."""
         nodes = [*graph([loss])]
-        # Not only those of the model: FSDP2 gathers others for a pass.
-        if any(isinstance(getattr(node, "variable", None), torch.nn.Parameter) or is_reentrant(node) for node in nodes):
+        # Not only those of the model: FSDP2 gathers others for a pass. Reentrant checkpoints hide theirs.
+        hidden = self.is_fsdp_enabled and any(map(is_reentrant, nodes))
+        if hidden or any(isinstance(getattr(node, "variable", None), torch.nn.Parameter) for node in nodes):
             return loss
         zero: Tensor = 0 * next(p for p in self.model.parameters() if p.requires_grad).sum()
         return loss + zero.to(loss)
@@ -361,13 +362,6 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
     def sample(self, rows: Sequence[dict[str, Any]], parts: int) -> list[MicroBatch]:
         """Return the rows as ``parts`` micro-batches of one step, each with its responses."""
         messages = [conversation(row) for row in rows]
-        parts_of_all = [part["type"] for row in messages for message in row for part in message["content"]]
-        if self.model.training and self.state.global_step == 0 and "image" not in parts_of_all:
-            warnings.warn(
-                "no row of the first step has an image, so that both views are equal: images are read from the columns "
-                "image and images, and from messages",
-                stacklevel=2,
-            )
         self._sources = [row.get(ROW, "?") for row in rows]  # evaluate and predict may get other data
         size = -(-len(rows) // parts)
         slices = [slice(i, i + size) for i in range(0, len(rows), size)]
@@ -587,6 +581,8 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         ours = json.loads(self.processing_class.image_processor.to_json_string())
         for name in _PIXELS:
             values = ours.get(name), theirs.get(name)
+            if name == "crop_size" and not (ours.get("do_center_crop") and theirs.get("do_center_crop")):
+                continue
             if all(values) and _numbers(values[0]) != _numbers(values[1]):
                 raise ValueError(
                     f"{name} of the images is {values[0]} for the student and {values[1]} for {teacher}, which would "
@@ -692,8 +688,9 @@ def _fill_state(optimizer: torch.optim.Optimizer) -> None:
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     for p in without:
-        if "step" in optimizer.state[p]:
-            optimizer.state[p]["step"] *= 0  # no step of the run
+        for name, value in (("step", 0.0), ("mu_product", 1.0)):  # of Adam and NAdam: it was no step of the run
+            if isinstance(optimizer.state[p].get(name), Tensor):
+                optimizer.state[p][name].fill_(value)
     for p, gradient in zip(parameters, gradients, strict=True):
         p.grad = gradient
 

@@ -49,6 +49,13 @@ def test_replicas_that_ddp_wraps_and_that_are_said_to_train_alone():
     optimizer = steered(model, data_parallel=False)
     message = "DistributedDataParallel wraps the parameters: pass data_parallel=True"
     assert_refused(optimizer, components(wrapped(batch(0))), RuntimeError, message)
+    with wrapped.no_sync():  # as in local SGD
+        optimizer.backward_components(components(wrapped(batch(0))))
+    other = make_model()
+    by_itself = DistributedDataParallel(
+        other, process_group=dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    )
+    steered(other, data_parallel=False).backward_components(components(by_itself(batch(0))))
 
 
 @pytest.mark.parametrize("data_parallel", [True, object()])

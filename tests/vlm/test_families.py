@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import common
 from benchmarks.families import PAGE, PROMPTS, REFUSED, RIGHT, WRONG, check, future, ids, padding, report
-from steer_optim.vlm import families
+from steer_optim.vlm import families, response_logits
 from steer_optim.vlm.prompts import Rollout, append_response
 from tests.vlm.zoo import CONFIG_MAPPING, IMAGE, MODELS, Zoo
 from tests.vlm.zoo_entries import ENTRIES, NOT_BUILT
@@ -40,6 +40,37 @@ def assert_right(name):
 @names(GATE)
 def test_the_most_used_families_are_right(name):
     assert_right(name)
+
+
+@pytest.mark.parametrize("wrapper", ["peft", "compile"])
+def test_padding_takes_no_position_inside_wrappers(wrapper):
+    """Which forward the attributes of the model, but not the signature of its forward pass."""
+    family = Zoo("mistral_large4")
+    model, config = family.model, family.model.config
+    rows = [[0] * 7 + [20, 21, 22], [*range(20, 30)]]
+    prompts = {"input_ids": torch.tensor(rows), "attention_mask": torch.tensor([[0] * 7 + [1] * 3, [1] * 10])}
+    batch = append_response(prompts, Rollout.of([[40, 41]] * 2, config=config), config)
+    alone = append_response({"input_ids": torch.tensor([rows[0][7:]])}, Rollout.of([[40, 41]], config=config), config)
+    with torch.no_grad():
+        (expected,) = response_logits(model, alone, 2)
+        if wrapper == "peft":
+            peft = pytest.importorskip("peft")
+            model = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear")).eval()
+        else:
+            model = torch.compile(model, backend="eager")
+        torch.testing.assert_close(response_logits(model, batch, 2)[0], expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("given", ["positions", "mask"])
+def test_positions_of_the_caller_are_kept(given):
+    family = Zoo("qwen3_vl")
+    batch = {"input_ids": torch.tensor([[20, 21, 22, 40]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
+    expected = response_logits(family.model, batch, 1)
+    if given == "positions":
+        batch["position_ids"] = torch.arange(4)[None]
+    else:
+        batch["attention_mask"] = torch.ones(4, 4, dtype=torch.bool).tril()[None, None]
+    torch.testing.assert_close(response_logits(family.model, batch, 1), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.families
