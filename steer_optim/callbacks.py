@@ -144,12 +144,16 @@ def watch_lightning(trainer: Any, steering: Steering | None = None) -> Monitor:
             batch_now, before = batch_idx, watch.progress()
 
         def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-            steered = any(now is not then for now, then in zip(watch.progress(), before, strict=True))
+            steered = any(x is not None and x is not y for x, y in zip(watch.progress(), before, strict=True))
             if steered and pl_module.automatic_optimization:
                 raise RuntimeError(
                     "training_step steered, and Lightning clears .grad after it: return optimizer.join(...) instead of "
                     "calling backward_components"
                 )
+
+        def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+            nonlocal before
+            before = watch.progress()  # a closure may run again
 
         def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
             held = watch.steering and watch.steering._pending

@@ -16,7 +16,8 @@ training, under the same names. For components ``lang`` and ``vis`` these are
 
 Norms, cosines and angles are over all parameters under any scope, so that runs are comparable. A step that reused
 weights (``geometry.age > 0``) has losses and weights only; one in which a component has no gradient lacks the numbers
-of its pairs. An absent component has NaN for its loss, norm and weight; other NaNs are left out.
+of its pairs. A component that is absent, between refreshes in this process, has NaN for its loss, norm and weight;
+other NaNs are left out.
 """
 
 from __future__ import annotations

@@ -265,14 +265,15 @@ class Steering:
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear ``.grad`` of the parameters, and drop pending micro-batches, with a warning if there are some."""
-        if self._pending is not None:
+        dropped = self._pending is not None
+        self.drop_pending()
+        self._source.zero_grad(set_to_none)
+        if dropped:
             warnings.warn(
                 "accumulated micro-batches were never steered, and are dropped: call backward_components or join "
                 "without accumulate=True for the last micro-batch of a step",
                 stacklevel=2,
             )
-        self.drop_pending()
-        self._source.zero_grad(set_to_none)
 
     def drop_pending(self) -> None:
         """Drop the pending micro-batches."""

@@ -443,6 +443,20 @@ def test_lightning_watches_a_steering_of_several_optimizers(tmp_path):
         trainer.fit(module)
 
 
+def test_a_closure_that_lightning_runs_again_is_no_steering_in_training_step(tmp_path):
+    pytest.importorskip("lightning")
+    import lightning_automatic
+
+    class Searches(lightning_automatic.Module):
+        def configure_optimizers(self):
+            return SteeredOptimizer(torch.optim.LBFGS(self.parameters(), max_iter=3), plain_loop.GradVac())
+
+    options = {"accumulate_grad_batches": 1, "gradient_clip_val": None}
+    trainer, monitor = lightning_automatic.make_trainer(tmp_path, **options)
+    trainer.fit(Searches())
+    assert len(monitor) == trainer.global_step > 0
+
+
 @pytest.mark.slow
 def test_lightning_in_two_processes_reaches_the_plain_loop(run_two_forks, tmp_path):
     pytest.importorskip("lightning")

@@ -110,7 +110,7 @@ def conversation(row: Mapping[str, Any]) -> list[dict[str, Any]]:
             raise ValueError("there is no user message")
         images = _plain(row.get("images"))
         if images is None or (isinstance(images, Sequence) and not images):
-            images = row.get("image")
+            images = _plain(row.get("image"))
         elif row.get("image") is not None:
             raise ValueError("it has images in both columns, images and image: keep one")
         images = [] if images is None else images if isinstance(images, (list, tuple)) else [images]
@@ -121,8 +121,13 @@ def conversation(row: Mapping[str, Any]) -> list[dict[str, Any]]:
             message["content"] = [_part(part, root) for part in parts]
         parts = [part for message in messages for part in message["content"]]
         if all(part["type"] == "text" for part in parts):
-            if images and any("<image>" in part["text"] for part in parts):
-                raise ValueError("its text has the tag <image>: put a part of the type image in its place")
+            texts, tag = [part["text"].strip() for part in parts], "<image>"
+            # Without images it may be a word of the text.
+            if any(tag in x if images else x.startswith(tag) or x.endswith(tag) for x in texts):
+                raise ValueError(
+                    f"its text has the tag {tag}: put a part of the type image in its place (the row has {len(images)} "
+                    "images)"
+                )
             first["content"] = [{"type": "image"}] * len(images) + first["content"]
         prepared: list[dict[str, Any]] = prepare_multimodal_messages(messages, images)
         return prepared
@@ -245,7 +250,7 @@ def _part(part: Any, root: Path) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Return the lists of Python for arrays, in which pandas and numpy keep messages."""
+    """Return the lists of Python for arrays, in which pandas and numpy keep messages and images."""
     if isinstance(value, Mapping):
         return {key: _plain(x) for key, x in value.items()}
     if isinstance(value, list) or getattr(getattr(value, "dtype", None), "kind", "") == "O":

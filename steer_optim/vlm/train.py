@@ -196,7 +196,9 @@ def prepare(data: DataArguments, args: SteeredDistillationConfig, model: ModelCo
     if model.use_peft and model.lora_target_modules is None:
         model.lora_target_modules = "all-linear"  # peft knows the names of few vision-language models
     train, held_out = load(data)
-    if args.eval_strategy != "no" and held_out is None and not data.measure_only:
+    if data.measure_only:
+        args.eval_strategy = "no"
+    if args.eval_strategy != "no" and held_out is None:
         raise ValueError("--eval_strategy needs held-out rows: leave out --held_out 0")
     path = Path(args.output_dir)
     if args.resume_from_checkpoint and not (Path(args.resume_from_checkpoint) / "trainer_state.json").exists():

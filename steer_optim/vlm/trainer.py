@@ -222,8 +222,9 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         if options.get("tools"):
             raise ValueError("tools are not supported: prompts would not name them, and their answers be trained on")
         self.method = args.method()
-        # TRL would spread a model over all GPUs that this process sees; the losses need it on one.
-        args.model_init_kwargs = {"device_map": None, **(args.model_init_kwargs or {})}
+        if isinstance(model, str):
+            # TRL would spread a model over all GPUs that this process sees; the losses need it on one.
+            args.model_init_kwargs = {"device_map": None, **(args.model_init_kwargs or {})}
         super().__init__(
             model=model,
             args=args,
@@ -272,9 +273,10 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         )
         if self.method.prior == "frozen" and moved:
             prior = copy.deepcopy(self.model)
-            for p in prior.parameters() if args.bf16 else ():
-                # Not the buffers: rotary frequencies need float32.
-                p.data = p.data.bfloat16() if p.is_floating_point() else p.data
+            if args.bf16:
+                # As a checkpoint is loaded: what it does not hold, such as rotary frequencies, stays in float32.
+                for rounded, exact in zip(prior.bfloat16().modules(), self.model.modules(), strict=True):
+                    rounded._buffers |= {x: copy.copy(exact._buffers[x]) for x in exact._non_persistent_buffers_set}
             self.prior = self._frozen(prior)
         self.teacher_model = self._frozen(self._load_teacher(teacher_model))
 
@@ -324,7 +326,9 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         hidden = self.is_fsdp_enabled and any(map(is_reentrant, nodes))
         if hidden or any(isinstance(getattr(node, "variable", None), torch.nn.Parameter) for node in nodes):
             return loss
-        zero: Tensor = 0 * next(p for p in self.model.parameters() if p.requires_grad).sum()
+        zero: Tensor = (
+            0 * [p for p in self.model.parameters() if p.requires_grad][-1].sum()
+        )  # not of the tower, if possible
         return loss + zero.to(loss)
 
     def train(self, *args: Any, **options: Any) -> Any:
@@ -581,7 +585,8 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         ours = json.loads(self.processing_class.image_processor.to_json_string())
         for name in _PIXELS:
             values = ours.get(name), theirs.get(name)
-            if name == "crop_size" and not (ours.get("do_center_crop") and theirs.get("do_center_crop")):
+            crops = ours.get("do_center_crop")
+            if name == "crop_size" and not crops and not theirs.get("do_center_crop", crops):
                 continue
             if all(values) and _numbers(values[0]) != _numbers(values[1]):
                 raise ValueError(
@@ -689,8 +694,8 @@ def _fill_state(optimizer: torch.optim.Optimizer) -> None:
         group["lr"] = rate
     for p in without:
         for name, value in (("step", 0.0), ("mu_product", 1.0)):  # of Adam and NAdam: it was no step of the run
-            if isinstance(optimizer.state[p].get(name), Tensor):
-                optimizer.state[p][name].fill_(value)
+            if name in optimizer.state[p]:
+                optimizer.state[p][name] = optimizer.state[p][name] * 0 + value
     for p, gradient in zip(parameters, gradients, strict=True):
         p.grad = gradient
 
