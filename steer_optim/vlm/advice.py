@@ -69,6 +69,8 @@ def investigate(trainer: Any, rows: Any, *, batches: int = 8) -> tuple[Findings,
         >>> found, text = investigate(trainer, rows)  # doctest: +SKIP
     """
     trainer.model_wrapped = trainer.accelerator.prepare_model(trainer.model)
+    if trainer.args.gradient_checkpointing:  # as in training, but not reentrant, which cannot be measured
+        trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
     student, method = trainer.model.train(), DecomposedDistillation(_MEASURED, temperature=trainer.args.temperature)
     size, geometries, visual = trainer.args.per_device_train_batch_size, [], []
     for i in range(min(batches, math.ceil(len(rows) / size))):

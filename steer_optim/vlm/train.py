@@ -215,7 +215,7 @@ def prepare(data: DataArguments, args: SteeredDistillationConfig, model: ModelCo
                 f"{resume} is not from this command, as there is no run.json: choose another --output_dir, or pass it "
                 "as --resume_from_checkpoint"
             )
-        settings = {**asdict(data), **args.to_dict(), **asdict(model)}
+        settings = {**asdict(data), **args.to_dict(), **asdict(model), "num_processes": args.world_size}
         check_settings(path, settings, trained=resume is not None, write=args.should_save)
     options = {"revision": model.model_revision, "attn_implementation": model.attn_implementation, "dtype": model.dtype}
     args.model_init_kwargs = {**options, **(args.model_init_kwargs or {})}

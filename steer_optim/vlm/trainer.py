@@ -17,8 +17,8 @@ import copy
 import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -30,7 +30,7 @@ try:
     from accelerate.utils import broadcast_object_list, gather_object, is_peft_model
     from transformers import AutoTokenizer, ImageProcessingMixin, PreTrainedModel, ProcessorMixin, TrainerState
     from trl import DistillationConfig, DistillationTrainer
-    from trl.trainer.utils import create_model_from_path
+    from trl.trainer.utils import RepeatSampler, create_model_from_path
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"there is no {error.name}: pip install 'steer_optim[trl]'") from error
 
@@ -233,6 +233,9 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
             processing_class=processing_class,
             **options,
         )
+        if self.is_fsdp_enabled and (policy := self.accelerator.state.fsdp_plugin.mixed_precision_policy):
+            # Accelerate would add up the gradients of all processes in bfloat16.
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32)
         step = args.per_device_train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps
         if hasattr(self.train_dataset, "__len__") and len(self.train_dataset) < step:
             raise ValueError(
@@ -480,15 +483,15 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
                     self.vllm_generation.llm.llm_engine.reset_encoder_cache()
             said = super()._generate_single_turn(prompt_ids, images, fields, **options)
             return [response or [self._tokenizer.eos_token_id] for response in said]
-        with evaluating(self.model):
+        # Autocast here too: the model's own begins at its forward pass, which `generate` does not always call.
+        with self.accelerator.autocast(), evaluating(self.model):
             ids = super()._generate_single_turn([*prompt_ids, *self._blank_ids], images, fields, **options)
         return ids[: len(ids) - len(self._blank_ids)]
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         """Return TRL's sampler; its order then depends only on the epoch, so that a resumed run repeats it."""
         sampler = super()._get_train_sampler(dataset)
-        if sampler.shuffle:
-            sampler.set_epoch = lambda epoch: sampler.generator.manual_seed(self.args.seed + epoch)
+        sampler.__class__, sampler.trainer = _EpochSampler, self
         return sampler
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -523,7 +526,10 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         if self.is_fsdp_enabled or is_peft_model(self.model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
+            # Some parts may be frozen in half precision: the widest loses nothing.
+            kinds = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
+            widest = max(kinds, key=lambda dtype: dtype.itemsize)
+            saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=widest)
             self.model.load_state_dict(saved.state_dict())
 
     def _load_best_model(self) -> None:
@@ -676,6 +682,17 @@ def refuse(args: SteeredDistillationConfig) -> None:
     for name, (asked, remedy) in reasons.items():
         if asked:
             raise ValueError(f"{name} is not supported by SteeredDistillationTrainer: {remedy}")
+
+
+class _EpochSampler(RepeatSampler):  # type: ignore[misc]  # trl is untyped
+    """Seeded by the epoch of the trainer: on several processes nothing else reaches the sampler of a resumed epoch."""
+
+    trainer: SteeredDistillationTrainer
+
+    def __iter__(self) -> Iterator[int]:
+        if self.shuffle:
+            self.generator.manual_seed((self.seed or 0) + int(self.trainer.state.epoch or 0))
+        yield from super().__iter__()
 
 
 def _fill_state(optimizer: torch.optim.Optimizer) -> None:

@@ -567,6 +567,38 @@ def test_a_prior_in_bfloat16_keeps_the_rotary_frequencies(tmp_path):
     assert_equal(buffers, expected)
 
 
+def test_the_order_of_rows_follows_from_the_epoch_alone(tmp_path):
+    """Whatever wraps the sampler: accelerate does not tell that of a resumed epoch on several processes."""
+    trainer, orders = make_trainer(tmp_path), []
+    sampler = trainer._get_train_sampler()
+    for epoch in (0.0, 1.0, 1.5, 0.25):
+        trainer.state.epoch = epoch
+        orders.append([*sampler])
+    assert orders[0] == orders[3] != orders[1] == orders[2]
+
+
+def test_responses_are_sampled_in_the_precision_in_which_they_are_scored(tmp_path):
+    """Also the image tower, and a student with adapters, which `generate` calls by themselves."""
+    student = tiny_trainer.peft.get_peft_model(make_model(seed=0), tiny_trainer.peft.LoraConfig(**tiny_trainer.LORA))
+    trainer, found = make_trainer(tmp_path, student=student, bf16=True, max_steps=1), set()
+    for name, module in trainer.model.named_modules():
+        if isinstance(module, torch.nn.Linear) and ("vision" in name or "q_proj" in name):
+            module.register_forward_hook(lambda module, args, output: found.add((module.training, output.dtype)))
+    with torch.no_grad():
+        trainer.sample([trainer.train_dataset[i] for i in range(2)], parts=1)
+    assert found == {(False, torch.bfloat16)}
+
+
+def test_a_checkpoint_is_loaded_in_the_widest_precision(tmp_path):
+    student = make_model(seed=0)
+    student.model.vision_tower.bfloat16().requires_grad_(False)
+    student.save_pretrained(tmp_path / "saved")
+    trainer = make_trainer(tmp_path / "out", student=student)
+    before = {name: x.clone() for name, x in trainer.model.state_dict().items()}
+    trainer._load_from_checkpoint(str(tmp_path / "saved"))
+    assert_equal(trainer.model.state_dict(), before)
+
+
 def test_ids_to_suppress_are_added_to_those_of_images_and_padding(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=1, generation_kwargs={"suppress_tokens": [WORDS.index("red")]})
     suppressed = [WORDS.index(word) for word in ("<pad>", "<image>", "red")]
