@@ -96,7 +96,7 @@ def refuse_ddp(parameters: Sequence[Tensor]) -> None:
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
     found = [x for x in gc.get_objects() if issubclass(type(x), torch.nn.parallel.DistributedDataParallel)]
-    made = [vars(x) for x in found if "require_backward_grad_sync" in vars(x)]  # or its constructor raised
+    made = [vars(x) for x in found if "reducer" in vars(x)]  # or its constructor raised
     averaging = [
         x for x in made if x["require_backward_grad_sync"] and x["process_group"].size() > 1
     ]  # not in no_sync()

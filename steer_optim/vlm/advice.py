@@ -69,7 +69,9 @@ def investigate(trainer: Any, rows: Any, *, batches: int = 8) -> tuple[Findings,
         >>> found, text = investigate(trainer, rows)  # doctest: +SKIP
     """
     trainer.model_wrapped = trainer.accelerator.prepare_model(trainer.model)
-    if trainer.args.gradient_checkpointing:  # as in training, but not reentrant, which cannot be measured
+    if trainer.args.gradient_checkpointing and trainer.model.supports_gradient_checkpointing:
+        # As in training, but not reentrant, which cannot be measured; after a rollout TRL reads the arguments.
+        trainer.args.gradient_checkpointing_kwargs = {"use_reentrant": False}
         trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
     student, method = trainer.model.train(), DecomposedDistillation(_MEASURED, temperature=trainer.args.temperature)
     size, geometries, visual = trainer.args.per_device_train_batch_size, [], []

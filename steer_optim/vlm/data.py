@@ -121,12 +121,13 @@ def conversation(row: Mapping[str, Any]) -> list[dict[str, Any]]:
             message["content"] = [_part(part, root) for part in parts]
         parts = [part for message in messages for part in message["content"]]
         if all(part["type"] == "text" for part in parts):
-            texts, tag = [part["text"].strip() for part in parts], "<image>"
+            asked, tag = [message["content"] for message in messages if message["role"] == "user"], "<image>"
+            texts = [part["text"].strip() for content in asked for part in content]
             # Without images it may be a word of the text.
             if any(tag in x if images else x.startswith(tag) or x.endswith(tag) for x in texts):
                 raise ValueError(
                     f"its text has the tag {tag}: put a part of the type image in its place (the row has {len(images)} "
-                    "images)"
+                    "images, in the columns images or image)"
                 )
             first["content"] = [{"type": "image"}] * len(images) + first["content"]
         prepared: list[dict[str, Any]] = prepare_multimodal_messages(messages, images)

@@ -162,6 +162,7 @@ def check_settings(path: Path, settings: dict[str, Any], *, trained: bool, write
         trained = any(x.stat().st_mtime >= file.stat().st_mtime for x in path.glob("*.safetensors"))
     if file.exists() and trained:
         before = json.loads(file.read_text())
+        before = {"num_processes": settings.get("num_processes"), **before}  # not in older files
         if changed := [key for key in settings if before.get(key) != settings[key]]:
             raise ValueError(
                 f"{path} holds a run with other settings: "

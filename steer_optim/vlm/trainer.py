@@ -19,6 +19,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
 from typing import Any, cast
 
 import torch
@@ -233,9 +234,10 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
             processing_class=processing_class,
             **options,
         )
-        if self.is_fsdp_enabled and (policy := self.accelerator.state.fsdp_plugin.mixed_precision_policy):
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin is not None and args.bf16 and plugin.mixed_precision_policy is not None:
             # Accelerate would add up the gradients of all processes in bfloat16.
-            self.accelerator.state.fsdp_plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32)
+            plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32)
         step = args.per_device_train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps
         if hasattr(self.train_dataset, "__len__") and len(self.train_dataset) < step:
             raise ValueError(
@@ -277,9 +279,7 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         if self.method.prior == "frozen" and moved:
             prior = copy.deepcopy(self.model)
             if args.bf16:
-                # As a checkpoint is loaded: what it does not hold, such as rotary frequencies, stays in float32.
-                for rounded, exact in zip(prior.bfloat16().modules(), self.model.modules(), strict=True):
-                    rounded._buffers |= {x: copy.copy(exact._buffers[x]) for x in exact._non_persistent_buffers_set}
+                _round(prior)
             self.prior = self._frozen(prior)
         self.teacher_model = self._frozen(self._load_teacher(teacher_model))
 
@@ -526,10 +526,10 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         if self.is_fsdp_enabled or is_peft_model(self.model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            # Some parts may be frozen in half precision: the widest loses nothing.
+            # Some parts may be frozen in half precision.
             kinds = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
-            widest = max(kinds, key=lambda dtype: dtype.itemsize)
-            saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=widest)
+            dtype = kinds.pop() if len(kinds) == 1 else torch.float32
+            saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=dtype)
             self.model.load_state_dict(saved.state_dict())
 
     def _load_best_model(self) -> None:
@@ -591,8 +591,7 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         ours = json.loads(self.processing_class.image_processor.to_json_string())
         for name in _PIXELS:
             values = ours.get(name), theirs.get(name)
-            crops = ours.get("do_center_crop")
-            if name == "crop_size" and not crops and not theirs.get("do_center_crop", crops):
+            if name == "crop_size" and not theirs.get("do_center_crop", ours.get("do_center_crop")):
                 continue
             if all(values) and _numbers(values[0]) != _numbers(values[1]):
                 raise ValueError(
@@ -684,6 +683,19 @@ def refuse(args: SteeredDistillationConfig) -> None:
             raise ValueError(f"{name} is not supported by SteeredDistillationTrainer: {remedy}")
 
 
+def _round(model: PreTrainedModel) -> None:
+    """Round a model to bfloat16 as ``from_pretrained`` does.
+
+    What a checkpoint does not hold, such as rotary frequencies, and what the model names to be kept stays as it is.
+    """
+    keep = model._keep_in_fp32_modules_strict or ()
+    for prefix, module in model.named_modules():
+        for name, x in (*module._parameters.items(), *module._buffers.items()):
+            kept = any(fnmatch(f"{prefix}.{name}", f"*{part}*") for part in keep)
+            if x is not None and x.is_floating_point() and not kept and name not in module._non_persistent_buffers_set:
+                x.data = x.data.bfloat16()
+
+
 class _EpochSampler(RepeatSampler):  # type: ignore[misc]  # trl is untyped
     """Seeded by the epoch of the trainer: on several processes nothing else reaches the sampler of a resumed epoch."""
 
@@ -711,8 +723,9 @@ def _fill_state(optimizer: torch.optim.Optimizer) -> None:
         group["lr"] = rate
     for p in without:
         for name, value in (("step", 0.0), ("mu_product", 1.0)):  # of Adam and NAdam: it was no step of the run
-            if name in optimizer.state[p]:
-                optimizer.state[p][name] = optimizer.state[p][name] * 0 + value
+            old = optimizer.state[p].get(name)
+            if old is not None:
+                optimizer.state[p][name] = old.fill_(value) if isinstance(old, Tensor) else type(old)(value)
     for p, gradient in zip(parameters, gradients, strict=True):
         p.grad = gradient
 

@@ -33,7 +33,9 @@ from steer_optim.vlm.trainer import (
     SteeredDistillationTrainer,
     _fill_state,
     _numbers,
+    _round,
 )
+from tests.vlm.zoo import Zoo
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_accelerate"),
@@ -565,6 +567,17 @@ def test_a_prior_in_bfloat16_keeps_the_rotary_frequencies(tmp_path):
     buffers, expected = dict(trainer.prior.named_buffers()), dict(trainer.model.named_buffers())
     assert any("inv_freq" in name for name in expected)
     assert_equal(buffers, expected)
+
+
+@pytest.mark.parametrize("name", ["glm4v_moe", "ernie4_5_vl_moe", "emu3", "qwen3_vl"])
+def test_a_prior_is_rounded_as_a_checkpoint_is_loaded(tmp_path, name):
+    """Biases of routers and rotary frequencies stay exact; running statistics do not."""
+    model = Zoo(name).model
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    expected = {n: x.dtype for n, x in (*loaded.named_parameters(), *loaded.named_buffers())}
+    _round(model)
+    assert {n: x.dtype for n, x in (*model.named_parameters(), *model.named_buffers())} == expected
 
 
 def test_the_order_of_rows_follows_from_the_epoch_alone(tmp_path):
