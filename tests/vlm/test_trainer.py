@@ -13,7 +13,6 @@ import pytest
 import torch
 from preloaded import preloaded, two_processes
 from toys import assert_equal
-from transformers.optimization import Adafactor
 
 pytest.importorskip("trl")
 
@@ -22,6 +21,7 @@ from datasets import Dataset
 from PIL import Image
 from tiny_llava import COLOURS, WORDS
 from tiny_trainer import make_model, make_processor, make_rows, make_trainer, plain_loop, recorded
+from transformers.optimization import Adafactor
 
 from steer_optim import Steer
 from steer_optim.vlm.data import ROW, Rows, answer, conversation, numbered, picture
