@@ -105,7 +105,7 @@ class Agreement:
                 "load the optimizer's state on all"
             )
         if highest[0]:  # on any of them
-            differing = _differing([_bits(p).to(device) for p in parameters], group) if values else []
+            differing = _differing([_bits(p) for p in parameters], group) if values else []
             if differing:
                 shape = tuple(parameters[differing[0]].shape)
                 raise ValueError(
@@ -131,7 +131,7 @@ class Agreement:
         Gradients that are zero everywhere do not tell: then :attr:`averages` stays None.
         """
         none = torch.zeros((), dtype=torch.int64, device=parameters[0].device)
-        sums = [_bits(gradients[p]).to(none.device) if p in gradients else none for p in parameters]
+        sums = [_bits(gradients[p]) if p in gradients else none for p in parameters]
         equal = not _differing(sums, group)
         self.averages = None if equal and not any(g.any() for g in gradients.values()) else equal
 
@@ -154,7 +154,7 @@ def _extremes(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _differing(sums: Sequence[Tensor], group: dist.ProcessGroup) -> list[int]:
-    highest, lowest = _extremes(torch.stack(list(sums)), group).tolist()
+    highest, lowest = _extremes(torch.stack([x.to(sums[0].device) for x in sums]), group).tolist()
     return [i for i, (high, low) in enumerate(zip(highest, lowest, strict=True)) if high != low]
 
 

@@ -156,10 +156,11 @@ def watch_lightning(trainer: Any, steering: Steering | None = None) -> Monitor:
             before = watch.progress()  # a closure may run again
 
         def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-            held = watch.steering and watch.steering._pending
-            automatic = trainer.training and pl_module.automatic_optimization
-            if watch.steering and held and automatic:  # the last batch of the window was skipped
-                watch.steering.backward_components(dict.fromkeys(held.names), accumulate=False)
+            steering = watch.steering
+            pending = None if steering is None else steering._pending
+            if steering and pending and trainer.training and pl_module.automatic_optimization:
+                # The last batch of the window was skipped.
+                steering.backward_components(dict.fromkeys(pending.names), accumulate=False)
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             watch.record(trainer.global_step, stepped=False)  # it may accumulate, or step another optimizer

@@ -222,8 +222,9 @@ def _row(geometry: Geometry) -> tuple[Keys, Tensor]:
         there = geometry.norms.reshape(-1, k) != 0
         both = (there[:, :, None] & there[:, None]).to(whole.G.dtype).sum(0)
         conflicts = geometry.conflicts.reshape(-1, k, k).to(whole.G.dtype).sum(0) / both
+        apart = (whole.norms == 0) | (whole.norms == 0)[:, None]
         for kind, matrix in (("cos", whole.cosines), ("angle", whole.angles), ("conflict", conflicts)):
-            matrix = matrix.masked_fill((whole.norms == 0) | (whole.norms == 0)[:, None], math.nan)
+            matrix = matrix.masked_fill(apart, math.nan)
             for i, j in combinations(sorted(range(k), key=names.__getitem__), 2):
                 numbers[f"steer/{kind}/{names[i]}~{names[j]}"] = matrix[i, j]
         numbers |= {"steer/update_norm": update_norm, "steer/update_norm_ratio": update_norm / whole.sum_norm}

@@ -96,11 +96,9 @@ def refuse_ddp(parameters: Sequence[Tensor]) -> None:
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
     found = [x for x in gc.get_objects() if issubclass(type(x), torch.nn.parallel.DistributedDataParallel)]
-    made = [vars(x) for x in found if "reducer" in vars(x)]  # or its constructor raised
-    averaging = [
-        x for x in made if x["require_backward_grad_sync"] and x["process_group"].size() > 1
-    ]  # not in no_sync()
-    if not {p for module in averaging for p in module["_module_parameters"]}.isdisjoint(parameters):
+    made = [x for x in found if "reducer" in vars(x)]  # or its constructor raised
+    averaging = [x for x in made if x.require_backward_grad_sync and x.process_group.size() > 1]  # not in no_sync()
+    if not {p for module in averaging for p in module._module_parameters}.isdisjoint(parameters):
         raise RuntimeError("DistributedDataParallel wraps the parameters: pass data_parallel=True instead of False")
 
 

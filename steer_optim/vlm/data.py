@@ -121,8 +121,8 @@ def conversation(row: Mapping[str, Any]) -> list[dict[str, Any]]:
             message["content"] = [_part(part, root) for part in parts]
         parts = [part for message in messages for part in message["content"]]
         if all(part["type"] == "text" for part in parts):
-            asked, tag = [message["content"] for message in messages if message["role"] == "user"], "<image>"
-            texts = [part["text"].strip() for content in asked for part in content]
+            tag, asked = "<image>", [message for message in messages if message["role"] == "user"]
+            texts = [part["text"].strip() for message in asked for part in message["content"]]
             # Without images it may be a word of the text.
             if any(tag in x if images else x.startswith(tag) or x.endswith(tag) for x in texts):
                 raise ValueError(

@@ -329,9 +329,8 @@ class SteeredDistillationTrainer(DistillationTrainer):  # type: ignore[misc]  # 
         hidden = self.is_fsdp_enabled and any(map(is_reentrant, nodes))
         if hidden or any(isinstance(getattr(node, "variable", None), torch.nn.Parameter) for node in nodes):
             return loss
-        zero: Tensor = (
-            0 * [p for p in self.model.parameters() if p.requires_grad][-1].sum()
-        )  # not of the tower, if possible
+        *_, last = (p for p in self.model.parameters() if p.requires_grad)  # not of the tower, if possible
+        zero: Tensor = 0 * last.sum()
         return loss + zero.to(loss)
 
     def train(self, *args: Any, **options: Any) -> Any:
@@ -713,9 +712,7 @@ def _fill_state(optimizer: torch.optim.Optimizer) -> None:
     gradients, rates = [p.grad for p in parameters], [group["lr"] for group in optimizer.param_groups]
     without = [p for p in parameters if p not in optimizer.state]
     for p in parameters:
-        p.grad = None
-    for p in without:
-        p.grad = torch.zeros_like(p)
+        p.grad = None if p in optimizer.state else torch.zeros_like(p)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     optimizer.step()
